@@ -1,0 +1,161 @@
+"""Options: what a user may set, one frozen dataclass per component, and the flat keyword arguments that fill them.
+
+`LLM(...)`, the command line and a YAML file all speak the same flat names; `parse_options` sorts them into the three
+dataclasses below and refuses a name it does not know. `"auto"` appears here only: `build` and the engine resolve it
+into facts that are logged and stored with results.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from autodeploy.errors import ConfigError
+
+COMPILE_BACKENDS = ("auto", "torch-simple", "torch-compile")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+RUNTIMES = ("engine", "demollm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and how its files are read.
+
+    Attributes:
+        tokenizer: folder or hub id of the tokenizer; default: the model's own.
+        revision: branch, tag or commit of a hub model.
+        dtype: dtype of weights and activations; `auto` takes the checkpoint's (bfloat16 for GGUF files).
+        trust_remote_code: run Python code that ships inside the checkpoint. Never without being asked.
+        max_model_len: longest context in tokens (prompt and output); default: what the model was made for.
+        model_kwargs: overrides for the model's Hugging Face config, e.g. `{"num_hidden_layers": 2}`.
+        skip_tokenizer_init: token ids in, token ids out; no tokenizer is loaded.
+        load_format: `auto` reads the checkpoint's weights; `dummy` fills random weights of the right shapes.
+    """
+
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    max_model_len: int | None = None
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    skip_tokenizer_init: bool = False
+    load_format: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileOptions:
+    """How the model is turned into a program.
+
+    Attributes:
+        device: `auto` takes CUDA where there is one, else the CPU.
+        compile_backend: `torch-simple` runs the transformed graph as it is; `torch-compile` puts it through Inductor.
+        attn_backend: provider preferred for attention kernels; `auto` takes the first that supports the case.
+        transforms: overrides by transform name, e.g. `{"fuse_qkv": {"enabled": False}}`.
+        strict: fail when a transform leaves a site it expected to rewrite.
+        check_isolation: pack two sequences and compare with each alone, once after loading.
+    """
+
+    device: str = "auto"
+    compile_backend: str = "auto"
+    attn_backend: str = "auto"
+    transforms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    strict: bool = False
+    check_isolation: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How requests are scheduled and how much memory their states may take.
+
+    Attributes:
+        runtime: `engine` (continuous batching) or `demollm` (one request at a time, the readable reference).
+        max_num_seqs: sequences running at once.
+        max_num_batched_tokens: tokens in one step, prefill and decode together.
+        page_size: tokens per page of paged state.
+        kv_cache_memory_bytes: memory for all states; default: `memory_fraction` of what is free after loading.
+        memory_fraction: share of the free memory that states may take when no byte count is given.
+        max_queued_requests: requests waiting before new ones are refused.
+        seed: seed of requests that bring none.
+    """
+
+    runtime: str = "engine"
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    page_size: int = 32
+    kv_cache_memory_bytes: int | None = None
+    memory_fraction: float = 0.5
+    max_queued_requests: int = 1024
+    seed: int | None = None
+
+
+ALIASES: dict[str, str] = {
+    "max_batch_size": "max_num_seqs",
+    "max_num_tokens": "max_num_batched_tokens",
+    "max_seq_len": "max_model_len",
+    "block_size": "page_size",
+    "tokens_per_block": "page_size",
+    "gpu_memory_utilization": "memory_fraction",
+    "hf_overrides": "model_kwargs",
+}
+"""Names that users of vLLM and TensorRT-LLM know, and what they are called here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """All options of one deployment."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    compile: CompileOptions = field(default_factory=CompileOptions)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+
+
+def parse_options(values: Mapping[str, Any]) -> Options:
+    """Sort flat keyword arguments into `Options`.
+
+    Raises:
+        ConfigError: an unknown name (with the nearest known one), a name given twice through an alias, or a bad value.
+    """
+    parts: dict[str, type[Any]] = {"model": ModelOptions, "compile": CompileOptions, "engine": EngineOptions}
+    owner = {f.name: part for part, cls in parts.items() for f in dataclasses.fields(cls)}
+    sorted_values: dict[str, dict[str, Any]] = {part: {} for part in parts}
+    for given, value in values.items():
+        name = ALIASES.get(given, given)
+        if name not in owner:
+            nearest = difflib.get_close_matches(given, [*owner, *ALIASES], n=1, cutoff=0.4)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ConfigError(f"unknown option {given!r}{hint} Known options: {', '.join(sorted(owner))}")
+        if name in sorted_values[owner[name]]:
+            raise ConfigError(f"option {name!r} is given twice ({given!r} is another name for it)")
+        sorted_values[owner[name]][name] = value
+    options = Options(
+        model=ModelOptions(**sorted_values["model"]),
+        compile=CompileOptions(**sorted_values["compile"]),
+        engine=EngineOptions(**sorted_values["engine"]),
+    )
+    check_options(options)
+    return options
+
+
+def check_options(options: Options) -> None:
+    """Raises ConfigError when a value is outside its range."""
+    _one_of("dtype", options.model.dtype, DTYPES)
+    _one_of("load_format", options.model.load_format, ("auto", "dummy"))
+    _one_of("compile_backend", options.compile.compile_backend, COMPILE_BACKENDS)
+    _one_of("runtime", options.engine.runtime, RUNTIMES)
+    for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "max_queued_requests"):
+        _at_least_one(name, getattr(options.engine, name))
+    if options.model.max_model_len is not None:
+        _at_least_one("max_model_len", options.model.max_model_len)
+    if not 0.0 < options.engine.memory_fraction <= 1.0:
+        raise ConfigError(f"memory_fraction must be in (0, 1], got {options.engine.memory_fraction!r}")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def _at_least_one(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
