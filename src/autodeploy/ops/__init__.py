@@ -1,0 +1,35 @@
+"""Canonical operations: their meaning in pure torch, nothing else.
+
+    op.py            Op and the op table
+    state.py         what a cached op remembers between steps
+    batch_inputs.py  what a step is told besides weights and states
+    attention.py     softmax attention, whole and cached
+    captured.py      what the capture hooks emit, before canonicalisation
+    norm.py rope.py linear.py mlp.py   token-wise operations
+"""
+
+from autodeploy.ops.attention import attention, cached_attention
+from autodeploy.ops.captured import captured_attention, captured_mask
+from autodeploy.ops.linear import linear
+from autodeploy.ops.mlp import gated_activation
+from autodeploy.ops.norm import add_rms_norm, layer_norm, rms_norm
+from autodeploy.ops.op import OPS, Kernel, Op, find_op, op
+from autodeploy.ops.rope import rope
+
+__all__ = [
+    "OPS",
+    "Kernel",
+    "Op",
+    "add_rms_norm",
+    "attention",
+    "cached_attention",
+    "captured_attention",
+    "captured_mask",
+    "find_op",
+    "gated_activation",
+    "layer_norm",
+    "linear",
+    "op",
+    "rms_norm",
+    "rope",
+]

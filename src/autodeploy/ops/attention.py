@@ -1,0 +1,291 @@
+"""Softmax attention over packed sequences, and its twin over a paged key-value cache.
+
+Shapes: T tokens in the packed row, N query heads, K key-value heads (N a multiple of K), H head dimension of query and
+key, V of value, S sequences. What a query may see is said by facts, never by a mask tensor: causal, sliding window,
+chunk, soft cap, sinks.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autodeploy.ops.op import op
+from autodeploy.ops.state import PagedState, StateSpec
+
+
+@dataclass(frozen=True)
+class MaskFacts:
+    """What a query may see, as facts. All hold at once; none set means every key of its own sequence."""
+
+    causal: bool = False
+    sliding_window: int | None = None
+    chunk_size: int | None = None
+
+
+_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    sliding_window: int | None,
+    chunk_size: int | None,
+    softcap: float | None,
+    offset: int = 0,
+) -> Tensor:
+    """Attention of one sequence's last tokens to its tokens, scores and softmax in float32.
+
+    Args:
+        query: `[Tq, N, H]`, the sequence's last Tq tokens.
+        key, value: `[Tk, K, H]` and `[Tk, K, V]`, the sequence's tokens from position `offset` to its end.
+        sinks: `[N]` logits that take part in the softmax and are then dropped, or None.
+        sliding_window: tokens a query looks back on, itself included.
+        chunk_size: queries see their own chunk of this many positions only.
+        softcap: scores become softcap · tanh(score / softcap).
+    Returns:
+        `[Tq, N, V]`.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(groups, 1)
+    value = value.repeat_interleave(groups, 1)
+    scores = torch.einsum("qnh,knh->nqk", query.float(), key.float()) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    visible = visible_keys(query.shape[0], key.shape[0], causal, sliding_window, chunk_size, offset, query.device)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        column = sinks.float().reshape(-1, 1, 1).expand(-1, query.shape[0], 1)
+        weights = torch.softmax(torch.cat((scores, column), dim=-1), dim=-1)[..., :-1]
+    else:
+        weights = torch.softmax(scores, dim=-1)
+    return torch.einsum("nqk,knv->qnv", weights.to(value.dtype), value)
+
+
+def visible_keys(
+    num_queries: int,
+    num_keys: int,
+    causal: bool,
+    sliding_window: int | None,
+    chunk_size: int | None,
+    offset: int,
+    device: torch.device,
+) -> Tensor:
+    """Which keys each of a sequence's last tokens may see: bool `[num_queries, num_keys]`, keys from position `offset`."""
+    end = offset + num_keys
+    query_position = torch.arange(end - num_queries, end, device=device)[:, None]
+    key_position = torch.arange(offset, end, device=device)[None, :]
+    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    if causal:
+        visible &= key_position <= query_position
+    if sliding_window is not None:
+        visible &= key_position > query_position - sliding_window
+    if chunk_size is not None:
+        visible &= key_position // chunk_size == query_position // chunk_size
+    return visible
+
+
+def _attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    sliding_window: int | None,
+    chunk_size: int | None,
+    softcap: float | None,
+) -> Tensor:
+    return value.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+@op(tolerance=_TOLERANCE, opaque=True, fake=_attention_fake)
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    sliding_window: int | None,
+    chunk_size: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention within each of the packed sequences, each given whole (arXiv 1706.03762; facts as in `attend`).
+
+    Args:
+        query: `[1, T, N, H]`. key: `[1, T, K, H]`. value: `[1, T, K, V]`.
+        cu_seqlens: int `[S+1]`, where each sequence starts in the row.
+    Returns:
+        `[1, T, N, V]`.
+    """
+    facts = (sinks, scale, causal, sliding_window, chunk_size, softcap)
+    borders = cu_seqlens.tolist()
+    parts = [
+        attend(query[0, start:end], key[0, start:end], value[0, start:end], *facts)
+        for start, end in zip(borders[:-1], borders[1:], strict=True)
+        if end > start
+    ]
+    return torch.cat(parts).unsqueeze(0)
+
+
+def _cached_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    sliding_window: int | None,
+    chunk_size: int | None,
+    softcap: float | None,
+    seq_lens: Tensor,
+    page_table: Tensor,
+    slot_mapping: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+) -> Tensor:
+    return value.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+@op(tolerance=_TOLERANCE, opaque=True, mutates=("key_cache", "value_cache"), fake=_cached_attention_fake)
+def cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    sliding_window: int | None,
+    chunk_size: int | None,
+    softcap: float | None,
+    seq_lens: Tensor,
+    page_table: Tensor,
+    slot_mapping: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+) -> Tensor:
+    """`attention` where each sequence's earlier tokens come from pages; the new keys and values are written to them.
+
+    Args:
+        query, key, value: the new tokens, `[1, T, N, H]`, `[1, T, K, H]`, `[1, T, K, V]`.
+        cu_seqlens: int `[S+1]`, new tokens of each sequence. seq_lens: int `[S]`, tokens including the new ones.
+        page_table: int `[S, P]`. slot_mapping: int `[T]`, where each new token's entry goes.
+        key_cache: `[pages, page_size, K, H]`. value_cache: `[pages, page_size, K, V]`.
+    Returns:
+        `[1, T, N, V]`.
+    """
+    page_size = key_cache.shape[1]
+    key_cache.view(-1, *key_cache.shape[2:]).index_copy_(0, slot_mapping, key[0].to(key_cache.dtype))
+    value_cache.view(-1, *value_cache.shape[2:]).index_copy_(0, slot_mapping, value[0].to(value_cache.dtype))
+    output = value.new_empty(*query.shape[:-1], value.shape[-1])
+    borders, lengths = cu_seqlens.tolist(), seq_lens.tolist()
+    for index, (start, end) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+        if end == start:
+            continue
+        length = lengths[index]
+        first = _first_visible(length - (end - start), sliding_window, chunk_size) // page_size
+        pages = page_table[index, first : -(-length // page_size)]
+        seen = slice(0, length - first * page_size)
+        output[0, start:end] = _attend_fused(
+            query[0, start:end],
+            key_cache.index_select(0, pages).flatten(0, 1)[seen].to(query.dtype),
+            value_cache.index_select(0, pages).flatten(0, 1)[seen].to(query.dtype),
+            sinks,
+            scale,
+            causal,
+            sliding_window,
+            chunk_size,
+            softcap,
+            first * page_size,
+        )
+    return output
+
+
+def _first_visible(position: int, sliding_window: int | None, chunk_size: int | None) -> int:
+    """The first position that the query at `position`, and so any later one, may still see."""
+    first = 0
+    if sliding_window is not None:
+        first = max(first, position - sliding_window + 1)
+    if chunk_size is not None:
+        first = max(first, position // chunk_size * chunk_size)
+    return first
+
+
+def _attend_fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    sliding_window: int | None,
+    chunk_size: int | None,
+    softcap: float | None,
+    offset: int,
+) -> Tensor:
+    """`attend`, through torch's fused attention where that has the facts."""
+    if softcap is not None or sinks is not None:
+        return attend(query, key, value, sinks, scale, causal, sliding_window, chunk_size, softcap, offset)
+    num_queries, num_keys = query.shape[0], key.shape[0]
+    plain = sliding_window is None and chunk_size is None
+    mask = None
+    is_causal = plain and causal and num_queries == num_keys
+    if not is_causal and (not plain or (causal and num_queries > 1)):
+        mask = visible_keys(num_queries, num_keys, causal, sliding_window, chunk_size, offset, query.device)
+    output = F.scaled_dot_product_attention(
+        query.transpose(0, 1).unsqueeze(0),
+        key.transpose(0, 1).unsqueeze(0),
+        value.transpose(0, 1).unsqueeze(0),
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[0].transpose(0, 1)
+
+
+@attention.with_states(cached_attention)
+def _attention_states(key: Tensor, value: Tensor, sliding_window: int | None, **_: Any) -> dict[str, StateSpec]:
+    return {
+        "key_cache": PagedState(
+            name="key_cache", shape=tuple(key.shape[2:]), dtype=key.dtype, window=sliding_window, shard_dim=0
+        ),
+        "value_cache": PagedState(
+            name="value_cache", shape=tuple(value.shape[2:]), dtype=value.dtype, window=sliding_window, shard_dim=0
+        ),
+    }
+
+
+@attention.with_samples
+def _attention_samples() -> list[dict[str, Any]]:
+    plain: dict[str, Any] = {
+        "query": torch.randn(1, 24, 4, 16),
+        "key": torch.randn(1, 24, 2, 16),
+        "value": torch.randn(1, 24, 2, 16),
+        "cu_seqlens": torch.tensor([0, 1, 10, 24], dtype=torch.int32),
+        "sinks": None,
+        "scale": 0.25,
+        "causal": True,
+        "sliding_window": None,
+        "chunk_size": None,
+        "softcap": None,
+    }
+    return [
+        plain,
+        plain | {"sliding_window": 5},
+        plain | {"chunk_size": 4},
+        plain | {"softcap": 3.0, "sinks": torch.randn(4)},
+        plain | {"softcap": 3.0, "chunk_size": 6},
+        plain | {"value": torch.randn(1, 24, 2, 8), "key": torch.randn(1, 24, 2, 16)},
+    ]

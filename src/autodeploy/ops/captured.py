@@ -1,0 +1,92 @@
+"""Captured ops: what the capture hooks leave in a graph at Hugging Face's own interfaces, before canonicalisation.
+
+They keep the interface's layout (`[1, heads, T, dim]`) and its mask as a graph value, and run as they are, so that a
+CAPTURED graph can be checked against the model. `MatchAttention` turns them into the canonical `attention`.
+"""
+
+import torch
+from torch import Tensor
+
+from autodeploy.ops.attention import attention, visible_keys
+from autodeploy.ops.op import op
+
+
+def _mask_fake(
+    cu_seqlens: Tensor, position_ids: Tensor, causal: bool, sliding_window: int | None, chunk_size: int | None
+) -> Tensor:
+    num_tokens = position_ids.shape[1]
+    return position_ids.new_empty(1, 1, num_tokens, num_tokens, dtype=torch.bool)
+
+
+@op(opaque=True, fake=_mask_fake)
+def captured_mask(
+    cu_seqlens: Tensor, position_ids: Tensor, causal: bool, sliding_window: int | None, chunk_size: int | None
+) -> Tensor:
+    """The mask these facts stand for, over packed sequences: bool `[1, 1, T, T]`, True where a query may look."""
+    borders = cu_seqlens.tolist()
+    blocks = [
+        visible_keys(end - start, end - start, causal, sliding_window, chunk_size, 0, position_ids.device)
+        for start, end in zip(borders[:-1], borders[1:], strict=True)
+    ]
+    return torch.block_diag(*blocks).bool()[None, None]
+
+
+def _captured_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    return value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
+@op(opaque=True, fake=_captured_attention_fake)
+def captured_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """One call of the attention interface.
+
+    Args:
+        query: `[1, N, T, H]`. key: `[1, K, T, H]`. value: `[1, K, T, V]`.
+        mask: bool `[1, 1, T, T]`, or None when `causal` and `sliding_window` alone decide.
+    Returns:
+        `[1, T, N, V]`.
+    """
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if mask is None:
+        return attention.reference(
+            query, key, value, cu_seqlens, sinks, scale, causal, sliding_window, None, softcap
+        )
+    return _masked_attention(query, key, value, mask, sinks, scale, softcap)
+
+
+def _masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sinks: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    groups = query.shape[2] // key.shape[2]
+    key, value = key.repeat_interleave(groups, 2), value.repeat_interleave(groups, 2)
+    scores = torch.einsum("bqnh,bknh->bnqk", query.float(), key.float()) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        column = sinks.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        weights = torch.softmax(torch.cat((scores, column), dim=-1), dim=-1)[..., :-1]
+    else:
+        weights = torch.softmax(scores, dim=-1)
+    return torch.einsum("bnqk,bknv->bqnv", weights.to(value.dtype), value)

@@ -1,0 +1,165 @@
+"""Op: one typed pure-torch function that is at once the meaning, the fake, the fallback and the test oracle of an operation.
+
+`@op()` registers the function as `torch.ops.autodeploy.<name>`, so that it shows as one node in a captured graph.
+Around it hang its cached twin (the same op over state, for token mixers) and its kernels (other implementations, by
+provider). The op table `OPS` is the package's only process-global state: tests, docs and lowering enumerate it.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from autodeploy.ops.state import StateSpec
+
+NAMESPACE = "autodeploy"
+REFERENCE = "torch"
+"""The provider that every op has: its own reference function."""
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+StateFunction = Callable[..., dict[str, StateSpec]]
+SampleFunction = Callable[[], list[dict[str, Any]]]
+SupportFunction = Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One provider's implementation of an op.
+
+    Attributes:
+        provider: who provides it, e.g. `triton`.
+        function: same signature as the op.
+        supports: given the op's arguments (fake tensors), a reason to refuse or None. Never reads batch sizes.
+    """
+
+    provider: str
+    function: Callable[..., Any]
+    supports: SupportFunction
+
+
+@dataclass(eq=False)
+class Op:
+    """An operation and everything declared about it.
+
+    Attributes:
+        name: what it computes, in the field's words.
+        reference: the pure-torch function.
+        overload: the registered torch operator that stands for it in graphs.
+        opaque: the reference looks at tensor values (sequence boundaries), so a compiler must not trace into it.
+        mutates: names of the parameters updated in place.
+        tolerance: absolute and relative tolerance of kernels against the reference, by dtype.
+        cached: the twin over state, when the op mixes tokens.
+        states: for a token mixer, `states(**arguments) -> {state parameter of the cached twin: spec}`.
+        samples: argument dictionaries that every implementation is tested on.
+        kernels: implementations by provider, in order of registration.
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    overload: OpOverload
+    opaque: bool = False
+    mutates: tuple[str, ...] = ()
+    tolerance: Mapping[torch.dtype, float] = field(default_factory=dict)
+    cached: "Op | None" = None
+    states: StateFunction | None = None
+    samples: SampleFunction | None = None
+    kernels: dict[str, Kernel] = field(default_factory=dict)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.overload(*args, **kwargs)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """True when tokens influence each other, so that decoding needs state."""
+        return self.states is not None or self.is_cached
+
+    @property
+    def is_cached(self) -> bool:
+        """True for the twin over state."""
+        return bool(self.mutates)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Parameter names in order."""
+        return tuple(inspect.signature(self.reference).parameters)
+
+    def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Positional and keyword arguments as one dictionary by parameter name, defaults filled in."""
+        bound = inspect.signature(self.reference).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+    def kernel(
+        self, provider: str, supports: SupportFunction = lambda **_: None
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register an implementation; its signature must be the op's own."""
+
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
+            if tuple(inspect.signature(function).parameters) != self.parameters:
+                raise TypeError(f"kernel {provider!r} of op {self.name!r} must take exactly {self.parameters}")
+            self.kernels[provider] = Kernel(provider, function, supports)
+            return function
+
+        return register
+
+    def with_states(self, cached: "Op") -> Callable[[StateFunction], StateFunction]:
+        """Declare the cached twin and, by decoration, the function that says which states it needs."""
+
+        def register(function: StateFunction) -> StateFunction:
+            self.cached, self.states = cached, function
+            return function
+
+        return register
+
+    def with_samples(self, function: SampleFunction) -> SampleFunction:
+        """Declare, by decoration, the arguments every implementation is tested on."""
+        self.samples = function
+        return function
+
+
+OPS: dict[str, Op] = {}
+"""The op table: every declared op by name."""
+
+
+def op(
+    *,
+    tolerance: Mapping[torch.dtype, float] | None = None,
+    opaque: bool = False,
+    mutates: tuple[str, ...] = (),
+    fake: Callable[..., Any] | None = None,
+) -> Callable[[Callable[..., Any]], Op]:
+    """Declare an op from its reference function.
+
+    Args:
+        tolerance: by dtype, how far a kernel may be from the reference; exact where not given.
+        opaque: a compiler must not trace into the reference.
+        mutates: parameters updated in place.
+        fake: shapes and dtypes of the result, needed when the reference looks at values; default: the reference.
+    """
+
+    def declare(reference: Callable[..., Any]) -> Op:
+        name = reference.__name__
+        schema = torch.library.infer_schema(reference, mutates_args=mutates)
+        _library.define(name + schema)
+        _library.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake or reference, lib=_library)
+        overload = getattr(torch.ops.autodeploy, name).default
+        declared = Op(name, reference, overload, opaque=opaque, mutates=mutates, tolerance=dict(tolerance or {}))
+        OPS[name] = declared
+        return declared
+
+    return declare
+
+
+def find_op(target: object) -> Op | None:
+    """The op a graph node calls, from the node's target; None when it is no op of ours."""
+    if isinstance(target, OpOverload) and target.namespace == NAMESPACE:
+        return OPS.get(target._schema.name.split("::")[1])
+    return None
