@@ -1,0 +1,192 @@
+"""capture(model): trace a model over one packed row of tokens with torch.export; no weight is materialised.
+
+The traced function takes `input_ids [1, T]`, `position_ids [1, T]` and `cu_seqlens [S+1]` and returns logits `[1, T, V]`;
+T and S are symbolic. Parameters are replaced by fake ones while tracing, whatever device they are on (meta for a model
+made from a config, real for a user's own module); buffers keep their values, and those outside the checkpoint become
+constants of the graph.
+"""
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers import PreTrainedModel
+
+from autodeploy.capture.hooks import Hooks, MarkerCache, packed_row
+from autodeploy.capture.probe import probed
+from autodeploy.checkpoint.recipe import Recipe, Source
+from autodeploy.errors import AutoDeployError, CaptureError
+from autodeploy.graph.model_graph import ModelGraph
+
+EXAMPLE_LENGTHS = [5, 9, 10]
+"""lengths of the sequences packed into the example row; T and S are symbolic, so only 0 and 1 would be special"""
+
+
+class _PackedRow(nn.Module):
+    """The function that is traced: a model as a map from one packed row to logits."""
+
+    def __init__(self, model: nn.Module, hooks: Hooks):
+        super().__init__()
+        self.model, self.hooks = model, hooks
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        self.hooks.cu_seqlens, self.hooks.position_ids = cu_seqlens, position_ids
+        parameters = inspect.signature(self.model.forward).parameters
+        kwargs: dict[str, Any] = {}
+        if "position_ids" in parameters:
+            kwargs["position_ids"] = position_ids
+        if isinstance(self.model, PreTrainedModel) and "past_key_values" in parameters:
+            layers = int(getattr(self.model.config.get_text_config(), "num_hidden_layers", 0))
+            kwargs |= {"past_key_values": MarkerCache(self.hooks, layers), "use_cache": True}
+        output = self.model(input_ids, **kwargs)
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if logits is None and isinstance(output, tuple | list):
+            logits = output[0]
+        if not isinstance(logits, Tensor):
+            raise CaptureError(
+                f"the model returns {type(output).__name__}; expected logits [1, T, V], an object with .logits, or a"
+                " tuple that starts with them"
+            )
+        return logits
+
+
+def capture(model: nn.Module, *, name: str = "text") -> ModelGraph:
+    """Trace a model into a graph at level CAPTURED.
+
+    Args:
+        model: maps token ids `[1, T]` to logits `[1, T, V]`, with `position_ids` as keyword if it takes any. Left as
+            it was found.
+        name: the graph's name in its program.
+    Raises:
+        CaptureError: torch.export could not trace it; the message names the module and the line.
+    """
+    hooks = Hooks()
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    row = _PackedRow(model, hooks)
+    tokens, borders = Dim("T", min=2), Dim("S1", min=2)
+    with _fake_parameters(model, fake_mode), hooks.installed(model), probed(model), _quiet():
+        try:
+            with fake_mode:
+                inputs = packed_row(EXAMPLE_LENGTHS)
+            with torch.no_grad():
+                exported = torch.export.export(
+                    row, inputs, dynamic_shapes=({1: tokens}, {1: tokens}, {0: borders}), strict=False
+                )
+        except AutoDeployError as error:
+            raise CaptureError(f"cannot capture {type(model).__name__}{_where(hooks)}: {error}") from error
+        except Exception as error:
+            raise CaptureError(_explain(model, hooks, error)) from error
+    graph = _to_graph(name, exported)
+    graph.state_writes = hooks.state_writes if isinstance(model, PreTrainedModel) else None
+    return graph
+
+
+def _where(hooks: Hooks) -> str:
+    return f" in module {hooks.active_modules[-1]}" if hooks.active_modules else ""
+
+
+def _explain(model: nn.Module, hooks: Hooks, error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    summary = " ".join(lines[:3])[:600] or type(error).__name__
+    line = next((entry for entry in lines if entry.startswith("File ") and "/torch/" not in entry), "")
+    return (
+        f"cannot capture {type(model).__name__}{_where(hooks)}: {type(error).__name__}: {summary} {line}\n"
+        "The model's code there does something torch.export cannot trace, such as Python control flow on tensor values."
+        " Rewrite that part without it, or wrap it in a torch.library custom op with a cached twin"
+        " (docs/adding-an-op.md)."
+    )
+
+
+@contextlib.contextmanager
+def _fake_parameters(model: nn.Module, fake_mode: FakeTensorMode) -> Iterator[None]:
+    """Replace every parameter by a fake one of its shape and dtype; tied parameters stay tied. Undone on leaving."""
+    fakes: dict[int, nn.Parameter] = {}
+    before: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in fakes:
+                with fake_mode:
+                    value = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    fakes[id(parameter)] = nn.Parameter(value, requires_grad=False)
+            before.append((module, name, parameter))
+    for module, name, parameter in before:
+        module._parameters[name] = fakes[id(parameter)]
+    try:
+        yield
+    finally:
+        for module, name, parameter in before:
+            module._parameters[name] = parameter
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export logs whole graphs on failure; the error carries what a user needs."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _to_graph(name: str, exported: ExportedProgram) -> ModelGraph:
+    """An exported program as a graph: parameters as recipes, other tensors as constants, one output."""
+    signature = exported.graph_signature
+    for spec in signature.output_specs:
+        if spec.kind != OutputKind.USER_OUTPUT:
+            raise CaptureError(
+                f"the model updates its own buffer {spec.target!r} while it runs; state must live in a cache"
+                " (docs/adding-an-op.md)"
+            )
+    module = fx.GraphModule({}, exported.graph_module.graph)
+    _adopt_submodules(module, exported.graph_module)
+    weights: dict[str, Recipe] = {}
+    nodes = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
+    for spec in signature.input_specs:
+        node = nodes[spec.arg.name]
+        if spec.kind == InputKind.USER_INPUT:
+            node.target = spec.arg.name
+            continue
+        target = str(spec.target)
+        attribute = target.removeprefix("model.").replace(".", "_")
+        value = exported.state_dict.get(target) if spec.kind != InputKind.CONSTANT_TENSOR else None
+        if value is None:
+            module.register_buffer(attribute, exported.constants[target], persistent=False)
+        else:
+            weights[attribute] = Source(target.removeprefix("model."), tuple(value.shape), value.dtype)
+            meta = torch.empty(value.shape, dtype=value.dtype, device="meta")
+            module.register_parameter(attribute, nn.Parameter(meta, requires_grad=False))
+        with module.graph.inserting_before(node):
+            attribute_node = module.graph.get_attr(attribute)
+        attribute_node.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute_node)
+        module.graph.erase_node(node)
+    _single_output(module.graph)
+    input_ids = next(node for node in module.graph.nodes if node.op == "placeholder")
+    graph = ModelGraph(name, module, input_ids.meta["val"].fake_mode, weights)
+    graph.clean()
+    return graph
+
+
+def _adopt_submodules(module: fx.GraphModule, source: fx.GraphModule) -> None:
+    """Graphs inside the graph (autocast and grad-mode regions) come along."""
+    for child, submodule in source.named_children():
+        module.add_module(child, submodule)
+
+
+def _single_output(graph: fx.Graph) -> None:
+    output = graph.output_node()
+    (values,) = output.args
+    if isinstance(values, tuple | list):
+        output.args = (values[0],)

@@ -1,0 +1,240 @@
+"""Capture hooks: while a model is traced, calls at Hugging Face's attention, mask and cache interfaces become captured ops.
+
+`Hooks.installed(model)` is a context: it registers the hooks, points the model at them, and puts everything back.
+Models that bypass an interface are left as they are; canonicalisation then matches their ATen graph, or refuses it.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import AttentionMaskInterface
+
+from autodeploy.errors import CaptureError
+from autodeploy.ops.attention import MaskFacts
+from autodeploy.ops.captured import captured_attention, captured_mask
+
+INTERFACE_NAME = "autodeploy"
+
+
+@dataclass
+class Hooks:
+    """The state of one capture: the packed row's inputs while tracing, and what the model did at its interfaces."""
+
+    cu_seqlens: Tensor | None = None
+    position_ids: Tensor | None = None
+    attention_calls: int = 0
+    state_writes: int = 0
+    active_modules: list[str] = field(default_factory=list)
+    """paths of the modules whose forward is running, outermost first"""
+
+    @contextlib.contextmanager
+    def installed(self, model: nn.Module) -> Iterator[None]:
+        """Register the hooks and point the model at them; undone on leaving."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_module_paths(model, self.active_modules))
+            if isinstance(model, PreTrainedModel) and model._can_set_attn_implementation():
+                stack.enter_context(_registered(AttentionInterface, self.attention))
+                stack.enter_context(_registered(AttentionMaskInterface, self.mask))
+                stack.enter_context(_attention_implementation(model))
+            yield
+
+    def attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        """Stands in for an attention function: one captured op, or a refusal by name of what it cannot express."""
+        for fact in ("position_bias", "indices", "block_indices", "head_mask", "sinks"):
+            if others.get(fact) is not None:
+                raise CaptureError(
+                    f"attention in {type(module).__name__} uses {fact!r}, which no canonical op expresses yet;"
+                    " see docs/adding-an-op.md"
+                )
+        self.attention_calls += 1
+        causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+        assert self.cu_seqlens is not None, "hooks run only while a packed row is traced"
+        output = captured_attention(
+            query,
+            key,
+            value,
+            attention_mask,
+            self.cu_seqlens,
+            s_aux,
+            float(scaling if scaling is not None else query.shape[-1] ** -0.5),
+            causal,
+            sliding_window or None,
+            softcap or None,
+        )
+        return output, None
+
+    def mask(
+        self,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int = 0,
+        kv_offset: int = 0,
+        mask_function: Callable[..., Any] | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Stands in for a mask function: the facts as one captured op instead of mask arithmetic."""
+        facts = mask_facts(mask_function)
+        assert self.cu_seqlens is not None and self.position_ids is not None
+        mask: Tensor = captured_mask(
+            self.cu_seqlens, self.position_ids, facts.causal, facts.sliding_window, facts.chunk_size
+        )
+        return mask
+
+
+def mask_facts(function: Callable[..., Any] | None) -> MaskFacts:
+    """Read the closures that `transformers.masking_utils` builds.
+
+    Raises:
+        CaptureError: a mask function that is none of the known ones; never assumed to be causal.
+    """
+    name = getattr(function, "__qualname__", "")
+    if function is None or name == "bidirectional_mask_function":
+        return MaskFacts()
+    if name == "causal_mask_function":
+        return MaskFacts(causal=True)
+    cells = dict(
+        zip(function.__code__.co_freevars, [c.cell_contents for c in function.__closure__ or ()], strict=True)
+    )
+    if name.startswith("and_masks"):
+        return _all_of([mask_facts(part) for part in cells["mask_functions"]])
+    if name.startswith("sliding_window_overlay"):
+        return MaskFacts(sliding_window=int(cells["sliding_window"]))
+    if name.startswith("chunked_overlay"):
+        return MaskFacts(chunk_size=int(cells["chunk_size"]))
+    if name.startswith("packed_sequence_mask_function"):
+        return MaskFacts()
+    if name.startswith("remap_positions_for_packed_sequence"):
+        return mask_facts(cells["mask_function"])
+    raise CaptureError(
+        f"the model builds its attention mask with {name or function!r}, which is none of causal, sliding window,"
+        " chunked or their intersections; it is refused rather than assumed causal"
+    )
+
+
+def _all_of(parts: list[MaskFacts]) -> MaskFacts:
+    windows = [part.sliding_window for part in parts if part.sliding_window is not None]
+    chunks = {part.chunk_size for part in parts if part.chunk_size is not None}
+    if len(chunks) > 1:
+        raise CaptureError(f"one attention mask combines chunks of different sizes {sorted(chunks)}")
+    return MaskFacts(
+        causal=any(part.causal for part in parts),
+        sliding_window=min(windows, default=None),
+        chunk_size=next(iter(chunks), None),
+    )
+
+
+class MarkerCache(Cache):
+    """A Hugging Face cache that remembers nothing and counts what it is asked to remember.
+
+    The cache protocol is where a model says that a layer has state; the count is what canonicalisation and cache
+    insertion must account for, also for models that bypass the attention interface.
+    """
+
+    is_compileable = False
+
+    def __init__(self, hooks: Hooks, num_layers: int):
+        super().__init__(layers=[])
+        self._hooks, self._num_layers = hooks, num_layers
+
+    def __len__(self) -> int:
+        return self._num_layers
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * self._num_layers
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * self._num_layers
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False] * self._num_layers
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self._hooks.state_writes += 1
+        return key_states, value_states
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        return 0
+
+    def get_query_offset(self, *_: Any, **__: Any) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, *_: Any, **__: Any) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_max_cache_shape(self, *_: Any, **__: Any) -> int:
+        return -1
+
+    def has_previous_state(self, *_: Any, **__: Any) -> bool:
+        return False
+
+
+@contextlib.contextmanager
+def _registered(interface: Any, function: Callable[..., Any]) -> Iterator[None]:
+    interface.register(INTERFACE_NAME, function)
+    try:
+        yield
+    finally:
+        interface._global_mapping.pop(INTERFACE_NAME, None)
+
+
+@contextlib.contextmanager
+def _attention_implementation(model: PreTrainedModel) -> Iterator[None]:
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    for config in configs.values():
+        config._attn_implementation = INTERFACE_NAME
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+
+
+@contextlib.contextmanager
+def _module_paths(model: nn.Module, active: list[str]) -> Iterator[None]:
+    """Keep `active` up to date with the modules whose forward is running; an exception leaves it as it was then."""
+
+    def enter(path: str) -> Callable[..., None]:
+        return lambda *_: active.append(path)
+
+    handles = []
+    for path, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(enter(f"{path or '(top)'} ({type(module).__name__})")))
+        handles.append(module.register_forward_hook(lambda *_: active.pop() and None))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def packed_row(lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Example inputs: token ids `[1, T]`, position ids `[1, T]` and `cu_seqlens [S+1]` of sequences of these lengths."""
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return torch.zeros(1, sum(lengths), dtype=torch.int64), positions[None], borders
