@@ -1,0 +1,1 @@
+"""Implementations of ops, by provider. `provider.py` says which there are; each folder is one provider."""

@@ -1,0 +1,1 @@
+"""Bring a canonical graph to level CACHED."""

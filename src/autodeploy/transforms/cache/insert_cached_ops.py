@@ -1,0 +1,97 @@
+"""InsertCachedOps: every token mixer becomes its twin over state, knowing no op by name.
+
+The twin's parameters bind by name: those of the op itself keep their arguments, those in `BATCH_INPUTS` become inputs
+shared by the whole graph, and those that the op's `states` function names become one new state input each.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+from autodeploy.graph.model_graph import ModelGraph, module_path
+from autodeploy.graph.transform import Transform, TransformResult
+from autodeploy.ops.batch_inputs import BATCH_INPUTS, BatchInput
+from autodeploy.ops.op import Op
+from autodeploy.ops.state import PagedState, StateSpec
+
+_EXAMPLE_SIZES = {"S": 6, "S+1": 7, "P": 11, "R": 5}
+"""sizes of example inputs; all dimensions are symbolic, so only 0 and 1 would be special"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsertCachedOps(Transform):
+    """`attention(q, k, v, ...)`  becomes  `cached_attention(q, k, v, ..., seq_lens, page_table, ..., key_cache, ...)`."""
+
+    def apply(self, graph: ModelGraph) -> TransformResult:
+        sites = [(node, op) for node, op in graph.op_nodes() if op.states is not None]
+        for node, op in sites:
+            self._rewrite(graph, node, op)
+        return TransformResult(found=len(sites), rewritten=len(sites), expected=len(sites))
+
+    def _rewrite(self, graph: ModelGraph, node: fx.Node, op: Op) -> None:
+        assert op.states is not None and op.cached is not None
+        arguments = op.arguments(node.args, node.kwargs)
+        values = {name: v.meta["val"] if isinstance(v, fx.Node) else v for name, v in arguments.items()}
+        states = _named(graph, module_path(node) or op.name, op.states(**values))
+        graph.states.extend(states.values())
+        groups = {spec.group for spec in states.values() if isinstance(spec, PagedState)}
+        bound = []
+        for parameter in op.cached.parameters:
+            if parameter in arguments:
+                bound.append(arguments[parameter])
+            elif parameter in states:
+                bound.append(_state_input(graph, states[parameter]))
+            else:
+                bound.append(batch_input(graph, parameter, groups))
+        node.replace_all_uses_with(graph.call(op.cached, *bound, before=node, like=node))
+
+
+def batch_input(graph: ModelGraph, name: str, groups: set[str] = frozenset()) -> fx.Node:  # type: ignore[assignment]
+    """The placeholder of a batch input, added on first use. Per-group inputs take the one group given."""
+    declared = BATCH_INPUTS.get(name)
+    if declared is None:
+        declared = BATCH_INPUTS[name + "_{group}"]
+        (group,) = groups
+        name = f"{name}_{group}"
+    existing = graph.input(name)
+    return existing or graph.add_input(name, _example(graph, declared), before_states=True)
+
+
+def _example(graph: ModelGraph, declared: BatchInput) -> Tensor:
+    """A fake tensor of a batch input's dtype with symbolic sizes; T is the T of `input_ids`."""
+    input_ids = graph.input("input_ids")
+    assert input_ids is not None
+    if "T" in declared.dims:
+        with graph.fake_mode:
+            sizes = [input_ids.meta["val"].shape[1] if dim == "T" else dim for dim in declared.dims]
+            return torch.empty(sizes, dtype=declared.dtype)
+    sizes = [_EXAMPLE_SIZES[dim] if isinstance(dim, str) else dim for dim in declared.dims]
+    return symbolic(graph, torch.empty(sizes, dtype=declared.dtype, device="meta"), dynamic=len(sizes))
+
+
+def symbolic(graph: ModelGraph, example: Tensor, *, dynamic: int) -> Tensor:
+    """A fake CPU tensor like the example whose first `dynamic` dimensions are symbolic."""
+    dims = [DimDynamic.DYNAMIC] * dynamic + [DimDynamic.STATIC] * (example.dim() - dynamic)
+    context = StatelessSymbolicContext(dynamic_sizes=dims)
+    real = torch.empty(example.shape, dtype=example.dtype)
+    return graph.fake_mode.from_tensor(real, symbolic_context=context)
+
+
+def _state_input(graph: ModelGraph, spec: StateSpec) -> fx.Node:
+    leading = (3, 5) if isinstance(spec, PagedState) else (3,)
+    example = torch.empty(*leading, *spec.shape, dtype=spec.dtype, device="meta")
+    return graph.add_input(spec.name, symbolic(graph, example, dynamic=len(leading)))
+
+
+def _named(graph: ModelGraph, path: str, states: dict[str, StateSpec]) -> dict[str, StateSpec]:
+    """The specs with names of their own in this graph: the module's path, a number if it has several, the state."""
+    taken = {spec.name for spec in graph.states}
+    path = path.replace(".", "_")
+    prefix, number = path, 1
+    while any(f"{prefix}_{name}" in taken for name in states):
+        number += 1
+        prefix = f"{path}_{number}"
+    return {name: dataclasses.replace(spec, name=f"{prefix}_{name}") for name, spec in states.items()}

@@ -1,0 +1,1 @@
+"""Bring a captured graph to level CANONICAL."""

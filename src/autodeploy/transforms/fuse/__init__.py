@@ -1,0 +1,1 @@
+"""Fusions: fewer, larger ops; each rewrites the graph and the weight recipes together."""

@@ -1,0 +1,1 @@
+"""Bring a cached graph to level LOWERED."""

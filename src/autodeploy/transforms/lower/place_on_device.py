@@ -1,0 +1,35 @@
+"""PlaceOnDevice: devices baked in while tracing become the device that the program runs on."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from autodeploy.graph.model_graph import ModelGraph
+from autodeploy.graph.transform import Transform, TransformResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceOnDevice(Transform):
+    """`arange(4, device=cpu)`  becomes  `arange(4, device=cuda:0)`; constants move along.
+
+    Tracing always runs on (fake) CPU tensors, so that a graph is the same on every machine.
+    """
+
+    device: torch.device = torch.device("cpu")
+
+    def apply(self, graph: ModelGraph) -> TransformResult:
+        if self.device.type == "cpu":
+            return TransformResult()
+        found = 0
+        for node in graph.graph.nodes:
+            args, kwargs = (fx.node.map_aggregate(part, self._place) for part in (node.args, node.kwargs))
+            if args != node.args or kwargs != node.kwargs:
+                node.args, node.kwargs = args, kwargs  # type: ignore[assignment]
+                found += 1
+        for name, buffer in list(graph.module.named_buffers()):
+            graph.module.register_buffer(name, buffer.to(self.device), persistent=False)
+        return TransformResult(found=found, rewritten=found)
+
+    def _place(self, value: object) -> object:
+        return self.device if isinstance(value, torch.device) else value

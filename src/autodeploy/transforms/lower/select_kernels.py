@@ -1,0 +1,48 @@
+"""SelectKernels: choose a provider for every op, record each choice and why others were passed over."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from autodeploy.graph.model_graph import ModelGraph
+from autodeploy.graph.transform import Transform, TransformResult
+from autodeploy.ops.op import REFERENCE, Op
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectKernels(Transform):
+    """Give every op node a provider: the first in `priority` that supports it, the reference if none does.
+
+    Attributes:
+        priority: providers in order of preference.
+        chosen: filled with op name -> provider -> number of nodes.
+        reasons: filled with op name -> why a provider of that op was passed over.
+    """
+
+    priority: tuple[str, ...] = ()
+    chosen: dict[str, Counter[str]] = field(default_factory=dict, compare=False)
+    reasons: dict[str, set[str]] = field(default_factory=dict, compare=False)
+
+    def apply(self, graph: ModelGraph) -> TransformResult:
+        found = 0
+        for node, op in graph.op_nodes():
+            found += 1
+            node.meta["provider"] = self._provider(node, op)
+            self.chosen.setdefault(op.name, Counter())[node.meta["provider"]] += 1
+        return TransformResult(found=found, rewritten=found, expected=found)
+
+    def _provider(self, node: fx.Node, op: Op) -> str:
+        arguments = {
+            name: value.meta["val"] if isinstance(value, fx.Node) else value
+            for name, value in op.arguments(node.args, node.kwargs).items()
+        }
+        for provider in self.priority:
+            kernel = op.kernels.get(provider)
+            if kernel is None:
+                continue
+            reason = kernel.supports(**arguments)
+            if reason is None:
+                return provider
+            self.reasons.setdefault(op.name, set()).add(f"{provider}: {reason}")
+        return REFERENCE

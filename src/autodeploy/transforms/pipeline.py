@@ -1,0 +1,77 @@
+"""THE list: every transform, in order, on one page."""
+
+import dataclasses
+import difflib
+
+import torch
+
+from autodeploy.config import CompileOptions
+from autodeploy.errors import ConfigError
+from autodeploy.graph.levels import Level
+from autodeploy.graph.transform import Pipeline, Stage, Transform
+from autodeploy.transforms.cache.gather_logits import GatherLogits
+from autodeploy.transforms.cache.insert_cached_ops import InsertCachedOps
+from autodeploy.transforms.canonicalize.drop_no_ops import DropNoOps
+from autodeploy.transforms.canonicalize.match_attention import MatchAttention
+from autodeploy.transforms.canonicalize.match_linear import MatchLinear
+from autodeploy.transforms.canonicalize.match_norm import MatchNorm
+from autodeploy.transforms.canonicalize.use_position_ids import UsePositionIds
+from autodeploy.transforms.fuse.fuse_add_rms_norm import FuseAddRMSNorm
+from autodeploy.transforms.fuse.fuse_gate_up import FuseGateUp
+from autodeploy.transforms.fuse.fuse_qkv import FuseQKV
+from autodeploy.transforms.lower.place_on_device import PlaceOnDevice
+from autodeploy.transforms.lower.select_kernels import SelectKernels
+
+
+def default_pipeline(device: torch.device, priority: tuple[str, ...] = ()) -> Pipeline:
+    """From captured to lowered.
+
+    Args:
+        device: where the program runs.
+        priority: kernel providers in order of preference.
+    """
+    return Pipeline(
+        (
+            # One node per token mixer, norm and product; masks become facts, positions come from position_ids.
+            Stage(
+                "canonicalize",
+                (MatchAttention(), UsePositionIds(), MatchLinear(), MatchNorm(), DropNoOps()),
+                ensures=Level.CANONICAL,
+            ),
+            # Fewer, larger ops. Weight recipes change with the graph, before any weight is read.
+            Stage("fuse", (FuseQKV(), FuseGateUp(), FuseAddRMSNorm()), ensures=Level.CANONICAL),
+            # Whole-sequence mixers become their twins over state; the head runs for wanted rows only.
+            Stage("cache", (InsertCachedOps(), GatherLogits()), ensures=Level.CACHED),
+            # The device, and a kernel provider for every op.
+            Stage("lower", (PlaceOnDevice(device=device), SelectKernels(priority=priority)), ensures=Level.LOWERED),
+        )
+    )
+
+
+def configure(pipeline: Pipeline, options: CompileOptions) -> Pipeline:
+    """The pipeline with the user's overrides by transform name.
+
+    Raises:
+        ConfigError: no such transform or no such option of it, with the nearest known name.
+    """
+    known = pipeline.transforms()
+    for name, values in options.transforms.items():
+        if name not in known:
+            raise ConfigError(f"no transform is called {name!r}{_nearest(name, list(known))}")
+        fields = [field.name for field in dataclasses.fields(known[name])]
+        for option in values:
+            if option not in fields:
+                raise ConfigError(f"transform {name!r} has no option {option!r}{_nearest(option, fields)}")
+
+    def override(transform: Transform) -> Transform:
+        values = options.transforms.get(transform.name())
+        return dataclasses.replace(transform, **values) if values else transform
+
+    return Pipeline(
+        tuple(dataclasses.replace(s, transforms=tuple(map(override, s.transforms))) for s in pipeline.stages)
+    )
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"
