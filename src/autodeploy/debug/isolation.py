@@ -1,0 +1,126 @@
+"""The batch-isolation check: pack two sequences into one row, run each alone, and compare.
+
+Every op outside the token mixers must treat tokens one by one; an op nobody recognised that does not would be wrong
+without any error. A negative control (the same row as one long sequence) shows that the comparison could have failed.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autodeploy.compile.program import Program
+from autodeploy.errors import TokenMixingError
+from autodeploy.graph.model_graph import ModelGraph, module_path, source_line
+from autodeploy.ops.state import PagedState
+
+LENGTHS = (5, 7)
+PAGE_SIZE = 16
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
+"""Largest difference of a logit, as a share of the largest logit, that rounding in that dtype may cause."""
+
+
+def check_isolation(program: Program, graph: ModelGraph | None = None) -> str:
+    """Compare packed with separate runs of two random sequences.
+
+    Args:
+        program: any program with a `text` graph.
+        graph: its graph, to name the node at fault.
+    Returns:
+        `passed`, or `inconclusive` when the negative control made no difference either.
+    Raises:
+        TokenMixingError: packed sequences influence each other, with the first node that shows it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, program.vocab_size, (length,), generator=generator) for length in LENGTHS]
+    packed = _run(program, rows)
+    alone = torch.cat([_run(program, [row]) for row in rows])
+    joined = _run(program, [torch.cat(rows)])
+    tolerance = TOLERANCE.get(program.dtype, 1e-3)
+    if not bool(torch.isfinite(alone).all()):
+        return "inconclusive: the model's logits are not finite"
+    if _distance(packed, alone) > tolerance:
+        culprit = _first_difference(graph, program, rows, tolerance) if graph is not None else "an unknown node"
+        raise TokenMixingError(
+            f"two sequences packed into one batch change each other's logits by {_distance(packed, alone):.3g} of the"
+            f" largest logit (at most {tolerance:.3g} is rounding). First seen at {culprit}. Something there mixes"
+            " neighbouring tokens outside a known token mixer; make it an op with a cached twin (docs/adding-an-op.md)"
+        )
+    return "passed" if _distance(joined, alone) > tolerance else "inconclusive: joining the sequences changed nothing"
+
+
+def _distance(result: Tensor, expected: Tensor) -> float:
+    scale = expected.abs().max().clamp_min(1e-6)
+    return float((result - expected).abs().max() / scale)
+
+
+def _inputs(program: Program, rows: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Batch inputs and zeroed states for whole sequences; sequence s has page and slot s + 1."""
+    device, lengths = program.device, [len(row) for row in rows]
+    count, total = len(rows), sum(lengths)
+    pages = torch.arange(1, count + 1, dtype=torch.int32)[:, None]
+    slots = torch.cat([(s + 1) * PAGE_SIZE + torch.arange(length) for s, length in enumerate(lengths)])
+    borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    batch: dict[str, Tensor] = {
+        "input_ids": torch.cat(rows)[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "cu_seqlens": borders,
+        "seq_lens": torch.tensor(lengths, dtype=torch.int32),
+        "logits_indices": torch.arange(total),
+        "state_slots": torch.arange(1, count + 1, dtype=torch.int32),
+    }
+    for spec in program.states:
+        if isinstance(spec, PagedState):
+            batch |= {f"page_table_{spec.group}": pages, f"slot_mapping_{spec.group}": slots}
+    leading = {True: (count + 1, PAGE_SIZE), False: (count + 1,)}
+    states = {
+        spec.name: torch.zeros(*leading[isinstance(spec, PagedState)], *spec.shape, dtype=spec.dtype, device=device)
+        for spec in program.states
+    }
+    return {name: value.to(device) for name, value in batch.items()}, states
+
+
+def _run(program: Program, rows: list[Tensor]) -> Tensor:
+    batch, states = _inputs(program, rows)
+    return program.run(batch, states).float().cpu()
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps every node's value."""
+
+    def __init__(self, module: fx.GraphModule):
+        super().__init__(module, garbage_collect_values=False)
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.values[n] = value.clone() if isinstance(value, Tensor) else value
+        return value
+
+
+@torch.inference_mode()
+def _first_difference(graph: ModelGraph, program: Program, rows: list[Tensor], tolerance: float) -> str:
+    """The first node whose rows of the second sequence differ between packed and alone."""
+    recorders = []
+    for case in (rows, rows[1:]):
+        batch, states = _inputs(program, case)
+        recorder = _Recorder(graph.module)
+        recorder.run(*[(batch | states)[str(node.target)] for node in graph.inputs()])
+        recorders.append(recorder.values)
+    packed, alone = recorders
+    for node in graph.graph.nodes:
+        mine, other = packed[node], alone[node]
+        dim = _token_dim(mine, other, rows)
+        if node.op != "call_function" or dim is None or not mine.is_floating_point():
+            continue
+        if _distance(mine.narrow(dim, len(rows[0]), len(rows[1])).float(), other.float()) > tolerance:
+            return f"{node.name} in module {module_path(node) or '(top)'} at {source_line(node)}"
+    return "the output"
+
+
+def _token_dim(packed: object, alone: object, rows: list[Tensor]) -> int | None:
+    if not isinstance(packed, Tensor) or not isinstance(alone, Tensor) or packed.dim() != alone.dim():
+        return None
+    total, second = sum(map(len, rows)), len(rows[1])
+    dims = [d for d in range(packed.dim()) if packed.shape[d] == total and alone.shape[d] == second]
+    return dims[0] if len(dims) == 1 else None
