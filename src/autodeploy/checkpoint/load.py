@@ -1,0 +1,85 @@
+"""Loading: recipes and a reader go in, final tensors on their device come out, within the memory there is.
+
+Each weight is read once and written straight into its final tensor, so that the peak is the final weights plus the
+sources of one recipe part.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+from transformers.core_model_loading import dot_natural_key
+
+from autodeploy.checkpoint.recipe import ReadTensor, Recipe, evaluate
+from autodeploy.errors import OutOfMemoryError
+
+Progress = Callable[[int, int], None]
+"""Called as `progress(bytes_done, bytes_total)` after each weight."""
+
+GIB = 1024**3
+
+
+def load_weights(
+    recipes: Mapping[str, Recipe], read: ReadTensor, *, device: torch.device, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """Make every recipe's tensor, contiguous, on `device`, in the recipe's dtype.
+
+    Names with equal recipes share one tensor. Weights are made in the order of their first source, which is close to
+    the order in which checkpoints store them; the result keeps the order of `recipes`.
+
+    Raises:
+        OutOfMemoryError: the weights do not fit the device's free memory; nothing has been read then.
+        CheckpointError: from `read`, or for a source of the wrong shape.
+    """
+    distinct = sorted(set(recipes.values()), key=lambda recipe: dot_natural_key(recipe.sources()[0]))
+    total_bytes = sum(weight_bytes(recipe) for recipe in distinct)
+    _check_fits(total_bytes, device)
+    loaded: dict[Recipe, Tensor] = {}
+    done_bytes = 0
+    for recipe in distinct:
+        out = torch.empty(recipe.shape, dtype=recipe.dtype, device=device)
+        loaded[recipe] = evaluate(recipe, read, out)
+        done_bytes += weight_bytes(recipe)
+        if progress is not None:
+            progress(done_bytes, total_bytes)
+    return {name: loaded[recipe] for name, recipe in recipes.items()}
+
+
+def weight_bytes(recipe: Recipe) -> int:
+    """Bytes of the recipe's final tensor."""
+    return torch.empty(recipe.shape, dtype=recipe.dtype, device="meta").nbytes
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on `device`, in bytes; on the CPU within the limit of a container."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min([int(psutil.virtual_memory().available), *_container_bytes(Path("/sys/fs/cgroup"))])
+
+
+def _check_fits(needed: int, device: torch.device) -> None:
+    available = available_bytes(device)
+    if needed > available:
+        raise OutOfMemoryError(
+            f"the weights need {needed / GIB:.2f} GiB, {available / GIB:.2f} GiB are available on {device}; take a "
+            "smaller dtype or model, or free memory"
+        )
+
+
+def _container_bytes(root: Path) -> list[int]:
+    """What the control group still allows: limit - used, caches that the kernel can drop counted as free."""
+    for limit_name, usage_name, cache_name in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        limit_file = root / limit_name
+        try:
+            limit = int(limit_file.read_text())  # "max" when there is no limit
+            usage = int((root / usage_name).read_text())
+            stat = dict(line.split() for line in (limit_file.parent / "memory.stat").read_text().splitlines())
+            return [max(0, limit - usage + int(stat[cache_name]))]
+        except (OSError, ValueError, KeyError):
+            continue
+    return []

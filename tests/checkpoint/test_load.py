@@ -1,0 +1,96 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from autodeploy.checkpoint import load
+from autodeploy.checkpoint.load import available_bytes, load_weights, weight_bytes
+from autodeploy.checkpoint.recipe import Cast, Concat, Recipe, Source, Transpose
+from autodeploy.errors import OutOfMemoryError
+
+CPU = torch.device("cpu")
+
+
+def source(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Source:
+    return Source(name, shape, dtype)
+
+
+def numbers(name: str) -> Tensor:
+    return torch.arange(6.0).view(2, 3) + ord(name[-1])
+
+
+def test_makes_every_recipe_in_its_own_dtype_and_contiguous() -> None:
+    recipes: dict[str, Recipe] = {
+        "plain": source("a", 2, 3, dtype=torch.bfloat16),
+        "fused": Concat((source("a", 2, 3), source("b", 2, 3)), 0),
+        "turned": Cast(Transpose(source("b", 2, 3), 0, 1), torch.float64),
+    }
+    loaded = load_weights(recipes, numbers, device=CPU)
+    assert list(loaded) == list(recipes)
+    assert torch.equal(loaded["plain"], numbers("a").bfloat16())
+    assert torch.equal(loaded["fused"], torch.cat([numbers("a"), numbers("b")]))
+    assert torch.equal(loaded["turned"], numbers("b").T.double())
+    assert all(tensor.is_contiguous() for tensor in loaded.values())
+
+
+def test_weights_are_copies_unless_their_recipes_are_equal() -> None:
+    kept = numbers("a")
+    recipes = {"one": source("a", 2, 3), "two": source("a", 2, 3), "other": source("b", 2, 3)}
+    loaded = load_weights(recipes, lambda name: kept, device=CPU)
+    assert loaded["one"] is loaded["two"]
+    kept.zero_()
+    assert loaded["one"].any() and loaded["other"].any()
+
+
+def test_reads_in_the_order_of_checkpoints_and_reports_progress() -> None:
+    order: list[str] = []
+    progress: list[tuple[int, int]] = []
+    names = ["layers.10.w", "layers.9.w", "embed.w", "layers.9.b"]
+
+    def read(name: str) -> Tensor:
+        order.append(name)
+        return numbers(name)
+
+    recipes = {name: source(name, 2, 3) for name in names}
+    load_weights(recipes, read, device=CPU, progress=lambda done, total: progress.append((done, total)))
+    assert order == ["embed.w", "layers.9.b", "layers.9.w", "layers.10.w"]
+    assert progress == [(24, 96), (48, 96), (72, 96), (96, 96)]
+
+
+def test_too_little_memory_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "available_bytes", lambda device: 3 * 2**30)
+
+    def read(name: str) -> Tensor:
+        raise AssertionError("read, although it cannot fit")
+
+    huge = {"w": Source("w", (2**20, 2**10), torch.float32)}  # 4 GiB
+    with pytest.raises(OutOfMemoryError, match=r"4\.00 GiB.*3\.00 GiB are available on cpu.*dtype"):
+        load_weights(huge, read, device=CPU)
+    monkeypatch.setattr(load, "available_bytes", lambda device: 24)  # the near miss: exactly enough
+    load_weights({"w": source("a", 2, 3), "tied": source("a", 2, 3)}, numbers, device=CPU)
+
+
+def test_bytes_of_a_recipe() -> None:
+    recipe = Cast(Concat((source("a", 2, 3), source("b", 2, 3)), 0), torch.bfloat16)
+    assert weight_bytes(recipe) == 24
+    assert 0 < available_bytes(CPU) < 2**50
+
+
+@pytest.mark.parametrize("layout", ["v2", "v1"])
+def test_the_limit_of_a_container_counts(tmp_path: Path, layout: str) -> None:
+    assert load._container_bytes(tmp_path) == []
+    folder = tmp_path if layout == "v2" else tmp_path / "memory"
+    folder.mkdir(exist_ok=True)
+    limit, usage, cache = {
+        "v2": ("memory.max", "memory.current", "inactive_file"),
+        "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    }[layout]
+    (folder / limit).write_text("1000\n")
+    (folder / usage).write_text("700\n")
+    (folder / "memory.stat").write_text(f"anon 500\n{cache} 150\nactive_file 7\n")
+    assert load._container_bytes(tmp_path) == [450]
+    (folder / limit).write_text("600\n")
+    assert load._container_bytes(tmp_path) == [50]
+    (folder / limit).write_text("max\n")
+    assert load._container_bytes(tmp_path) == []

@@ -1,0 +1,153 @@
+import gc
+import weakref
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from autodeploy.checkpoint.recipe import Cast, Concat, Recipe, Slice, Source, Transpose, evaluate
+from autodeploy.errors import CheckpointError, TransformError
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def stored(name: str, shape: tuple[int, ...]) -> Tensor:
+    """What the checkpoint of these tests holds under `name`: float32 values that bfloat16 must round."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(map(ord, name))))
+
+
+@st.composite
+def recipes(draw: st.DrawFn, shape: tuple[int, ...] | None = None, depth: int = 3) -> Recipe:
+    """A random recipe of two dimensions, of a given shape if one is given."""
+    rows, columns = shape or draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
+    kind = draw(st.sampled_from(["source", "slice", "concat", "cast", "transpose"])) if depth else "source"
+    if kind == "slice":
+        before, after = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
+        return Slice(draw(recipes((rows, columns + before + after), depth - 1)), 1, before, columns)
+    if kind == "concat" and rows > 1:
+        first = draw(st.integers(1, rows - 1))
+        parts = [draw(recipes((count, columns), depth - 1)) for count in (first, rows - first)]
+        return Concat(tuple(Cast(part, F32) for part in parts), 0)
+    if kind == "cast":
+        return Cast(draw(recipes((rows, columns), depth - 1)), draw(st.sampled_from([F32, BF16, torch.float64])))
+    if kind == "transpose":
+        return Transpose(draw(recipes((columns, rows), depth - 1)), 0, 1)
+    return Source(
+        draw(st.sampled_from("abc")) + f"{rows}x{columns}", (rows, columns), draw(st.sampled_from([F32, BF16]))
+    )
+
+
+def expected(recipe: Recipe) -> Tensor:
+    """The recipe's meaning, written the plain way."""
+    match recipe:
+        case Source(name, shape, dtype):
+            return stored(name, shape).to(dtype)
+        case Slice(of, dim, start, length):
+            return torch.split(expected(of), [start, length, of.shape[dim] - start - length], dim)[1]
+        case Concat(parts, dim):
+            return torch.cat([expected(part) for part in parts], dim)
+        case Cast(of, dtype):
+            return expected(of).to(dtype)
+        case Transpose(of, dim0, dim1):
+            return expected(of).swapaxes(dim0, dim1)
+
+
+@given(recipes())
+def test_evaluates_to_its_meaning(recipe: Recipe) -> None:
+    want = expected(recipe)
+    assert (recipe.shape, recipe.dtype) == (tuple(want.shape), want.dtype)
+    got = evaluate(recipe, _read)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    out = torch.full(recipe.shape, torch.nan, dtype=recipe.dtype)
+    assert evaluate(recipe, _read, out) is out
+    torch.testing.assert_close(out, want, rtol=0, atol=0)
+
+
+@given(recipes())
+def test_reads_exactly_its_sources(recipe: Recipe) -> None:
+    names: list[str] = []
+
+    def read(name: str) -> Tensor:
+        names.append(name)
+        return _read(name)
+
+    evaluate(recipe, read)
+    assert tuple(names) == recipe.sources()
+
+
+def test_a_recipe_is_a_value() -> None:
+    def make() -> Recipe:
+        return Concat((Source("q", (2, 4), F32), Slice(Source("kv", (6, 4), F32), 0, 2, 3)), 0)
+
+    assert make() == make() and hash(make()) == hash(make())
+    assert str(Transpose(Cast(make(), BF16), 0, 1)) == (
+        "transpose(cast(concat(q, slice(kv, dim=0, 2:5), dim=0), bfloat16), 0, 1)"
+    )
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_concat_holds_one_source_at_a_time_and_writes_in_place(cast: bool) -> None:
+    parts = tuple(Source(f"{i}", (3, 4), F32) for i in range(4))
+    recipe: Recipe = Cast(Concat(parts, 0), BF16) if cast else Concat(parts, 0)
+    alive: list[weakref.ref[Tensor]] = []
+
+    def read(name: str) -> Tensor:
+        gc.collect()
+        assert all(ref() is None for ref in alive), "the previous source is still held"
+        tensor = torch.full((3, 4), float(name))
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    out = torch.empty(recipe.shape, dtype=recipe.dtype)
+    with _Allocations() as allocated:
+        evaluate(recipe, read, out)
+    assert out[:, 0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert max(allocated.numels) <= 12, "something as large as the whole was allocated"
+
+
+def test_a_source_of_another_shape_is_named_with_both_shapes() -> None:
+    with pytest.raises(CheckpointError, match=r"'w'.*\[2, 3\].*\[3, 2\]"):
+        evaluate(Source("w", (3, 2), F32), lambda name: torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda w: Slice(w, 0, 3, 2),
+        lambda w: Slice(w, 0, -1, 2),
+        lambda w: Slice(w, 0, 2, -1),
+        lambda w: Slice(w, 2, 0, 1),
+        lambda w: Slice(w, -1, 0, 1),
+        lambda w: Transpose(w, 0, 2),
+        lambda w: Concat((), 0),
+        lambda w: Concat((w, Source("v", (4, 4), F32)), 0),
+        lambda w: Concat((w, Source("v", (4,), F32)), 0),
+        lambda w: Concat((w, Cast(w, BF16)), 0),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_when_made(make: "type[Recipe]") -> None:
+    Slice(Source("w", (4, 3), F32), 0, 0, 4), Slice(Source("w", (4, 3), F32), 0, 4, 0)  # the near miss: still within
+    with pytest.raises(TransformError):
+        make(Source("w", (4, 3), F32))  # type: ignore[call-arg, arg-type]
+
+
+def _read(name: str) -> Tensor:
+    rows, columns = name[1:].split("x")
+    return stored(name, (int(rows), int(columns)))
+
+
+class _Allocations(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the size of everything an op returns that has a storage of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numels = [0]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result._base is None and "copy_" not in func.__name__:
+            self.numels.append(result.numel())
+        return result
