@@ -1,0 +1,138 @@
+"""Batches: scheduled sequences go in, the batch inputs of one packed row come out, as tensors on the device."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from autodeploy.errors import UnsupportedModelError
+from autodeploy.ops.batch_inputs import lookup
+from autodeploy.runtime.request import Sequence
+
+PAGE_TABLE = "page_table_"
+SLOT_MAPPING = "slot_mapping_"
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's inputs by name, and the sequences whose next token it decides.
+
+    Row i of the logits belongs to `sampled[i]`. A program is never asked for zero rows: when no sequence ends its
+    prompt in this step, one row of logits is computed all the same and `sampled` is empty.
+
+    On CUDA the copies may still be under way: sampled tokens must have been read before the next `build`.
+    """
+
+    inputs: dict[str, Tensor]
+    sampled: list[Sequence]
+    num_tokens: int
+
+
+class BatchBuilder:
+    """Builds the inputs that a program reads.
+
+    Args:
+        names: batch inputs wanted, see `ops/batch_inputs.py`.
+        page_tables: live page tables `[num_slots, pages]` by group name, read at every build.
+        max_num_seqs, max_num_batched_tokens: most sequences and tokens of one step; sizes of the buffers.
+    Raises:
+        UnsupportedModelError: a name that is no batch input, or of a state group the program does not have.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        *,
+        page_tables: Mapping[str, NDArray[np.int32]],
+        page_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        device: torch.device,
+    ) -> None:
+        self._page_tables = page_tables
+        self._page_size = page_size
+        self._device = device
+        self._names = tuple(names)
+        self._dtypes: dict[str, np.dtype[np.integer]] = {}
+        self._pinned: dict[str, Tensor] = {}
+        self._arange: IntArray = np.arange(max(max_num_batched_tokens, max_num_seqs) + 1, dtype=np.int64)
+        lengths = {"T": max_num_batched_tokens, "S": max_num_seqs, "S+1": max_num_seqs + 1, "R": max_num_seqs, 1: 1}
+        for name in self._names:
+            declared = lookup(name)
+            group = name.removeprefix(PAGE_TABLE).removeprefix(SLOT_MAPPING)
+            if declared is None or (group != name and group not in page_tables):
+                raise UnsupportedModelError(
+                    f"the program reads {name!r}, which this runtime cannot provide; the program's groups of paged "
+                    f"states are: {', '.join(page_tables) or 'none'}"
+                )
+            lengths["P"] = page_tables[group].shape[1] if group != name else 0
+            self._dtypes[name] = np.dtype(np.int32 if declared.dtype == torch.int32 else np.int64)
+            if device.type == "cuda":  # pinned once, so that the copies of a step do not wait for the device
+                size = math.prod(lengths[dim] for dim in declared.dims)
+                self._pinned[name] = torch.zeros(size, dtype=declared.dtype, pin_memory=True)
+
+    def build(self, scheduled: Mapping[Sequence, int]) -> Batch:
+        """The inputs for computing `scheduled[sequence]` more tokens of each sequence; at least one sequence."""
+        num_seqs = len(scheduled)
+        counts: IntArray = np.fromiter(scheduled.values(), np.int64, num_seqs)
+        starts: IntArray = np.fromiter((sequence.num_computed_tokens for sequence in scheduled), np.int64, num_seqs)
+        lengths: IntArray = np.fromiter((len(sequence.token_ids) for sequence in scheduled), np.int64, num_seqs)
+        slots: IntArray = np.fromiter((sequence.slot for sequence in scheduled), np.int64, num_seqs)
+        ends = starts + counts
+        offsets: IntArray = np.zeros(num_seqs + 1, dtype=np.int64)
+        np.cumsum(counts, out=offsets[1:])
+        num_tokens = int(offsets[-1])
+        if num_tokens == num_seqs:  # every sequence decodes: one token each
+            token_slots, positions = slots, starts
+        else:
+            token_slots = np.repeat(slots, counts)
+            positions = self._arange[:num_tokens] + np.repeat(starts - offsets[:-1], counts)
+        is_complete = ends == lengths
+        rows = offsets[1:][is_complete] - 1
+        values: dict[str, IntArray] = {
+            "input_ids": _token_ids(scheduled, num_tokens).reshape(1, -1),
+            "position_ids": positions.reshape(1, -1),
+            "cu_seqlens": offsets,
+            "seq_lens": ends,
+            "logits_indices": rows if len(rows) else self._arange[:1],
+            "state_slots": slots,
+        }
+        pages, entries = positions // self._page_size, positions % self._page_size
+        num_pages = -(-int(ends.max()) // self._page_size)
+        inputs: dict[str, Tensor] = {}
+        for name in self._names:
+            if name.startswith(PAGE_TABLE):
+                value: NDArray[np.integer] = self._page_tables[name.removeprefix(PAGE_TABLE)][slots, :num_pages]
+            elif name.startswith(SLOT_MAPPING):
+                table = self._page_tables[name.removeprefix(SLOT_MAPPING)]
+                value = table[token_slots, pages] * np.int64(self._page_size) + entries
+            else:
+                value = values[name]
+            inputs[name] = self._place(name, value)
+        sampled = [sequence for sequence, complete in zip(scheduled, is_complete.tolist(), strict=True) if complete]
+        return Batch(inputs=inputs, sampled=sampled, num_tokens=num_tokens)
+
+    def _place(self, name: str, value: NDArray[np.integer]) -> Tensor:
+        """The value as a contiguous tensor on the device, through the name's pinned buffer when there is a copy."""
+        if self._device.type == "cpu":
+            return torch.from_numpy(np.ascontiguousarray(value, dtype=self._dtypes[name]))
+        buffer = self._pinned[name][: value.size]
+        buffer.numpy()[:] = value.reshape(-1)
+        return buffer.view(value.shape).to(self._device, non_blocking=True)
+
+
+def _token_ids(scheduled: Mapping[Sequence, int], num_tokens: int) -> IntArray:
+    token_ids: list[int] = []
+    for sequence, count in scheduled.items():
+        start = sequence.num_computed_tokens
+        if count == 1:
+            token_ids.append(sequence.token_ids[start])
+        else:
+            token_ids += sequence.token_ids[start : start + count]
+    return np.array(token_ids, dtype=np.int64)

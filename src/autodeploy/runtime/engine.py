@@ -1,0 +1,219 @@
+"""The engine: requests as token ids go in, sampled tokens come out, one step at a time."""
+
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from autodeploy.compile.program import Program
+from autodeploy.config import EngineOptions, Options, check_options
+from autodeploy.errors import EngineDeadError, EngineOverloadedError, InvalidRequestError
+from autodeploy.runtime.batch import Batch, BatchBuilder
+from autodeploy.runtime.pages import StateAllocator
+from autodeploy.runtime.request import (
+    FinishReason,
+    Limits,
+    Request,
+    SamplingParams,
+    Sequence,
+    TokenOutput,
+    new_sequences,
+)
+from autodeploy.runtime.sampler import Sampler, Samples
+from autodeploy.runtime.scheduler import ScheduledStep, Scheduler
+from autodeploy.runtime.states import allocate_states, clear_slots, plan_states
+
+UNUSABLE_LOGITS = "the model returned logits that are not numbers; check dtype and weights"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """Counters and gauges.
+
+    Attributes:
+        num_running, num_waiting: sequences now.
+        num_preemptions: since the start.
+        state_usage_fraction: share of pages (or slots) in use, of the fullest group.
+        num_steps, prompt_tokens, generation_tokens: since the start; a prompt counts once, when its first token is out.
+        last_step_host_seconds: scheduling, building the batch and committing, in the last step.
+        last_step_model_seconds: running the model and sampling, in the last step.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_preemptions: int = 0
+    state_usage_fraction: float = 0.0
+    num_steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    last_step_host_seconds: float = 0.0
+    last_step_model_seconds: float = 0.0
+
+
+class Engine:
+    """Serves many requests at once. All methods are to be called from one thread.
+
+    Args:
+        program: the model.
+        options: scheduling and memory.
+        max_model_len: context limit in tokens, prompt and output together; it fits the memory or is refused. By default
+            the program's own limit, or as much of it as fits.
+    Raises:
+        ConfigError: an option with a bad value.
+        OutOfMemoryError: the states of one sequence do not fit.
+    """
+
+    def __init__(self, program: Program, options: EngineOptions, max_model_len: int | None = None) -> None:
+        check_options(Options(engine=options))
+        plan = plan_states(
+            program.states,
+            options,
+            device=program.device,
+            max_model_len=max_model_len,
+            model_limit=program.max_model_len,
+        )
+        self.program = program
+        self.options = options
+        self.plan = plan
+        self.max_model_len = plan.max_model_len
+        self._limits = Limits(program.vocab_size, self.max_model_len, program.eos_token_ids)
+        self._states = allocate_states(program.states, plan, program.device)
+        self._allocator = StateAllocator(
+            plan.groups, num_slots=plan.num_slots, page_size=plan.page_size, max_model_len=plan.max_model_len
+        )
+        self._scheduler = Scheduler(self._allocator, max_num_batched_tokens=options.max_num_batched_tokens)
+        self._batches = BatchBuilder(
+            program.batch_inputs(),
+            page_tables=self._allocator.page_tables,
+            page_size=plan.page_size,
+            max_num_seqs=plan.num_slots - 1,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            device=program.device,
+        )
+        self._sampler = Sampler(options.seed)
+        self._requests: dict[str, list[Sequence]] = {}
+        """sequences of each request that are not finished"""
+        self._failure: Exception | None = None
+        self._num_arrivals = self._num_steps = self._prompt_tokens = self._generation_tokens = 0
+        self._host_seconds = self._model_seconds = 0.0
+
+    def add_request(
+        self, request_id: str, prompt_token_ids: SequenceOf[int], params: SamplingParams, *, priority: int = 0
+    ) -> None:
+        """Queue a request; a lower `priority` runs sooner. Its tokens come out of `step`.
+
+        Raises:
+            InvalidRequestError: a prompt or parameter that cannot be served, or an id already in use.
+            EngineOverloadedError: `max_queued_requests` sequences are waiting already.
+            EngineDeadError: the engine has stopped.
+        """
+        self._check_alive()
+        if request_id in self._requests:
+            raise InvalidRequestError(f"request id {request_id!r} is in use; give each request its own", "request_id")
+        request = Request(request_id, prompt_token_ids, params, self._num_arrivals, priority)
+        sequences = new_sequences(request, self._limits)
+        if not self._allocator.can_ever_fit(len(prompt_token_ids) + 1):
+            raise InvalidRequestError(
+                f"the prompt has {len(prompt_token_ids)} tokens, more than the state memory holds; shorten it or raise "
+                "kv_cache_memory_bytes",
+                "prompt_token_ids",
+            )
+        if self._scheduler.num_waiting >= self.options.max_queued_requests:
+            raise EngineOverloadedError(
+                f"{self._scheduler.num_waiting} sequences are waiting and max_queued_requests is "
+                f"{self.options.max_queued_requests}; try again later"
+            )
+        self._num_arrivals += 1
+        self._requests[request_id] = sequences
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+
+    def abort_request(self, request_id: str, index: int | None = None) -> list[TokenOutput]:
+        """Stop a request, or its sequence `index`, and free what it owns. `step` says no more of it.
+
+        Returns one output with `finish_reason="abort"` for each sequence stopped; none for an unknown or finished one.
+        """
+        chosen = [s for s in self._requests.get(request_id, ()) if index is None or s.index == index]
+        return [self._finish(sequence, "abort") for sequence in chosen]
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._requests)
+
+    def step(self) -> list[TokenOutput]:
+        """Run one batch and return what it added to each sequence; no-op without unfinished requests.
+
+        Raises:
+            EngineDeadError: the model failed, now or in an earlier step; `__cause__` carries the reason. All requests
+                are lost and the engine takes no more.
+        """
+        self._check_alive()
+        try:
+            return self._step()
+        except Exception as error:
+            self._failure = error
+            raise EngineDeadError(f"the engine stopped in a step: {type(error).__name__}: {error}") from error
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self._scheduler.running),
+            num_waiting=self._scheduler.num_waiting,
+            num_preemptions=self._scheduler.num_preemptions,
+            state_usage_fraction=self._allocator.usage_fraction,
+            num_steps=self._num_steps,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            last_step_host_seconds=self._host_seconds,
+            last_step_model_seconds=self._model_seconds,
+        )
+
+    def _step(self) -> list[TokenOutput]:
+        began = time.perf_counter()
+        step = self._scheduler.schedule()
+        outputs = [self._finish(sequence, "error", sequence.stop_reason) for sequence in step.failed]
+        if not step.scheduled:
+            return outputs
+        clear_slots(self.program.states, self._states, [sequence.slot for sequence in step.admitted])
+        batch = self._batches.build(step.scheduled)
+        running = time.perf_counter()
+        logits = self.program.run(batch.inputs, self._states)
+        samples = self._sampler.sample(logits[: len(batch.sampled)], batch.sampled)
+        committing = time.perf_counter()
+        outputs += self._commit(step, batch, samples)
+        self._num_steps += 1
+        self._model_seconds = committing - running
+        self._host_seconds = time.perf_counter() - began - self._model_seconds
+        return outputs
+
+    def _commit(self, step: ScheduledStep, batch: Batch, samples: Samples) -> list[TokenOutput]:
+        for sequence, num_tokens in step.scheduled.items():
+            self._scheduler.commit(sequence, num_tokens)
+        outputs = []
+        for sequence, token_id, logprobs in zip(batch.sampled, samples.token_ids, samples.logprobs, strict=True):
+            if token_id is None:
+                outputs.append(self._finish(sequence, "error", UNUSABLE_LOGITS))
+                continue
+            if len(sequence.token_ids) == sequence.num_prompt_tokens:
+                self._prompt_tokens += sequence.num_prompt_tokens
+            sequence.append(token_id)
+            self._generation_tokens += 1
+            outputs.append(sequence.output([token_id], logprobs))
+            if sequence.finish_reason is not None:
+                self._release(sequence)
+        return outputs
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, why: int | str | None = None) -> TokenOutput:
+        """End a sequence without a new token."""
+        sequence.finish_reason, sequence.stop_reason = reason, why
+        self._release(sequence)
+        return sequence.output([])
+
+    def _release(self, sequence: Sequence) -> None:
+        self._scheduler.finish(sequence)
+        self._sampler.release(sequence)
+        siblings = self._requests[sequence.request.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._requests[sequence.request.request_id]
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineDeadError("the engine has stopped; start a new one") from self._failure

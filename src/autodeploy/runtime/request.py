@@ -1,0 +1,322 @@
+"""Requests: what a caller asks for and gets back, and the mutable state of each sequence in flight (no torch)."""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+from autodeploy.errors import InvalidRequestError
+
+MAX_SEQUENCES_PER_REQUEST = 128
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 32
+MAX_STOP_STRING_LENGTH = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_TEMPERATURE = 1e6
+GREEDY_TEMPERATURE = 1e-5
+"""Below this temperature sampling is greedy: dividing by it would only overflow."""
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen and when a sequence ends; checked on construction.
+
+    Attributes:
+        n: sequences generated from the same prompt.
+        presence_penalty: subtracted once from the logits of tokens already generated.
+        frequency_penalty: subtracted from the logits of generated tokens, times how often each occurred.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or output.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_p: keep the fewest most likely tokens that together have this probability.
+        top_k: keep this many of the most likely tokens; 0 or -1 keeps all.
+        min_p: keep tokens at least this likely relative to the most likely one.
+        seed: makes this request's randomness its own and reproducible; sequence i of n uses `seed + i`.
+        stop: strings that end the text; acted on by the text layer, which aborts the sequence. Kept as a tuple.
+        stop_token_ids: tokens that end a sequence besides the model's own end-of-sequence tokens. Kept as a tuple.
+        ignore_eos: go on after the model's end-of-sequence tokens.
+        max_tokens: most tokens generated per sequence; None means until the context is full.
+        min_tokens: end-of-sequence and stop tokens are not sampled before this many tokens.
+        logprobs: return log-probabilities of this many most likely tokens and of the sampled one.
+        detokenize, skip_special_tokens, include_stop_str_in_output: for the text layer.
+
+    Raises:
+        InvalidRequestError: a value of the wrong type or outside its range; `parameter` names the field.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | SequenceOf[str] | None = None
+    stop_token_ids: SequenceOf[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_lengths()
+        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise _invalid(name, getattr(self, name), "must be true or false")
+        # Copied into tuples, so that what was checked cannot be changed behind our back.
+        object.__setattr__(self, "stop", _checked_stop_strings(self.stop))
+        object.__setattr__(self, "stop_token_ids", _checked_stop_token_ids(self.stop_token_ids))
+
+    def _check_numbers(self) -> None:
+        _check_real("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
+        _check_real("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0:
+            raise _invalid("top_p", self.top_p, "must be above 0; for greedy decoding set temperature=0")
+        _check_int("top_k", self.top_k, -1, None)
+        _check_real("min_p", self.min_p, 0.0, 1.0)
+        _check_real("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_real("repetition_penalty", self.repetition_penalty, 1e-3, 1e3)
+        if self.seed is not None:
+            _check_int("seed", self.seed, -(2**63), 2**63 - 1)
+
+    def _check_lengths(self) -> None:
+        _check_int("n", self.n, 1, MAX_SEQUENCES_PER_REQUEST)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1, None)
+        _check_int("min_tokens", self.min_tokens, 0, None)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise _invalid("min_tokens", self.min_tokens, f"must be at most max_tokens, which is {self.max_tokens}")
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+def _invalid(name: str, value: object, expected: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{name} is {value!r}; it {expected}", parameter=name)
+
+
+def _check_real(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _invalid(name, value, "must be a number")
+    if not low <= value <= high:  # NaN compares false and infinity is out of range
+        raise _invalid(name, value, f"must be a number from {low:g} to {high:g}")
+
+
+def _check_int(name: str, value: object, low: int, high: int | None) -> None:
+    expected = f"must be a whole number of at least {low}" + ("" if high is None else f" and at most {high}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise _invalid(name, value, expected)
+
+
+def _checked_stop_strings(stop: object) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else () if stop is None else stop
+    if not isinstance(strings, SequenceOf) or not all(isinstance(string, str) for string in strings):
+        raise _invalid("stop", stop, "must be a string or a list of strings")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise InvalidRequestError(f"stop has {len(strings)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop")
+    if not all(0 < len(string) <= MAX_STOP_STRING_LENGTH for string in strings):
+        raise InvalidRequestError(f"stop strings must have 1 to {MAX_STOP_STRING_LENGTH} characters each", "stop")
+    return tuple(strings)
+
+
+def _checked_stop_token_ids(token_ids: object) -> tuple[int, ...]:
+    name = "stop_token_ids"
+    ids = () if token_ids is None else token_ids
+    if not isinstance(ids, SequenceOf) or isinstance(ids, str | bytes):
+        raise _invalid(name, token_ids, "must be a list of token ids")
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequestError(f"{name} has {len(ids)} ids; at most {MAX_STOP_TOKEN_IDS} are allowed", name)
+    for token_id in ids:
+        _check_int(name, token_id, 0, None)
+    return tuple(ids)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the program in use allows: ids below `vocab_size`, `max_model_len` tokens of prompt and output together."""
+
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: SequenceOf[int] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request. `arrival` counts requests in the order they came; a lower `priority` runs sooner."""
+
+    request_id: str
+    prompt_token_ids: SequenceOf[int]
+    params: SamplingParams
+    arrival: int
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural-log probability of a token under the model itself, and its rank (1 = most likely)."""
+
+    logprob: float
+    rank: int
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenOutput:
+    """What one step added to one sequence.
+
+    Attributes:
+        request_id, index: which sequence.
+        token_ids: the new tokens; empty when a sequence ends without one.
+        logprobs: per new token, log-probabilities by token id (the sampled token first); None when not asked for.
+        finish_reason: None while the sequence goes on.
+        stop_reason: the token of `stop_token_ids` that ended it; None for the model's own end-of-sequence tokens.
+            With `finish_reason="error"`, one sentence that says why.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+class Status(Enum):
+    """Where a sequence is; a preempted one is waiting again."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """One sequence in flight: its tokens, how many of them the states hold, and how it ended.
+
+    Attributes:
+        token_ids: prompt and output so far.
+        num_computed_tokens: leading tokens whose states are in memory; 0 again after a preemption.
+        slot: row in the page tables and slot states; 0 while it has none. The pages are in `StateAllocator`'s tables.
+        order: sort key; the smallest runs first and is preempted last.
+        stop_ids: tokens that end it.
+        is_plain: argmax of the logits is all the sampling it needs.
+    """
+
+    __slots__ = (
+        "eos_ids",
+        "finish_reason",
+        "index",
+        "is_plain",
+        "max_length",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "order",
+        "params",
+        "request",
+        "slot",
+        "status",
+        "stop_ids",
+        "stop_reason",
+        "token_ids",
+    )
+
+    def __init__(self, request: Request, index: int, limits: Limits) -> None:
+        params = request.params
+        self.request = request
+        self.params = params
+        self.index = index
+        self.order = (request.priority, request.arrival, index)
+        self.token_ids = list(request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.max_length = limits.max_model_len
+        if params.max_tokens is not None:
+            self.max_length = min(self.max_length, self.num_prompt_tokens + params.max_tokens)
+        # A checkpoint may name tokens that its own vocabulary does not have; they cannot be sampled.
+        eos_ids = frozenset(token_id for token_id in limits.eos_token_ids if 0 <= token_id < limits.vocab_size)
+        self.eos_ids: frozenset[int] = frozenset() if params.ignore_eos else eos_ids
+        self.stop_ids = self.eos_ids.union(params.stop_token_ids or ())
+        self.is_plain = (
+            params.is_greedy and not params.has_penalties and params.logprobs is None and not params.min_tokens
+        )
+        self.num_computed_tokens = 0
+        self.slot = 0
+        self.status = Status.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def append(self, token_id: int) -> None:
+        """Add a sampled token and decide whether it ends the sequence. A stop token is kept as the last token."""
+        self.token_ids.append(token_id)
+        if token_id in self.stop_ids:
+            self.finish_reason = "stop"
+            self.stop_reason = None if token_id in self.eos_ids else token_id
+        elif len(self.token_ids) >= self.max_length:
+            self.finish_reason = "length"
+
+    def output(self, token_ids: list[int], logprobs: dict[int, Logprob] | None = None) -> TokenOutput:
+        """What to tell the caller: these new tokens, and how the sequence ended, if it did."""
+        return TokenOutput(
+            request_id=self.request.request_id,
+            index=self.index,
+            token_ids=token_ids,
+            logprobs=None if logprobs is None else [logprobs],
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
+
+def new_sequences(request: Request, limits: Limits) -> list[Sequence]:
+    """The n sequences of a request, none of them started.
+
+    Raises:
+        InvalidRequestError: a prompt that is empty, not a list of ints or too long; a token outside the vocabulary; a
+            priority that is no int.
+    """
+    _check_prompt(request.prompt_token_ids, limits)
+    _check_int("priority", request.priority, -(2**31), 2**31 - 1)
+    if request.params.stop_token_ids:
+        _check_token_ids("stop_token_ids", request.params.stop_token_ids, limits.vocab_size)
+    return [Sequence(request, index, limits) for index in range(request.params.n)]
+
+
+def _check_prompt(token_ids: SequenceOf[int], limits: Limits) -> None:
+    name = "prompt_token_ids"
+    if not isinstance(token_ids, SequenceOf) or isinstance(token_ids, str | bytes):
+        raise InvalidRequestError(f"{name} is of type {type(token_ids).__name__}; it must be a list of ints", name)
+    if len(token_ids) == 0:
+        raise InvalidRequestError("the prompt is empty; give at least one token", name)
+    if len(token_ids) >= limits.max_model_len:
+        raise InvalidRequestError(
+            f"the prompt has {len(token_ids)} tokens, but prompt and output together may have {limits.max_model_len}; "
+            f"shorten the prompt to at most {limits.max_model_len - 1} tokens or raise max_model_len",
+            name,
+        )
+    _check_token_ids(name, token_ids, limits.vocab_size)
+
+
+def _check_token_ids(name: str, token_ids: SequenceOf[int], vocab_size: int) -> None:
+    if set(map(type, token_ids)) != {int}:  # the exact type: bool is an int, and a NumPy int is not
+        at, bad = next((at, bad) for at, bad in enumerate(token_ids) if type(bad) is not int)
+        raise InvalidRequestError(f"{name}[{at}] is {bad!r} of type {type(bad).__name__}; it must be an int", name)
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        at, bad = next((at, bad) for at, bad in enumerate(token_ids) if not 0 <= bad < vocab_size)
+        raise InvalidRequestError(
+            f"{name}[{at}] is {bad}, which is not a token of this model; ids go from 0 to {vocab_size - 1}", name
+        )

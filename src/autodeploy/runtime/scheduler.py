@@ -1,0 +1,143 @@
+"""Continuous batching: running and waiting sequences go in, the sequences and token counts of one step come out.
+
+One order rules everything: (priority, arrival, index), see `Sequence.order`. Within the token budget of a step, running
+sequences that decode come first, then those still in their prompt, then waiting ones, each in order. Long prompts are
+cut into chunks by what the budget leaves. When pages run out, the last running sequence gives up all it owns and waits
+again; its tokens are recomputed later. Nobody overtakes the first waiting sequence, and the first running sequence is
+never preempted for another, so every sequence finishes.
+"""
+
+import heapq
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from autodeploy.runtime.pages import StateAllocator
+from autodeploy.runtime.request import Sequence, Status
+
+
+@dataclass
+class ScheduledStep:
+    """What one step does.
+
+    Attributes:
+        scheduled: tokens to compute now, per sequence; they follow its `num_computed_tokens`.
+        admitted: sequences that start in this step; their slot states must be zero.
+        preempted: sequences that lost their states and wait again.
+        failed: sequences that cannot fit even alone; already finished.
+    """
+
+    scheduled: dict[Sequence, int] = field(default_factory=dict)
+    admitted: list[Sequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    failed: list[Sequence] = field(default_factory=list)
+
+
+class Scheduler:
+    """Decides what runs. `schedule` allocates; `commit` and `finish` release."""
+
+    def __init__(self, allocator: StateAllocator, *, max_num_batched_tokens: int) -> None:
+        self.running: list[Sequence] = []
+        """always sorted by `order`"""
+        self.num_preemptions = 0
+        self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
+        self._allocator = allocator
+        self._max_num_batched_tokens = max_num_batched_tokens
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def sequences(self) -> Iterator[Sequence]:
+        """All sequences that are not finished, in no particular order."""
+        yield from self.running
+        yield from (sequence for _, sequence in self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. It waits in `order`, wherever it comes from."""
+        sequence.status = Status.WAITING
+        heapq.heappush(self._waiting, (sequence.order, sequence))
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, running or waiting, and free what it owns."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+        elif sequence.status is Status.WAITING:
+            self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
+            heapq.heapify(self._waiting)
+        self._allocator.free(sequence)
+        sequence.status = Status.FINISHED
+
+    def schedule(self) -> ScheduledStep:
+        """The next step; empty when there is nothing to run."""
+        step = ScheduledStep()
+        budget = self._max_num_batched_tokens
+        for sequence in self._in_service_order():
+            if budget == 0:
+                break
+            granted = self._grant(sequence, budget, step)
+            while not granted and sequence.status is Status.RUNNING:
+                budget += self._make_room(sequence, step)
+                granted = self._grant(sequence, budget, step)
+            budget -= granted
+        while budget > 0 and self._waiting and not step.preempted:
+            sequence = self._waiting[0][1]
+            if not self._allocator.can_admit(sequence, num_reserved_pages=len(self.running)):
+                if self.running:
+                    break
+                self._fail(sequence, step)
+                continue
+            heapq.heappop(self._waiting)
+            sequence.status = Status.RUNNING
+            insort(self.running, sequence, key=lambda running: running.order)
+            step.admitted.append(sequence)
+            budget -= self._grant(sequence, budget, step)
+        return step
+
+    def commit(self, sequence: Sequence, num_tokens: int) -> None:
+        """Record that the states of `num_tokens` more tokens are in memory."""
+        sequence.num_computed_tokens += num_tokens
+        self._allocator.release_unreachable(sequence)
+
+    def _in_service_order(self) -> list[Sequence]:
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        for sequence in self.running:
+            is_decoding = len(sequence.token_ids) - sequence.num_computed_tokens == 1
+            (decoding if is_decoding else prefilling).append(sequence)
+        return decoding + prefilling
+
+    def _grant(self, sequence: Sequence, budget: int, step: ScheduledStep) -> int:
+        """Allocate the sequence's next tokens, as many as the budget and the pages allow."""
+        if sequence.status is not Status.RUNNING:  # preempted for an earlier one in this very step
+            return 0
+        wanted = min(budget, len(sequence.token_ids) - sequence.num_computed_tokens)
+        granted = self._allocator.allocate(sequence, wanted)
+        if granted:
+            step.scheduled[sequence] = granted
+        return granted
+
+    def _make_room(self, sequence: Sequence, step: ScheduledStep) -> int:
+        """Preempt the last running sequence, maybe `sequence` itself; returns how many tokens of this step that undid.
+
+        Alone and still without room, `sequence` can never fit and fails.
+        """
+        if len(self.running) == 1:
+            self._fail(sequence, step)
+            return 0
+        victim = self.running.pop()
+        self._allocator.free(victim)
+        victim.num_computed_tokens = 0
+        self.num_preemptions += 1
+        self.add(victim)
+        step.preempted.append(victim)
+        return step.scheduled.pop(victim, 0)
+
+    def _fail(self, sequence: Sequence, step: ScheduledStep) -> None:
+        self.finish(sequence)
+        sequence.finish_reason = "error"
+        sequence.stop_reason = (
+            f"a sequence of {len(sequence.token_ids)} tokens does not fit the state memory even alone; "
+            "raise kv_cache_memory_bytes or memory_fraction"
+        )
+        step.failed.append(sequence)

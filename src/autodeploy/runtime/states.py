@@ -1,0 +1,223 @@
+"""State memory: state specs and a memory budget go in, a plan (pages per group, slots) and zeroed tensors come out."""
+
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from autodeploy.config import EngineOptions
+from autodeploy.errors import OutOfMemoryError
+from autodeploy.ops.state import PagedState, SlotState, StateSpec
+from autodeploy.runtime.pages import PageGroup
+
+logger = logging.getLogger(__name__)
+
+UNLIMITED_MODEL_LEN = 8192
+"""Context limit when neither the user nor the model sets one."""
+MIN_MODEL_LEN = 2048
+"""When the user sets no limit, the model's own may shrink to what fits in memory, but not below this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatePlan:
+    """How many pages and slots there are, and the longest sequence they serve.
+
+    Attributes:
+        groups: geometry of each group of paged states; page counts include scratch page 0.
+        num_slots: slots, scratch slot 0 included; one less is how many sequences run at once.
+        page_size: tokens per page.
+        max_model_len: longest sequence in tokens, prompt and output together.
+        num_bytes: memory of all state tensors.
+    """
+
+    groups: tuple[PageGroup, ...]
+    num_slots: int
+    page_size: int
+    max_model_len: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateBytes:
+    """Bytes of one page of each group and of one slot, all specs of the group together."""
+
+    page_bytes: dict[PageGroup, int]
+    slot_bytes: int
+
+    @staticmethod
+    def of(specs: Iterable[StateSpec], page_size: int) -> "StateBytes":
+        pages: dict[PageGroup, int] = {}
+        slot_bytes = 0
+        for spec in specs:
+            if isinstance(spec, PagedState):
+                group = PageGroup(name=spec.group, num_pages=0, window=spec.window)
+                pages[group] = pages.get(group, 0) + spec.bytes_per_token * page_size
+            else:
+                slot_bytes += spec.bytes_per_slot
+        return StateBytes(page_bytes=pages, slot_bytes=slot_bytes)
+
+
+def plan_states(
+    specs: Sequence[StateSpec],
+    options: EngineOptions,
+    *,
+    device: torch.device,
+    max_model_len: int | None,
+    model_limit: int | None,
+) -> StatePlan:
+    """Decide page and slot counts within the memory budget.
+
+    Args:
+        max_model_len: the user's context limit. It fits or is refused; it never shrinks.
+        model_limit: the model's own limit, used when the user sets none; it shrinks to what fits.
+    Raises:
+        OutOfMemoryError: one sequence does not fit; says the bytes needed and available, and which option to change.
+    """
+    budget = options.kv_cache_memory_bytes
+    if budget is None:
+        budget = int(available_bytes(device) * options.memory_fraction)
+    sizes = StateBytes.of(specs, options.page_size)
+    wanted = max_model_len or model_limit or UNLIMITED_MODEL_LEN
+    length = min(wanted, _longest_fitting(sizes, options, wanted, budget))
+    smallest = wanted if max_model_len is not None else min(wanted, MIN_MODEL_LEN)
+    if length < smallest:
+        raise OutOfMemoryError(_refusal(sizes, options, smallest, budget, is_user_limit=max_model_len is not None))
+    if length < wanted:
+        hint = "raise kv_cache_memory_bytes or memory_fraction for more"
+        logger.warning("max_model_len is %d tokens, what the state memory holds, not %d; %s", length, wanted, hint)
+    return _divide(sizes, options, length, budget)
+
+
+def _chunk_pages(group: PageGroup, options: EngineOptions) -> int:
+    """Pages that the tokens of one step may take in a window group beyond what the windows themselves keep."""
+    return 0 if group.window is None else -(-options.max_num_batched_tokens // options.page_size)
+
+
+def _minimum_bytes(sizes: StateBytes, options: EngineOptions, length: int) -> int:
+    """Bytes for one sequence of this length, with scratch pages and slot."""
+    pages = sum(
+        (1 + group.max_pages(length, options.page_size)) * page_bytes for group, page_bytes in sizes.page_bytes.items()
+    )
+    return pages + 2 * sizes.slot_bytes
+
+
+def _longest_fitting(sizes: StateBytes, options: EngineOptions, wanted: int, budget: int) -> int:
+    """Longest sequence, at most `wanted` tokens, that fits the budget when nothing else runs."""
+    low, high = 0, wanted
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _minimum_bytes(sizes, options, middle) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _divide(sizes: StateBytes, options: EngineOptions, length: int, budget: int) -> StatePlan:
+    """Share the budget: one longest sequence first, then what is bounded per sequence, then pages that are not.
+
+    Window pages and slots are of no use beyond `max_num_seqs`, and they limit how many sequences run, so they come
+    before the pages of full attention, with at most half of what is left when both are there.
+    """
+    full = {group: size for group, size in sizes.page_bytes.items() if group.window is None}
+    windowed = {group: size for group, size in sizes.page_bytes.items() if group.window is not None}
+    spare = budget - _minimum_bytes(sizes, options, length)
+    bounded_bytes = sizes.slot_bytes + sum(
+        group.max_pages(length, options.page_size) * size for group, size in windowed.items()
+    )
+    bounded_spare = spare // 2 if full else spare
+    num_seqs = options.max_num_seqs
+    if bounded_bytes:
+        num_seqs = min(num_seqs, 1 + bounded_spare // bounded_bytes)
+    spare -= (num_seqs - 1) * bounded_bytes
+    pages: dict[PageGroup, int] = {}
+    for group, size in windowed.items():
+        extra = min(_chunk_pages(group, options), spare // 2 // size)
+        pages[group] = 1 + num_seqs * group.max_pages(length, options.page_size) + extra
+        spare -= extra * size
+    for group, size in full.items():
+        one = group.max_pages(length, options.page_size)
+        pages[group] = 1 + one + min((num_seqs - 1) * one, spare // size)
+    groups = tuple(
+        PageGroup(name=group.name, num_pages=pages[group], window=group.window) for group in sizes.page_bytes
+    )
+    num_bytes = (num_seqs + 1) * sizes.slot_bytes + sum(pages[group] * size for group, size in sizes.page_bytes.items())
+    return StatePlan(
+        groups=groups,
+        num_slots=num_seqs + 1,
+        page_size=options.page_size,
+        max_model_len=length,
+        num_bytes=num_bytes,
+    )
+
+
+def _refusal(sizes: StateBytes, options: EngineOptions, length: int, budget: int, *, is_user_limit: bool) -> str:
+    needed = _minimum_bytes(sizes, options, length)
+    source = (
+        "kv_cache_memory_bytes"
+        if options.kv_cache_memory_bytes is not None
+        else f"memory_fraction={options.memory_fraction:g} of the free memory"
+    )
+    shorter = "lower max_model_len or " if is_user_limit else ""
+    return (
+        f"the states of one sequence of {length} tokens need {needed} bytes, but {source} gives {budget} bytes; "
+        f"{shorter}raise {'kv_cache_memory_bytes' if options.kv_cache_memory_bytes is not None else 'memory_fraction'}"
+    )
+
+
+def allocate_states(specs: Iterable[StateSpec], plan: StatePlan, device: torch.device) -> dict[str, Tensor]:
+    """Zeroed tensors by spec name: `[num_pages, page_size, *shape]` for paged states, `[num_slots, *shape]` for slots.
+
+    Raises:
+        OutOfMemoryError: the device refuses the memory after all.
+    """
+    num_pages = {group.name: group.num_pages for group in plan.groups}
+    tensors: dict[str, Tensor] = {}
+    try:
+        for spec in specs:
+            if isinstance(spec, PagedState):
+                leading: tuple[int, ...] = (num_pages[spec.group], plan.page_size)
+            else:
+                leading = (plan.num_slots,)
+            tensors[spec.name] = torch.zeros(*leading, *spec.shape, dtype=spec.dtype, device=device)
+    except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain RuntimeError on the CPU
+        raise OutOfMemoryError(
+            f"{device} did not give {plan.num_bytes} bytes for states; lower memory_fraction or kv_cache_memory_bytes"
+        ) from error
+    return tensors
+
+
+def clear_slots(specs: Iterable[StateSpec], states: dict[str, Tensor], slots: Sequence[int]) -> None:
+    """Zero the slot states of sequences that start in these slots."""
+    for spec in specs:
+        if isinstance(spec, SlotState):
+            for slot in slots:
+                states[spec.name][slot].zero_()
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can be taken now: free CUDA memory, or available RAM within the container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(min(psutil.virtual_memory().available, _container_bytes(Path("/sys/fs/cgroup"))))
+
+
+def _container_bytes(cgroup: Path) -> float:
+    """Bytes left under a control group's memory limit (cgroup v2); infinite when there is none.
+
+    psutil reports the host's memory, which a container may be refused long before it is used up.
+    """
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        if limit == "max":
+            return math.inf
+        used = int((cgroup / "memory.current").read_text())
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        return max(0, int(limit) - used + int(stat.get("inactive_file", 0)))  # file cache is given up on demand
+    except (OSError, ValueError):
+        return math.inf

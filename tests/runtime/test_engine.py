@@ -1,0 +1,331 @@
+"""Every schedule gives exactly the tokens of a plain Python loop: chunked, mixed, preempted, aborted, n > 1."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from autodeploy.config import EngineOptions
+from autodeploy.errors import (
+    ConfigError,
+    EngineDeadError,
+    EngineOverloadedError,
+    InvalidRequestError,
+    OutOfMemoryError,
+    UnsupportedModelError,
+)
+from autodeploy.runtime.engine import Engine
+from autodeploy.runtime.request import SamplingParams, TokenOutput
+from tests.runtime.toy import VOCAB, reference_tokens, toy_program
+
+LAYERS = [("full",), ("window",), ("slot",), ("window", "full"), ("slot", "full", "window"), ("full", "window", "slot")]
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+def make_engine(
+    layers: Sequence[str] = ("full",), *, max_model_len: int = 64, program: Any = None, **options: Any
+) -> Engine:
+    chosen = program or toy_program(layers)
+    return Engine(chosen, EngineOptions(**{"page_size": 4, "max_num_seqs": 4, **options}), max_model_len)
+
+
+def short_memory(layers: Sequence[str], num_tokens: int) -> int:
+    """Bytes for this many tokens in each paged layer, and a few slots."""
+    return 8 * num_tokens * sum(layer != "slot" for layer in layers) + 8 * 8 * layers.count("slot")
+
+
+def drain(engine: Any) -> dict[tuple[str, int], list[int]]:
+    tokens: dict[tuple[str, int], list[int]] = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            tokens.setdefault((output.request_id, output.index), []).extend(output.token_ids)
+    return tokens
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request of a random schedule: when it comes, what it asks, when it is aborted if at all."""
+
+    when: int
+    prompt: list[int]
+    max_tokens: int
+    n: int
+    priority: int
+    abort_after: int | None
+
+
+jobs = st.builds(
+    Job,
+    when=st.sampled_from([0, 0, 1, 4, 8]),
+    prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20),
+    max_tokens=st.sampled_from([1, 4, 13, 24]),
+    n=st.sampled_from([1, 1, 3]),
+    priority=st.integers(0, 1),
+    abort_after=st.sampled_from([None, None, None, 2, 6]),
+)
+
+
+def run_schedule(
+    layers: tuple[str, ...], jobs: list[Job], page_size: int, max_num_seqs: int, budget: int, is_short_of_memory: bool
+) -> int:
+    """Run the jobs and check every token; returns the number of preemptions."""
+    engine = make_engine(
+        layers,
+        page_size=page_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        # room for one longest sequence (48 tokens, a window more) and little else: what preempts
+        kv_cache_memory_bytes=short_memory(layers, 48 + 12) if is_short_of_memory else None,
+        max_model_len=48,
+    )
+    got: dict[tuple[int, int], list[int]] = {(at, i): [] for at, job in enumerate(jobs) for i in range(job.n)}
+    finished: dict[tuple[int, int], str] = {}
+    num_steps = 0
+
+    def take(outputs: list[TokenOutput]) -> None:
+        for output in outputs:
+            key = (int(output.request_id), output.index)
+            assert key not in finished, "output after the end"
+            got[key] += output.token_ids
+            if output.finish_reason:
+                finished[key] = output.finish_reason
+
+    while num_steps <= 8 or engine.has_unfinished_requests():
+        for at, job in enumerate(jobs):
+            if job.when == num_steps:
+                params = SamplingParams(temperature=0, max_tokens=job.max_tokens, n=job.n)
+                engine.add_request(str(at), job.prompt, params, priority=job.priority)
+            if job.abort_after is not None and job.when + job.abort_after == num_steps:
+                take(engine.abort_request(str(at), job.n - 1))
+        take(engine.step())
+        num_steps += 1
+        assert num_steps < 3000, "no end in sight"
+    assert finished.keys() == got.keys()
+    for (at, index), tokens in got.items():
+        expected = reference_tokens(layers, jobs[at].prompt, min(jobs[at].max_tokens, 48 - len(jobs[at].prompt)))
+        if finished[at, index] == "abort":
+            expected = expected[: len(tokens)]
+        else:
+            assert finished[at, index] == "length"
+        assert tokens == expected
+    assert engine.stats().state_usage_fraction == 0
+    return engine.stats().num_preemptions
+
+
+@settings(max_examples=80)
+@given(
+    layers=st.sampled_from(LAYERS),
+    jobs=st.lists(jobs, min_size=2, max_size=6),
+    page_size=st.sampled_from([1, 2, 3]),
+    max_num_seqs=st.sampled_from([1, 3, 5]),
+    budget=st.integers(1, 20),
+    is_short_of_memory=st.booleans(),
+)
+def test_every_schedule_gives_the_tokens_of_a_plain_loop(
+    layers: tuple[str, ...], jobs: list[Job], page_size: int, max_num_seqs: int, budget: int, is_short_of_memory: bool
+) -> None:
+    run_schedule(layers, jobs, page_size, max_num_seqs, budget, is_short_of_memory)
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_crowded_schedules_give_the_tokens_of_a_plain_loop(layers: tuple[str, ...]) -> None:
+    """Random play rarely crowds the memory; here it always is."""
+    num_preemptions = 0
+    for seed in range(6):
+        random = Random(seed)
+        jobs = [
+            Job(
+                when=random.randrange(6),
+                prompt=random.choices(range(VOCAB), k=random.randint(1, 15)),
+                max_tokens=random.randint(10, 30),
+                n=random.choice([1, 2]),
+                priority=random.randrange(2),
+                abort_after=random.choice([None, None, 5, 20]),
+            )
+            for _ in range(7)
+        ]
+        budget = random.choice([5, 9, 40])
+        num_preemptions += run_schedule(layers, jobs, random.choice([1, 2, 3]), 6, budget, is_short_of_memory=True)
+    assert num_preemptions > 10 or "full" not in layers  # without pages that grow, little runs short
+
+
+@pytest.mark.parametrize("layers", [layers for layers in LAYERS if "full" in layers])
+def test_preemption_happens_and_changes_nothing(layers: tuple[str, ...]) -> None:
+    engine = make_engine(layers, max_model_len=32, kv_cache_memory_bytes=short_memory(layers, 75), max_num_seqs=3)
+    prompts = [[1, 2, 3], [4] * 9, [5, 6]]
+    for at, prompt in enumerate(prompts):
+        engine.add_request(str(at), prompt, SamplingParams(temperature=0, max_tokens=23))
+    tokens = drain(engine)
+    assert engine.stats().num_preemptions > 0
+    assert tokens == {(str(at), 0): reference_tokens(layers, prompt, 23) for at, prompt in enumerate(prompts)}
+
+
+def test_a_window_group_needs_bounded_pages() -> None:
+    """A sequence of 1000 tokens runs in pages for a few windows."""
+    engine = make_engine(
+        program=toy_program(("window",), max_model_len=1000), max_model_len=1000, max_num_batched_tokens=16
+    )
+    assert engine.plan.groups[0].num_pages < 30
+    engine.add_request("a", [1, 2, 3], SamplingParams(temperature=0, max_tokens=300))
+    assert drain(engine)["a", 0] == reference_tokens(("window",), [1, 2, 3], 300)
+
+
+def test_a_sampled_request_does_not_depend_on_its_neighbours() -> None:
+    params = SamplingParams(temperature=1.0, seed=11, max_tokens=20, n=2)
+    alone = make_engine(seed=1)
+    alone.add_request("a", [1, 2, 3], params)
+    expected = drain(alone)
+    assert expected["a", 0] != expected["a", 1], "the two sequences of a request have their own randomness"
+    crowded = make_engine(seed=2, max_num_batched_tokens=6, kv_cache_memory_bytes=8 * 64, max_model_len=32)
+    crowded.add_request("b", [5] * 12, SamplingParams(temperature=2.0, max_tokens=15))
+    crowded.add_request("a", [1, 2, 3], params)
+    crowded.add_request("c", [6] * 3, SamplingParams(temperature=0.5, seed=3, max_tokens=15))
+    tokens = drain(crowded)
+    assert crowded.stats().num_preemptions > 0
+    assert {key: tokens[key] for key in expected} == expected
+
+
+def test_the_engine_seed_makes_a_run_reproducible() -> None:
+    runs = []
+    for seed in (5, 5, 6):
+        engine = make_engine(seed=seed)
+        engine.add_request("a", [1], SamplingParams(max_tokens=20))
+        runs.append(drain(engine))
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_end_of_sequence_stop_ids_ignore_eos_and_min_tokens() -> None:
+    free = reference_tokens(("full",), [1, 2], 30)
+    eos, stop = sorted(set(free), key=free.index)[3:5]
+    first_eos, first_stop = free.index(eos), free.index(stop)
+    program = toy_program(("full",), eos_token_ids=(eos,))
+
+    def run(**params: Any) -> tuple[list[int], TokenOutput]:
+        engine = make_engine(program=program)
+        engine.add_request("a", [1, 2], SamplingParams(temperature=0, max_tokens=30, **params))
+        tokens: list[int] = []
+        while engine.has_unfinished_requests():
+            (last,) = engine.step()
+            tokens += last.token_ids
+        return tokens, last
+
+    tokens, last = run()
+    assert tokens == free[: first_eos + 1] and (last.finish_reason, last.stop_reason) == ("stop", None)
+    tokens, last = run(ignore_eos=True)
+    assert tokens == free and last.finish_reason == "length"
+    tokens, last = run(ignore_eos=True, stop_token_ids=[stop])
+    assert tokens == free[: first_stop + 1] and (last.finish_reason, last.stop_reason) == ("stop", stop)
+    tokens, last = run(min_tokens=first_eos + 4)
+    assert len(tokens) >= first_eos + 4 and eos not in tokens[: first_eos + 3]
+
+
+def test_nan_logits_end_one_request_and_not_the_batch() -> None:
+    healthy = reference_tokens(("full",), [1, 2], 12)
+    poison = next(token for token in range(VOCAB) if token not in (*healthy, 1, 2))
+    engine = make_engine(program=toy_program(("full",), poison=poison))
+    engine.add_request("bad", [3, poison], replace(GREEDY, logprobs=2))
+    engine.add_request("good", [1, 2], GREEDY)
+    outputs = engine.step()
+    bad = next(output for output in outputs if output.request_id == "bad")
+    assert bad.finish_reason == "error" and bad.token_ids == [] and "not numbers" in str(bad.stop_reason)
+    assert healthy[:1] + drain(engine)["good", 0] == healthy
+
+
+def test_abort_frees_and_stays_silent() -> None:
+    engine = make_engine()
+    engine.add_request("a", [1, 2, 3], replace(GREEDY, n=2))
+    engine.add_request("b", [1, 2, 3], GREEDY)
+    engine.step()
+    (aborted,) = engine.abort_request("a", 1)
+    assert (aborted.request_id, aborted.index, aborted.finish_reason) == ("a", 1, "abort")
+    assert engine.abort_request("a", 1) == [] and engine.abort_request("nobody") == []
+    assert {(output.request_id, output.index) for output in engine.step()} == {("a", 0), ("b", 0)}
+    assert [output.index for output in engine.abort_request("a")] == [0]
+    engine.add_request("a", [1], GREEDY)  # the id is free again
+    engine.abort_request("a")
+    engine.abort_request("b")
+    assert not engine.has_unfinished_requests() and engine.step() == []
+    assert engine.stats().state_usage_fraction == 0
+
+
+def test_bad_requests_are_refused_and_leave_no_trace() -> None:
+    engine = make_engine(max_model_len=16, max_queued_requests=2)
+    for prompt, message in (([], "empty"), ([VOCAB], f"0 to {VOCAB - 1}"), ([0] * 16, "at most 15")):
+        with pytest.raises(InvalidRequestError, match=message):
+            engine.add_request("a", prompt, GREEDY)
+    with pytest.raises(InvalidRequestError, match="stop_token_ids"):
+        engine.add_request("a", [1], replace(GREEDY, stop_token_ids=[VOCAB]))
+    assert not engine.has_unfinished_requests()
+    engine.add_request("a", [0] * 15, GREEDY)
+    with pytest.raises(InvalidRequestError, match="'a' is in use"):
+        engine.add_request("a", [1], GREEDY)
+    engine.add_request("b", [1], GREEDY)
+    with pytest.raises(EngineOverloadedError, match="max_queued_requests is 2"):
+        engine.add_request("c", [1], GREEDY)
+    assert [output.finish_reason for output in engine.step()] == ["length", None]  # 15 tokens and one fill the context
+    engine.add_request("c", [1], GREEDY)
+    assert {key[0]: len(tokens) for key, tokens in drain(engine).items()} == {"b": 11, "c": 12}
+
+
+def test_a_failing_model_stops_the_engine_with_its_cause() -> None:
+    program = toy_program(("full",))
+    graph = program.graphs["text"]
+
+    def fail(*inputs: Tensor) -> Tensor:
+        raise ValueError("a kernel failed")
+
+    engine = make_engine(program=replace(program, graphs={"text": replace(graph, function=fail)}))
+    engine.add_request("a", [1], GREEDY)
+    with pytest.raises(EngineDeadError, match="ValueError: a kernel failed") as caught:
+        engine.step()
+    assert isinstance(caught.value.__cause__, ValueError)
+    for call in (engine.step, lambda: engine.add_request("b", [1], GREEDY)):
+        with pytest.raises(EngineDeadError) as again:
+            call()
+        assert isinstance(again.value.__cause__, ValueError)
+
+
+def test_stats_count() -> None:
+    engine = make_engine(max_num_seqs=2)
+    for name in "abc":
+        engine.add_request(name, [1, 2, 3], GREEDY)
+    engine.step()
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_steps) == (2, 1, 1)
+    assert (stats.prompt_tokens, stats.generation_tokens) == (6, 2)
+    assert (
+        0 < stats.state_usage_fraction <= 1 and stats.last_step_host_seconds > 0 and stats.last_step_model_seconds > 0
+    )
+    drain(engine)
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.prompt_tokens, stats.generation_tokens) == (0, 0, 9, 36)
+
+
+def test_a_start_that_cannot_work_is_refused() -> None:
+    with pytest.raises(ConfigError, match="page_size"):
+        make_engine(page_size=0)
+    with pytest.raises(OutOfMemoryError, match="kv_cache_memory_bytes gives 100 bytes"):
+        make_engine(kv_cache_memory_bytes=100)
+    program = toy_program(("full",))
+    graph = replace(program.graphs["text"], batch_inputs=("input_ids", "page_table_window_9"))
+    with pytest.raises(UnsupportedModelError, match=r"page_table_window_9.*full"):
+        make_engine(program=replace(program, graphs={"text": graph}))
+
+
+def test_logits_of_any_float_dtype_are_sampled() -> None:
+    program = toy_program(("full",))
+    graph = program.graphs["text"]
+
+    def run(*inputs: Tensor) -> Tensor:
+        return graph.function(*inputs).to(torch.bfloat16)
+
+    engine = make_engine(program=replace(program, graphs={"text": replace(graph, function=run)}))
+    engine.add_request("a", [1], SamplingParams(max_tokens=5, seed=0, logprobs=1))
+    engine.add_request("b", [1], GREEDY)
+    assert {key: len(tokens) for key, tokens in drain(engine).items()} == {("a", 0): 5, ("b", 0): 12}

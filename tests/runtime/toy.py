@@ -1,0 +1,132 @@
+"""A program small enough to be checked by eye: its next token is a hash of the whole context read from its states.
+
+A layer turns the value x_p of each token into y_p, by what it can see of the sequence:
+
+    full      hash of x_0 .. x_p, read back through pages
+    window    hash of the last WINDOW values up to x_p, read back through pages
+    slot      running hash, kept in a slot
+
+The last y gives the logits. One value lost, misplaced, or taken from a neighbour changes the tokens that follow. With
+two layers, the reads of every token of a chunk matter, not only those of the last.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from autodeploy.compile.program import NamedGraph, Program
+from autodeploy.ops.state import PagedState, SlotState, StateSpec
+
+MODULUS = 2**31 - 1
+BASE = 1_000_003
+WINDOW = 5
+VOCAB = 23
+EOS = 7
+
+
+def hash_values(values: Sequence[int], start: int = 1) -> int:
+    for value in values:
+        start = (start * BASE + value + 1) % MODULUS
+    return start
+
+
+def logits_of(value: int) -> list[float]:
+    return [((value * (token + 11) ** 3) % MODULUS) / MODULUS for token in range(VOCAB)]
+
+
+def reference_logits(layers: Sequence[str], token_ids: Sequence[int]) -> list[float]:
+    """Logits after the last token, in plain Python and without any state."""
+    values = list(token_ids)
+    for layer in layers:
+        reach = WINDOW if layer == "window" else len(values)
+        values = [hash_values(values[max(0, at + 1 - reach) : at + 1]) for at in range(len(values))]
+    return logits_of(values[-1])
+
+
+def reference_tokens(
+    layers: Sequence[str], prompt: Sequence[int], num_tokens: int, stop: Sequence[int] = ()
+) -> list[int]:
+    """Greedy tokens after a prompt, at most `num_tokens`, up to and including the first of `stop`."""
+    token_ids = list(prompt)
+    while len(token_ids) < len(prompt) + num_tokens:
+        logits = reference_logits(layers, token_ids)
+        token_ids.append(max(range(VOCAB), key=logits.__getitem__))
+        if token_ids[-1] in stop:
+            break
+    return token_ids[len(prompt) :]
+
+
+def toy_program(
+    layers: Sequence[str],
+    *,
+    max_model_len: int | None = 64,
+    eos_token_ids: tuple[int, ...] = (),
+    poison: int | None = None,
+) -> Program:
+    """A program of these layers. A context that ends in the token `poison` gets NaN logits."""
+    specs: list[StateSpec] = []
+    names = ["input_ids", "position_ids", "cu_seqlens", "seq_lens", "logits_indices", "state_slots"]
+    for at, layer in enumerate(layers):
+        if layer == "slot":
+            specs.append(SlotState(name=f"layers.{at}", shape=(1,), dtype=torch.int64))
+        else:
+            window = WINDOW if layer == "window" else None
+            specs.append(PagedState(name=f"layers.{at}", shape=(1,), dtype=torch.int64, window=window))
+            group = specs[-1].group
+            names += [name for name in (f"page_table_{group}", f"slot_mapping_{group}") if name not in names]
+
+    def run(*inputs: Tensor) -> Tensor:
+        batch = dict(zip(names, inputs, strict=False))
+        states = dict(zip([spec.name for spec in specs], inputs[len(names) :], strict=True))
+        assert batch["input_ids"].dtype == torch.int64 and batch["cu_seqlens"].dtype == torch.int32
+        input_ids = batch["input_ids"][0].tolist()
+        values = list(input_ids)
+        for spec in specs:
+            values = _run_layer(spec, states[spec.name], values, batch)
+        rows = batch["logits_indices"].tolist()
+        logits = torch.tensor([logits_of(values[row]) for row in rows])
+        for at, row in enumerate(rows):
+            if input_ids[row] == poison:
+                logits[at] = torch.nan
+        return logits
+
+    return Program(
+        graphs={"text": NamedGraph("text", run, tuple(names), tuple(spec.name for spec in specs))},
+        states=specs,
+        vocab_size=VOCAB,
+        max_model_len=max_model_len,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        eos_token_ids=eos_token_ids,
+    )
+
+
+def _run_layer(spec: StateSpec, state: Tensor, values: list[int], batch: dict[str, Tensor]) -> list[int]:
+    starts, lengths = batch["cu_seqlens"].tolist(), batch["seq_lens"].tolist()
+    positions = batch["position_ids"][0].tolist()
+    result = []
+    if isinstance(spec, SlotState):
+        for at, slot in enumerate(batch["state_slots"].tolist()):
+            running = int(state[slot, 0])
+            for value in values[starts[at] : starts[at + 1]]:
+                # Zero is a fresh state; it stands for the first value of the hash.
+                running = hash_values([value], start=running or 1)
+                result.append(running)
+            state[slot, 0] = running
+        return result
+    page_size = state.shape[1]
+    flat = state.view(-1)
+    for value, where in zip(values, batch[f"slot_mapping_{spec.group}"].tolist(), strict=True):
+        assert where >= page_size, "a token is written to the scratch page"
+        flat[where] = value
+    for at, row in enumerate(batch[f"page_table_{spec.group}"].tolist()):
+        chunk = range(starts[at], starts[at + 1])
+        assert [positions[t] for t in chunk] == list(range(lengths[at] - len(chunk), lengths[at]))
+        first = 0 if spec.window is None else max(0, positions[chunk[0]] + 1 - spec.window)
+        context = [int(flat[row[p // page_size] * page_size + p % page_size]) for p in range(first, lengths[at])]
+        for t in chunk:
+            end = positions[t] + 1
+            begin = 0 if spec.window is None else max(0, end - spec.window)
+            result.append(hash_values(context[begin - first : end - first]))
+    return result
