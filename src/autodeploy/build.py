@@ -31,7 +31,7 @@ from autodeploy.graph.levels import Level
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport
 from autodeploy.graph.verify import verify
-from autodeploy.kernels.provider import priority
+from autodeploy.kernels.provider import mixer_priority, prepare, priority
 from autodeploy.models.instantiate import instantiate
 from autodeploy.models.resolve import ResolvedModel, resolve_model
 from autodeploy.ops.linear import linear
@@ -161,7 +161,8 @@ def transform(graph: ModelGraph, options: CompileOptions, device: torch.device, 
         GraphLevelError: a stage did not reach its level. TransformError: a transform failed, or strict found leftovers.
     """
     clock = clock or _Clock(BuildReport(), lambda _: None)
-    pipeline = configure(default_pipeline(device, priority(device, options.attn_backend)), options)
+    prepare(device, clock.progress)
+    pipeline = configure(default_pipeline(device, kernel_choice(device, options)), options)
     for stage in pipeline.stages:
         with clock.stage(stage.name, f"transforming the graph: {stage.name}"):
             clock.report.transforms.extend(stage.run(graph, strict=options.strict))
@@ -170,6 +171,19 @@ def transform(graph: ModelGraph, options: CompileOptions, device: torch.device, 
     clock.report.kernels.update({name: dict(counts) for name, counts in selection.chosen.items()})
     clock.report.kernel_reasons.update({name: sorted(why) for name, why in selection.reasons.items()})
     return clock.report
+
+
+def kernel_choice(device: torch.device, options: CompileOptions) -> SelectKernels:
+    """How kernels are chosen for a device under these options.
+
+    Raises:
+        ConfigError: an attention backend that there is not.
+    """
+    return SelectKernels(
+        priority=priority(device),
+        mixer_priority=mixer_priority(device, options.attn_backend),
+        compiled=options.compile_backend == "torch-compile",
+    )
 
 
 def _load(graph: ModelGraph, read: ReadTensor, device: torch.device) -> None:
@@ -203,7 +217,7 @@ def _finish(
         graphs={graph.name: NamedGraph(graph.name, function, batch_inputs, state_names)},
         states=tuple(graph.states),
         vocab_size=int(logits.meta["val"].shape[-1]),  # type: ignore[union-attr]
-        max_model_len=subject.max_model_len,
+        max_model_len=min((n for n in (subject.max_model_len, graph.max_length) if n is not None), default=None),
         dtype=subject.dtype,
         device=device,
         weight_bytes=total_bytes,

@@ -9,11 +9,13 @@ constants of the graph.
 import contextlib
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
@@ -28,6 +30,9 @@ from autodeploy.graph.model_graph import ModelGraph
 
 EXAMPLE_LENGTHS = [5, 9, 10]
 """lengths of the sequences packed into the example row; T and S are symbolic, so only 0 and 1 would be special"""
+
+_DYNAMIC = ({1: Dim.AUTO}, {1: Dim.AUTO}, {0: Dim.AUTO})
+"""T and S are symbolic; a table of positions may bound T, and a length that is fixed altogether is refused by level"""
 
 
 class _PackedRow(nn.Module):
@@ -71,22 +76,39 @@ def capture(model: nn.Module, *, name: str = "text") -> ModelGraph:
     hooks = Hooks()
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     row = _PackedRow(model, hooks)
-    tokens, borders = Dim("T", min=2), Dim("S1", min=2)
     with _fake_parameters(model, fake_mode), hooks.installed(model), probed(model), _quiet():
         try:
             with fake_mode:
                 inputs = packed_row(EXAMPLE_LENGTHS)
             with torch.no_grad():
-                exported = torch.export.export(
-                    row, inputs, dynamic_shapes=({1: tokens}, {1: tokens}, {0: borders}), strict=False
-                )
+                exported = torch.export.export(row, inputs, dynamic_shapes=_DYNAMIC, strict=False)
+                if any(_updates_in_place(node) for node in exported.graph.nodes):
+                    exported = exported.run_decompositions({})  # the same ops, each giving a new tensor
         except AutoDeployError as error:
             raise CaptureError(f"cannot capture {type(model).__name__}{_where(hooks)}: {error}") from error
         except Exception as error:
             raise CaptureError(_explain(model, hooks, error)) from error
     graph = _to_graph(name, exported)
     graph.state_writes = hooks.state_writes if isinstance(model, PreTrainedModel) else None
+    graph.max_length = _longest(graph)
     return graph
+
+
+def _updates_in_place(node: fx.Node) -> bool:
+    """True for ATen's in-place ops; `detach_` of a constant made in forward updates nothing."""
+    target = node.target
+    is_mutable = isinstance(target, OpOverload) and target._schema.is_mutable
+    return is_mutable and target != torch.ops.aten.detach_.default
+
+
+def _longest(graph: ModelGraph) -> int | None:
+    """The longest sequence the traced code allows, such as the size of a table of positions; None when unbounded."""
+    input_ids = graph.input("input_ids")
+    length = None if input_ids is None else input_ids.meta["val"].shape[1]
+    if not isinstance(length, torch.SymInt) or not length.node.expr.free_symbols:
+        return None
+    upper = length.node.shape_env.var_to_range[length.node.expr].upper
+    return int(upper) if upper.is_Integer and int(upper) < 2**31 else None
 
 
 def _where(hooks: Hooks) -> str:
@@ -135,7 +157,9 @@ def _quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch.export copies its own deprecated tree specs
+            yield
     finally:
         logger.setLevel(level)
 
@@ -172,6 +196,12 @@ def _to_graph(name: str, exported: ExportedProgram) -> ModelGraph:
         attribute_node.meta = dict(node.meta)
         node.replace_all_uses_with(attribute_node)
         module.graph.erase_node(node)
+    for node in list(module.graph.nodes):
+        if node.target == torch.ops.aten.detach_.default:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+        elif node.target == torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default  # a rewrite may change strides; shapes are what is meant
     _single_output(module.graph)
     input_ids = next(node for node in module.graph.nodes if node.op == "placeholder")
     graph = ModelGraph(name, module, input_ids.meta["val"].fake_mode, weights)

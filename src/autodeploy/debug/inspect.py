@@ -2,14 +2,13 @@
 
 from torch import nn
 
-from autodeploy.build import resolve_device
+from autodeploy.build import kernel_choice, resolve_device
 from autodeploy.capture.export import capture
 from autodeploy.config import Options
 from autodeploy.errors import ConfigError
 from autodeploy.graph.levels import Level
 from autodeploy.graph.text import graph_text as text_of
 from autodeploy.graph.verify import verify
-from autodeploy.kernels.provider import priority
 from autodeploy.models.instantiate import instantiate
 from autodeploy.models.resolve import resolve_model
 from autodeploy.transforms.pipeline import configure, default_pipeline
@@ -33,7 +32,7 @@ def graph_text(model: str | nn.Module, level: str, options: Options | None = Non
     graph = capture(model)
     verify(graph, Level.CAPTURED)
     device = resolve_device(options.compile.device)
-    pipeline = configure(default_pipeline(device, priority(device, options.compile.attn_backend)), options.compile)
+    pipeline = configure(default_pipeline(device, kernel_choice(device, options.compile)), options.compile)
     for stage in pipeline.stages:
         if stage.ensures is None or stage.ensures <= wanted:
             list(stage.run(graph, strict=options.compile.strict))

@@ -1,9 +1,11 @@
-"""The batch-isolation check: pack two sequences into one row, run each alone, and compare.
+"""The batch-isolation check: two sequences packed into one row, or one split over two steps, must change nothing.
 
-Every op outside the token mixers must treat tokens one by one; an op nobody recognised that does not would be wrong
-without any error. A negative control (the same row as one long sequence) shows that the comparison could have failed.
+Every op outside the token mixers must treat tokens one by one, and every token mixer must remember all it needs; an op
+nobody recognised that does not would be wrong without any error. A negative control (the same row as one long sequence)
+shows that the comparison could have failed.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -15,13 +17,15 @@ from autodeploy.graph.model_graph import ModelGraph, module_path, source_line
 from autodeploy.ops.state import PagedState
 
 LENGTHS = (5, 7)
+SPLIT = 2
+"""tokens of the first sequence that the first of two steps takes"""
 PAGE_SIZE = 16
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 """Largest difference of a logit, as a share of the largest logit, that rounding in that dtype may cause."""
 
 
 def check_isolation(program: Program, graph: ModelGraph | None = None) -> str:
-    """Compare packed with separate runs of two random sequences.
+    """Compare packed with separate runs of two random sequences, and one of them with itself in two steps.
 
     Args:
         program: any program with a `text` graph.
@@ -46,6 +50,13 @@ def check_isolation(program: Program, graph: ModelGraph | None = None) -> str:
             f" largest logit (at most {tolerance:.3g} is rounding). First seen at {culprit}. Something there mixes"
             " neighbouring tokens outside a known token mixer; make it an op with a cached twin (docs/adding-an-op.md)"
         )
+    split = _run(program, rows[:1], first=rows[0][:SPLIT])
+    if _distance(split, alone[SPLIT : LENGTHS[0]]) > tolerance:
+        raise TokenMixingError(
+            f"a sequence run in two steps gives other logits than in one (by {_distance(split, alone[SPLIT:LENGTHS[0]]):.3g}"
+            f" of the largest, at most {tolerance:.3g} is rounding): something in the model looks back at earlier tokens"
+            " and no cache remembers them; make it an op with a cached twin (docs/adding-an-op.md)"
+        )
     return "passed" if _distance(joined, alone) > tolerance else "inconclusive: joining the sequences changed nothing"
 
 
@@ -54,35 +65,45 @@ def _distance(result: Tensor, expected: Tensor) -> float:
     return float((result - expected).abs().max() / scale)
 
 
-def _inputs(program: Program, rows: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Batch inputs and zeroed states for whole sequences; sequence s has page and slot s + 1."""
-    device, lengths = program.device, [len(row) for row in rows]
-    count, total = len(rows), sum(lengths)
-    pages = torch.arange(1, count + 1, dtype=torch.int32)[:, None]
-    slots = torch.cat([(s + 1) * PAGE_SIZE + torch.arange(length) for s, length in enumerate(lengths)])
-    borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+def _batch(program: Program, rows: list[Tensor], computed: int = 0) -> dict[str, Tensor]:
+    """Batch inputs for sequences of which `computed` tokens are done; sequence s has page and slot s + 1."""
+    lengths = [len(row) - computed for row in rows]
+    positions = [torch.arange(computed, len(row)) for row in rows]
+    pages = torch.arange(1, len(rows) + 1, dtype=torch.int32)
+    slots = torch.cat([(s + 1) * PAGE_SIZE + position for s, position in enumerate(positions)])
     batch: dict[str, Tensor] = {
-        "input_ids": torch.cat(rows)[None],
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "cu_seqlens": borders,
-        "seq_lens": torch.tensor(lengths, dtype=torch.int32),
-        "logits_indices": torch.arange(total),
-        "state_slots": torch.arange(1, count + 1, dtype=torch.int32),
+        "input_ids": torch.cat([row[computed:] for row in rows])[None],
+        "position_ids": torch.cat(positions)[None],
+        "cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+        "seq_lens": torch.tensor([len(row) for row in rows], dtype=torch.int32),
+        "logits_indices": torch.arange(sum(lengths)),
+        "state_slots": pages,
     }
     for spec in program.states:
         if isinstance(spec, PagedState):
-            batch |= {f"page_table_{spec.group}": pages, f"slot_mapping_{spec.group}": slots}
-    leading = {True: (count + 1, PAGE_SIZE), False: (count + 1,)}
-    states = {
-        spec.name: torch.zeros(*leading[isinstance(spec, PagedState)], *spec.shape, dtype=spec.dtype, device=device)
+            batch |= {f"page_table_{spec.group}": pages[:, None], f"slot_mapping_{spec.group}": slots}
+    return {name: value.to(program.device) for name, value in batch.items()}
+
+
+def _states(program: Program, num_sequences: int) -> dict[str, Tensor]:
+    return {
+        spec.name: torch.zeros(
+            *((num_sequences + 1, PAGE_SIZE) if isinstance(spec, PagedState) else (num_sequences + 1,)),
+            *spec.shape,
+            dtype=spec.dtype,
+            device=program.device,
+        )
         for spec in program.states
     }
-    return {name: value.to(device) for name, value in batch.items()}, states
 
 
-def _run(program: Program, rows: list[Tensor]) -> Tensor:
-    batch, states = _inputs(program, rows)
-    return program.run(batch, states).float().cpu()
+def _run(program: Program, rows: list[Tensor], first: Tensor | None = None) -> Tensor:
+    """Logits of whole sequences, or of the rest of one sequence after a first step with its first tokens."""
+    states = _states(program, len(rows))
+    if first is not None:
+        program.run(_batch(program, [first]), states)
+    computed = 0 if first is None else len(first)
+    return program.run(_batch(program, rows, computed), states).float().cpu()
 
 
 class _Recorder(fx.Interpreter):
@@ -103,9 +124,9 @@ def _first_difference(graph: ModelGraph, program: Program, rows: list[Tensor], t
     """The first node whose rows of the second sequence differ between packed and alone."""
     recorders = []
     for case in (rows, rows[1:]):
-        batch, states = _inputs(program, case)
+        values = _batch(program, case) | _states(program, len(case))
         recorder = _Recorder(graph.module)
-        recorder.run(*[(batch | states)[str(node.target)] for node in graph.inputs()])
+        recorder.run(*[values[str(node.target)] for node in graph.inputs()])
         recorders.append(recorder.values)
     packed, alone = recorders
     for node in graph.graph.nodes:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autodeploy.checkpoint.recipe import Recipe
@@ -26,6 +27,7 @@ class ModelGraph:
         weights: attribute name -> recipe, for every parameter; read at the end, once.
         level: what is true of the graph at this point (see `levels.py`).
         states: specs of the states its cached ops read, each also an input of that name.
+        max_length: longest sequence in tokens that the traced code allows, or None.
         state_writes: how often the model wrote to its Hugging Face cache while it was traced, or None if it has none.
     """
 
@@ -35,6 +37,7 @@ class ModelGraph:
     weights: dict[str, Recipe]
     level: Level = Level.CAPTURED
     states: list[StateSpec] = field(default_factory=list)
+    max_length: int | None = None
     state_writes: int | None = None
 
     @property
@@ -134,9 +137,9 @@ def _placeholder_parameter(recipe: Recipe) -> torch.nn.Parameter:
 
 
 def _is_kept(node: fx.Node) -> bool:
-    """Dead-code elimination keeps inputs, the output and ops that write to states; everything else is pure here."""
-    found = find_op(node.target)
-    return node.op in ("placeholder", "output") or (found is not None and bool(found.mutates))
+    """Dead-code elimination keeps inputs, the output and whatever updates a tensor; everything else is pure here."""
+    updates = isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+    return node.op in ("placeholder", "output") or updates
 
 
 def module_path(node: fx.Node) -> str:
@@ -147,9 +150,8 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """Where in the model's source a node comes from: the innermost frame as `file:line code`, or "unknown source"."""
-    trace = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
-    if not trace:
-        return "unknown source"
-    frames = [index for index, line in enumerate(trace) if line.startswith("File ")]
-    return " ".join(trace[frames[-1] : frames[-1] + 2]) if frames else trace[-1]
+    """Where in the model's source a node comes from: `file:line code` of its innermost frame outside torch itself."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
+    frames = [" ".join(lines[i : i + 2]) for i, line in enumerate(lines) if line.startswith("File ")]
+    own = [frame for frame in frames if "/torch/" not in frame]
+    return (own or frames or ["unknown source"])[-1]

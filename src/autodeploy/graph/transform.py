@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import final
 
-from autodeploy.errors import AutoDeployError, TransformError
+from autodeploy.errors import AutoDeployError, GraphLevelError, TransformError
 from autodeploy.graph.levels import Level
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import TransformReport
@@ -81,8 +81,10 @@ class Stage:
         """Run the enabled transforms in order, then verify the level.
 
         Raises:
+            GraphLevelError: the level was not reached, with what the transforms refused and why.
             TransformError: strict, and a transform left a site it should have rewritten.
         """
+        refused: list[str] = []
         for transform in self.transforms:
             if not transform.enabled:
                 continue
@@ -93,8 +95,13 @@ class Stage:
                     f" (strict): {'; '.join(report.refused) or 'the others did not match'}"
                 )
             yield report
-        if self.ensures is not None:
+            refused.extend(report.refused)
+        if self.ensures is None:
+            return
+        try:
             verify(graph, self.ensures)
+        except GraphLevelError as error:
+            raise GraphLevelError(". ".join([str(error), *refused])) from error
 
 
 @dataclass(frozen=True)

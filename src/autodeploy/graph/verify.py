@@ -14,6 +14,8 @@ from autodeploy.ops.op import find_op
 
 aten = torch.ops.aten
 
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv1d.padding, aten.convolution.default)
+
 _MIXING_OPS = {
     aten.cumsum.default,
     aten.cumprod.default,
@@ -21,9 +23,7 @@ _MIXING_OPS = {
     aten.roll.default,
     aten.flip.default,
     aten.sort.default,
-    aten.conv1d.default,
-    aten.conv1d.padding,
-    aten.convolution.default,
+    *_CONVOLUTIONS,
     aten.scaled_dot_product_attention.default,
 }
 """ATen ops that move information between positions when they run along the token dimension."""
@@ -73,12 +73,11 @@ def _canonical_faults(graph: ModelGraph, level: Level) -> Iterator[str]:
         for node in graph.nodes(op):
             yield f"an attention call was left as it was captured: {_describe(node)}"
     num_tokens = _token_symbol(graph)
-    for node in graph.graph.nodes:
-        found = find_op(node.target) if node.op == "call_function" else None
-        if node.op != "call_function" or found is not None:
-            continue
+    others = [node for node in graph.graph.nodes if node.op == "call_function" and find_op(node.target) is None]
+    for node in others:
         if node.target in _MIXING_OPS and _runs_along_tokens(node, num_tokens):
             yield f"{node.target} mixes tokens and no transform knows it: {_describe(node)}"
+    for node in others:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and _count_dims(value, num_tokens) >= 2:
             yield f"a token-by-token matrix is left, so attention or mask arithmetic was not recognised: {_describe(node)}"
@@ -106,7 +105,7 @@ def _token_symbol(graph: ModelGraph) -> object:
     if input_ids is None:
         raise GraphLevelError(f"graph {graph.name!r} has no input_ids")
     size = input_ids.meta["val"].shape[1]
-    if not isinstance(size, torch.SymInt):
+    if not isinstance(size, torch.SymInt) or not size.node.expr.free_symbols:
         raise GraphLevelError(
             f"graph {graph.name!r} was traced for exactly {size} tokens: some code in the model fixes the length"
         )
@@ -124,8 +123,10 @@ def _runs_along_tokens(node: fx.Node, symbol: object) -> bool:
 
 def _other_dim(node: fx.Node, value: torch.Tensor, symbol: object) -> bool:
     """True when the op names a dimension and it is not the token dimension."""
-    dim = node.args[1] if len(node.args) > 1 else None
-    if not isinstance(dim, int) or node.target in (aten.conv1d.default, aten.conv1d.padding, aten.convolution.default):
+    dims = node.args[1] if len(node.args) > 1 else None
+    if isinstance(dims, int):
+        dims = [dims]
+    if not isinstance(dims, list | tuple) or node.target in _CONVOLUTIONS:
         return False
-    size = value.shape[dim]
-    return not (isinstance(size, torch.SymInt) and symbol in size.node.expr.free_symbols)
+    sizes = [value.shape[dim] for dim in dims if isinstance(dim, int)]
+    return not any(isinstance(size, torch.SymInt) and symbol in size.node.expr.free_symbols for size in sizes)

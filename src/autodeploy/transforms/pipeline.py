@@ -11,6 +11,7 @@ from autodeploy.graph.levels import Level
 from autodeploy.graph.transform import Pipeline, Stage, Transform
 from autodeploy.transforms.cache.gather_logits import GatherLogits
 from autodeploy.transforms.cache.insert_cached_ops import InsertCachedOps
+from autodeploy.transforms.canonicalize.bind_boundaries import BindBoundaries
 from autodeploy.transforms.canonicalize.drop_no_ops import DropNoOps
 from autodeploy.transforms.canonicalize.match_attention import MatchAttention
 from autodeploy.transforms.canonicalize.match_linear import MatchLinear
@@ -23,19 +24,19 @@ from autodeploy.transforms.lower.place_on_device import PlaceOnDevice
 from autodeploy.transforms.lower.select_kernels import SelectKernels
 
 
-def default_pipeline(device: torch.device, priority: tuple[str, ...] = ()) -> Pipeline:
+def default_pipeline(device: torch.device, select_kernels: SelectKernels | None = None) -> Pipeline:
     """From captured to lowered.
 
     Args:
         device: where the program runs.
-        priority: kernel providers in order of preference.
+        select_kernels: how kernels are chosen; default: the reference everywhere.
     """
     return Pipeline(
         (
             # One node per token mixer, norm and product; masks become facts, positions come from position_ids.
             Stage(
                 "canonicalize",
-                (MatchAttention(), UsePositionIds(), MatchLinear(), MatchNorm(), DropNoOps()),
+                (BindBoundaries(), MatchAttention(), UsePositionIds(), MatchLinear(), MatchNorm(), DropNoOps()),
                 ensures=Level.CANONICAL,
             ),
             # Fewer, larger ops. Weight recipes change with the graph, before any weight is read.
@@ -43,7 +44,7 @@ def default_pipeline(device: torch.device, priority: tuple[str, ...] = ()) -> Pi
             # Whole-sequence mixers become their twins over state; the head runs for wanted rows only.
             Stage("cache", (InsertCachedOps(), GatherLogits()), ensures=Level.CACHED),
             # The device, and a kernel provider for every op.
-            Stage("lower", (PlaceOnDevice(device=device), SelectKernels(priority=priority)), ensures=Level.LOWERED),
+            Stage("lower", (PlaceOnDevice(device=device), select_kernels or SelectKernels()), ensures=Level.LOWERED),
         )
     )
 

@@ -30,7 +30,7 @@ class UsePositionIds(Transform):
         sites = [node for node in graph.graph.nodes if _is_arange(node, num_tokens) or _is_prefix(node, num_tokens)]
         if not sites:
             return TransformResult()
-        first = min(graph.graph.find_nodes(op="call_function"))
+        first = next(node for node in graph.graph.nodes if node.op == "call_function")
         positions = graph.call(aten.select.int, position_ids, 0, 0, before=first)
         for node in sites:
             node.replace_all_uses_with(self._replacement(graph, node, positions))

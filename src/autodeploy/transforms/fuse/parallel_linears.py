@@ -52,15 +52,8 @@ def fuse_linears(graph: ModelGraph, group: list[fx.Node], name: str) -> fx.Node:
 
 
 def split_output(graph: ModelGraph, fused: fx.Node, group: list[fx.Node]) -> None:
-    """Give each node of the group its columns of the fused output.
-
-    The columns are views with gaps between rows, so that a `view` that follows becomes a `reshape`.
-    """
+    """Give each node of the group its columns of the fused output, as views."""
     sizes = [int(node.meta["val"].shape[-1]) for node in group]
     split = graph.call(aten.split_with_sizes.default, fused, sizes, -1, before=group[0])
     for index, node in enumerate(group):
         node.replace_all_uses_with(graph.item(split, index, before=group[0]))
-    for part in list(split.users):
-        for user in part.users:
-            if user.target == aten.view.default:
-                user.target = aten.reshape.default

@@ -16,11 +16,15 @@ class SelectKernels(Transform):
 
     Attributes:
         priority: providers in order of preference.
+        mixer_priority: the same for ops that mix tokens (attention); None means as for every op.
+        compiled: a compiler takes the graph afterwards, so ops that it fuses with their neighbours are left to it.
         chosen: filled with op name -> provider -> number of nodes.
         reasons: filled with op name -> why a provider of that op was passed over.
     """
 
     priority: tuple[str, ...] = ()
+    mixer_priority: tuple[str, ...] | None = None
+    compiled: bool = False
     chosen: dict[str, Counter[str]] = field(default_factory=dict, compare=False)
     reasons: dict[str, set[str]] = field(default_factory=dict, compare=False)
 
@@ -37,11 +41,13 @@ class SelectKernels(Transform):
             name: value.meta["val"] if isinstance(value, fx.Node) else value
             for name, value in op.arguments(node.args, node.kwargs).items()
         }
-        for provider in self.priority:
+        is_mixer = op.mixes_tokens and self.mixer_priority is not None
+        for provider in (self.mixer_priority or ()) if is_mixer else self.priority:
             kernel = op.kernels.get(provider)
             if kernel is None:
                 continue
-            reason = kernel.supports(**arguments)
+            left = self.compiled and kernel.fuses_with_neighbours
+            reason = "left to the compiler, which fuses it" if left else kernel.supports(**arguments)
             if reason is None:
                 return provider
             self.reasons.setdefault(op.name, set()).add(f"{provider}: {reason}")

@@ -1,0 +1,34 @@
+"""Captured ops run as they are: a captured call equals the canonical attention it will become."""
+
+import pytest
+import torch
+
+from autodeploy.ops import attention, captured_attention, captured_mask
+
+
+@pytest.mark.parametrize(
+    "facts", [(True, None, None), (True, 5, None), (True, None, 4), (False, None, None), (True, 6, 8)]
+)
+def test_masked_call_equals_attention_with_the_same_facts(facts: tuple[bool, int | None, int | None]) -> None:
+    sample = attention.samples()[0]
+    causal, window, chunk = facts
+    positions = torch.zeros(1, 24, dtype=torch.int64)
+    mask = captured_mask(sample["cu_seqlens"], positions, causal, window, chunk)
+    q, k, v = (sample[name].transpose(1, 2) for name in ("query", "key", "value"))
+    result = captured_attention(q, k, v, mask, sample["cu_seqlens"], None, 0.25, True, None, None)
+    expected = attention(**(sample | {"causal": causal, "sliding_window": window, "chunk_size": chunk}))
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_call_without_a_mask_takes_its_own_facts() -> None:
+    sample = attention.samples()[0]
+    q, k, v = (sample[name].transpose(1, 2) for name in ("query", "key", "value"))
+    result = captured_attention(q, k, v, None, sample["cu_seqlens"], torch.ones(4), 0.25, True, 5, 2.0)
+    expected = attention(**(sample | {"sinks": torch.ones(4), "sliding_window": 5, "softcap": 2.0}))
+    torch.testing.assert_close(result, expected)
+
+
+def test_mask_is_block_diagonal_over_packed_sequences() -> None:
+    mask = captured_mask(torch.tensor([0, 2, 5], dtype=torch.int32), torch.zeros(1, 5, dtype=torch.int64), False, None, None)
+    assert mask.shape == (1, 1, 5, 5)
+    assert torch.equal(mask[0, 0], torch.block_diag(torch.ones(2, 2), torch.ones(3, 3)).bool())

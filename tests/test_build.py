@@ -1,0 +1,136 @@
+"""build: Hugging Face models and users' own modules become programs that generate what the original does."""
+
+import pytest
+import torch
+from tests import tiny
+from tests.graphs import Sketch, attention_model, causal_sdpa
+from tests.ops.mixers import decaying_sum
+from torch import Tensor, nn
+
+from autodeploy.build import build, resolve_device
+from autodeploy.compile.program import Program
+from autodeploy.config import EngineOptions, parse_options
+from autodeploy.errors import CaptureError, ConfigError, GraphLevelError
+from autodeploy.runtime.engine import Engine
+from autodeploy.runtime.request import SamplingParams
+
+CROWDED = EngineOptions(max_num_batched_tokens=16, page_size=4, max_num_seqs=6)
+
+
+def _generate(program: Program, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    engine = Engine(program, CROWDED, max_model_len=96)
+    for index, prompt in enumerate(prompts):
+        engine.add_request(str(index), prompt, SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True))
+    tokens: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            tokens[output.request_id].extend(output.token_ids)
+    return list(tokens.values())
+
+
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_generates_what_transformers_generates(name: str) -> None:
+    model = tiny.TINY[name]()
+    program = build(model)
+    assert program.report.facts["isolation"] == "passed"
+    prompts = tiny.prompts(8, seed=1)
+    with torch.no_grad():
+        expected = [
+            model.generate(
+                torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0
+            )[0, len(prompt) :].tolist()
+            for prompt in prompts
+        ]
+    assert _generate(program, prompts, 10) == expected
+
+
+def _whole_sequence_greedy(model: nn.Module, prompt: list[int], num_tokens: int) -> list[int]:
+    """The slow truth for a module without a cache: run everything again for every token."""
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(num_tokens):
+            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def _hybrid(self: nn.Module, x: Tensor) -> Tensor:
+    x = x + self.positions[: x.shape[1]]
+    x = self.first(x) + decaying_sum(x, self.decay, None)
+    return self.second(self.norm(x))
+
+
+def _own_modules() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    hybrid = Sketch(
+        _hybrid,
+        first=attention_model(causal_sdpa).layer,
+        second=attention_model(causal_sdpa, kv_heads=4).layer,
+        norm=nn.LayerNorm(16),
+        decay=nn.Parameter(torch.rand(16)),
+        positions=torch.randn(96, 16),
+    )
+    return {"attention": attention_model(causal_sdpa), "hybrid": hybrid.eval()}
+
+
+@pytest.mark.parametrize("name", _own_modules())
+def test_a_users_own_module_deploys_like_any_other(name: str) -> None:
+    model = _own_modules()[name]
+    prompts = [[index % 32 for index in range(start, start + length)] for start, length in ((0, 1), (5, 7), (9, 30))]
+    expected = [_whole_sequence_greedy(model, prompt, 12) for prompt in prompts]
+    assert _generate(build(model), prompts, 12) == expected
+
+
+def test_report_says_what_was_done() -> None:
+    report = build(tiny.TINY["llama"]()).report
+    layers = 3
+    assert {name: count for name, count in report.rewrites().items() if count and name != "drop_no_ops"} == {
+        "match_attention": layers,
+        "match_linear": 7 * layers + 1,
+        "fuse_qkv": layers,
+        "fuse_gate_up": layers,
+        "fuse_add_rms_norm": 2 * layers,
+        "insert_cached_ops": layers,
+        "gather_logits": 1,
+        "select_kernels": sum(sum(counts.values()) for counts in report.kernels.values()),
+    }
+    assert list(report.seconds) == [
+        "resolve", "capture", "canonicalize", "fuse", "cache", "lower", "load", "compile", "check",
+    ]  # fmt: skip
+    assert report.facts["weight_bytes"] > 0 and report.facts["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("transform", ["fuse_qkv", "fuse_gate_up", "fuse_add_rms_norm", "drop_no_ops"])
+def test_fusions_can_be_switched_off_one_by_one(transform: str) -> None:
+    model = tiny.TINY["llama"]()
+    prompts = tiny.prompts(3, seed=2)
+    off = parse_options({"transforms": {transform: {"enabled": False}}})
+    assert _generate(build(model, off), prompts, 6) == _generate(build(model), prompts, 6)
+
+
+def test_an_architecture_that_cannot_be_captured_is_refused_by_module() -> None:
+    class Dispatch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, : int(x.sum())] if bool(x.mean() > 0) else x
+
+    with pytest.raises(CaptureError, match=r"dispatch \(Dispatch\)"):
+        build(Sketch(lambda self, x: self.dispatch(x), dispatch=Dispatch()))
+
+
+def test_an_unknown_mixer_is_refused_by_name() -> None:
+    with pytest.raises(GraphLevelError, match=r"cumsum\.default mixes tokens and no transform knows it"):
+        build(Sketch(lambda self, x: x.cumsum(1)))
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    for wanted in ("gpu", "mps", "nonsense:0"):
+        with pytest.raises(ConfigError, match="device must be"):
+            resolve_device(wanted)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="has none"):
+            resolve_device("cuda")
+
+
+def test_module_with_another_dtype_than_asked_for() -> None:
+    with pytest.raises(ConfigError, match=r"module\.to\(torch\.bfloat16\)"):
+        build(tiny.TINY["llama"](), parse_options({"dtype": "bfloat16"}))

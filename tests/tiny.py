@@ -1,0 +1,190 @@
+"""Tiny random models of many architectures, and a tokenizer for them: what tests use in place of a real checkpoint.
+
+Each builder in `TINY` returns a float32 model in eval mode on the CPU, the same one every time. Weights are drawn
+wider than an initialiser would draw them, so that attention attends, norms scale and logits are far from flat: with
+the usual 0.02 a model that ignores its context altogether would pass most comparisons.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCAB_SIZE = 288
+MAX_LENGTH = 256
+BOS, EOS, PAD = 256, 257, 258
+HIDDEN = 48
+WINDOW = 12
+
+_SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|pad|>"]
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|begin|>{{ message['role'] }}\n{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|begin|>assistant\n{% endif %}"
+)
+_DECODER: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_LENGTH,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
+
+
+def llama() -> PreTrainedModel:
+    """RMSNorm, rotary, grouped queries, gated SiLU; untied head."""
+    return _build("Llama", **_DECODER)
+
+
+def qwen3() -> PreTrainedModel:
+    """Norms on queries and keys, head size apart from hidden size, tied head."""
+    return _build("Qwen3", **_DECODER, head_dim=16, tie_word_embeddings=True)
+
+
+def gemma3_text() -> PreTrainedModel:
+    """Sliding and full layers with their own rotary bases, offset norms before and after, scaled embeddings."""
+    layers = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "sliding_window": WINDOW}
+    return _build(
+        "Gemma3", config="Gemma3Text", **_DECODER, head_dim=16, query_pre_attn_scalar=16, embedding_size=0.03, **layers
+    )
+
+
+def gemma2() -> PreTrainedModel:
+    """Soft caps on scores and on logits, alternating windows."""
+    # The caps are low, so that tiny logits and scores reach them.
+    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 0.5}
+    heads = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW}
+    return _build("Gemma2", embedding_size=0.03, **_DECODER, **heads, **caps)
+
+
+def phi3() -> PreTrainedModel:
+    """Query, key and value in one matrix, gate and up in one matrix; rotary on part of each head."""
+    return _build("Phi3", **_DECODER, partial_rotary_factor=0.5)
+
+
+def mistral() -> PreTrainedModel:
+    """A sliding window on every layer."""
+    return _build("Mistral", **_DECODER, sliding_window=WINDOW)
+
+
+def gpt2() -> PreTrainedModel:
+    """Learned positions, LayerNorm with bias, fused transposed projections, plain GELU."""
+    return _build(
+        "GPT2",
+        head="LMHeadModel",
+        vocab_size=VOCAB_SIZE,
+        n_embd=HIDDEN,
+        n_layer=3,
+        n_head=4,
+        n_positions=MAX_LENGTH,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+
+
+def olmo2() -> PreTrainedModel:
+    """Norms after attention and MLP, not before; full-width norms on queries and keys."""
+    return _build("Olmo2", **_DECODER)
+
+
+def granite() -> PreTrainedModel:
+    """Multipliers on embeddings, attention, residuals and logits."""
+    multipliers = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5}
+    return _build("Granite", **_DECODER, **multipliers, logits_scaling=2.0)
+
+
+def smollm3() -> PreTrainedModel:
+    """Layers without any position among rotary ones."""
+    return _build("SmolLM3", **_DECODER, no_rope_layers=[1, 0, 1])
+
+
+def cohere2() -> PreTrainedModel:
+    """Attention and MLP side by side, LayerNorm without bias, windows with rotary and full layers without."""
+    layers = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": WINDOW}
+    return _build("Cohere2", **_DECODER, **layers, logit_scale=0.5)
+
+
+def starcoder2() -> PreTrainedModel:
+    """LayerNorm, biases everywhere, an MLP without a gate."""
+    return _build("Starcoder2", **_DECODER, use_bias=True, sliding_window=None)
+
+
+TINY: dict[str, Callable[[], PreTrainedModel]] = {
+    builder.__name__: builder
+    for builder in (
+        llama,
+        qwen3,
+        gemma3_text,
+        gemma2,
+        phi3,
+        mistral,
+        gpt2,
+        olmo2,
+        granite,
+        smollm3,
+        cohere2,
+        starcoder2,
+    )
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte and three special ones: every text survives the round trip, emoji and all."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(_SPECIAL_TOKENS)
+    begin, end, pad = _SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token=begin, eos_token=end, pad_token=pad, chat_template=_CHAT_TEMPLATE
+    )
+
+
+def save(name: str, folder: Path) -> Path:
+    """Write `TINY[name]` and the tokenizer as a checkpoint folder; returns the folder."""
+    TINY[name]().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def prompts(count: int, seed: int = 0, shortest: int = 1, longest: int = 40) -> list[list[int]]:
+    """Prompts of random ids, none of them special, with lengths spread over `shortest..longest` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
+    return [torch.randint(0, BOS, (length,), generator=generator).tolist() for length in lengths]
+
+
+def _build(
+    name: str, config: str | None = None, head: str = "ForCausalLM", embedding_size: float = 0.1, **fields: Any
+) -> PreTrainedModel:
+    config_class: type[PreTrainedConfig] = getattr(transformers, f"{config or name}Config")
+    model: PreTrainedModel = getattr(transformers, f"{name}{head}")(config_class(**fields)).eval()
+    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+    _draw_weights(model, embedding_size, torch.Generator().manual_seed(sum(map(ord, name))))
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def _draw_weights(model: PreTrainedModel, embedding_size: float, generator: torch.Generator) -> None:
+    """Matrices with a gain of about 2; norms and biases near where the initialiser puts them.
+
+    Embeddings stay small beside what the layers add to them: else a model whose head is its embedding would say its
+    last token again for ever, and greedy outputs would compare nothing.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 1:
+            parameter += 0.1 * noise
+        else:
+            parameter.copy_(noise * (embedding_size if id(parameter) in embeddings else 0.3))

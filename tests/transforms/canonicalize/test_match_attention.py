@@ -1,0 +1,166 @@
+"""MatchAttention: each way to write attention becomes one node with the right facts; what it cannot express is refused."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.graphs import attention_model, captured, causal_sdpa, counts, run
+from torch import Tensor
+
+from autodeploy.errors import GraphLevelError
+from autodeploy.graph.levels import Level
+from autodeploy.graph.verify import verify
+from autodeploy.ops import attention
+from autodeploy.transforms.canonicalize.match_attention import MatchAttention
+
+Core = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _mask(tokens: int, window: int | None = None, chunk: int | None = None) -> Tensor:
+    i, j = torch.arange(tokens)[:, None], torch.arange(tokens)[None]
+    mask = j <= i
+    if window is not None:
+        mask = mask & (j > i - window)
+    if chunk is not None:
+        mask = mask & (i // chunk == j // chunk)
+    return mask
+
+
+def sdpa_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(q.shape[2]))
+
+
+def sdpa_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(q.shape[2], window=3), scale=0.3)
+
+
+def sdpa_chunked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(q.shape[2], chunk=4))
+
+
+def sdpa_float_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = torch.full((q.shape[2], q.shape[2]), float("-inf")).triu(1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.matmul(q, k.transpose(-2, -1)) / math.sqrt(4)
+    scores = scores.masked_fill(~_mask(q.shape[2]), float("-inf"))
+    return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
+
+
+def written_out_scaled_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q * 0.4) @ k.transpose(2, 3)
+    scores = 5.0 * torch.tanh(scores / 5.0) + torch.full((q.shape[2], q.shape[2]), -1e9).triu(1)
+    return F.dropout(scores.softmax(-1), p=0.1, training=False) @ v
+
+
+def written_out_softcap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.tanh((q @ k.transpose(2, 3) * 0.5) / 5.0) * 5.0
+    return (scores + torch.full((q.shape[2], q.shape[2]), -1e9).triu(1)).softmax(-1) @ v
+
+
+CORES: list[tuple[Core, dict[str, object]]] = [
+    (causal_sdpa, {"causal": True, "scale": 0.5}),
+    (sdpa_mask, {"causal": True}),
+    (sdpa_window, {"causal": True, "sliding_window": 3, "scale": 0.3}),
+    (sdpa_chunked, {"causal": True, "chunk_size": 4}),
+    (sdpa_float_mask, {"causal": True}),
+    (written_out, {"causal": True, "scale": 0.5}),
+    (written_out_softcap, {"causal": True, "softcap": 5.0, "scale": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("core", "facts"), CORES, ids=lambda value: getattr(value, "__name__", ""))
+def test_fires_with_the_right_facts_and_numbers(core: Core, facts: dict[str, object]) -> None:
+    model = attention_model(core)
+    graph = captured(model)
+    before = run(graph, model, [9])
+    report = MatchAttention().run(graph)
+    assert (report.found, report.rewritten, report.refused) == (1, 1, ())
+    assert counts(graph) == {"attention": 1}
+    (node,) = graph.nodes(attention)
+    arguments = attention.arguments(node.args, node.kwargs)
+    absent = {"sliding_window": None, "chunk_size": None, "softcap": None}
+    for name, value in (absent | facts).items():
+        assert arguments[name] == (pytest.approx(value) if isinstance(value, float) else value), name
+    verify(graph, Level.CANONICAL)
+    torch.testing.assert_close(run(graph, model, [9]), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("core", [core for core, _ in CORES], ids=lambda core: core.__name__)
+def test_packed_sequences_are_kept_apart(core: Core) -> None:
+    model = attention_model(core)
+    graph = captured(model)
+    MatchAttention().run(graph)
+    packed = run(graph, model, [4, 5])
+    with torch.no_grad():
+        ids = torch.randint(0, 32, (1, 9), generator=torch.Generator().manual_seed(0))
+        alone = torch.cat([model(ids[:, :4]), model(ids[:, 4:])], dim=1)
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_repeated_heads_are_seen_through() -> None:
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x[:, :, None].expand(1, 2, 2, x.shape[2], 4).reshape(1, 4, x.shape[2], 4) for x in (k, v))
+        return causal_sdpa(q, k, v)
+
+    model = attention_model(core, kv_heads=2)
+    graph = captured(model)
+    before = run(graph, model, [9])
+    MatchAttention().run(graph)
+    (node,) = graph.nodes(attention)
+    assert node.args[1].meta["val"].shape[2] == 2  # type: ignore[union-attr]
+    torch.testing.assert_close(run(graph, model, [9]), before, rtol=1e-5, atol=1e-5)
+
+
+def position_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])[None]
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])[:, None, None]
+    bias = torch.where(distance >= 0, -slopes * distance, float("-inf"))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def every_other_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    i, j = torch.arange(q.shape[2])[:, None], torch.arange(q.shape[2])[None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(j <= i) & ((i - j) % 2 == 0))
+
+
+@pytest.mark.parametrize(("core", "reason"), [(position_bias, "position bias"), (every_other_key, "none of causal")])
+def test_a_mask_that_is_no_fact_is_refused_by_name(core: Core, reason: str) -> None:
+    graph = captured(attention_model(core))
+    report = MatchAttention().run(graph)
+    assert (report.found, report.rewritten) == (1, 0)
+    assert reason in report.refused[0] and "layer" in report.refused[0]
+    with pytest.raises(GraphLevelError, match=r"scaled_dot_product_attention.*layer"):
+        verify(graph, Level.CANONICAL)
+
+
+def test_near_miss_softmax_over_features_is_left_alone() -> None:
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return causal_sdpa(q.softmax(-1), k, v)
+
+    graph = captured(attention_model(core))
+    assert MatchAttention().run(graph).found == 1
+    assert len(graph.nodes(torch.ops.aten.softmax.int)) == 1
+
+
+def test_near_miss_value_dependent_mask_is_refused() -> None:
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(q @ k.transpose(2, 3)) > 0)
+
+    report = MatchAttention().run(captured(attention_model(core)))
+    assert report.rewritten == 0 and "depends on" in report.refused[0]
+
+
+def test_written_out_forms_with_a_scaled_query() -> None:
+    model = attention_model(written_out_scaled_query)
+    graph = captured(model)
+    before = run(graph, model, [9])
+    MatchAttention().run(graph)
+    (node,) = graph.nodes(attention)
+    arguments = attention.arguments(node.args, node.kwargs)
+    assert arguments["scale"] == pytest.approx(0.4) and arguments["softcap"] == pytest.approx(5.0)
+    torch.testing.assert_close(run(graph, model, [9]), before, rtol=1e-5, atol=1e-5)
