@@ -1,0 +1,426 @@
+"""The command line: arguments go in, a thin call into the package is made, text comes out.
+
+Every option of `autodeploy.config` is a flag of every command that builds a model; names and help texts come from the
+option dataclasses. Answers go to standard output, everything else to standard error.
+"""
+
+import asyncio
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+from cyclopts import App, Parameter, Token
+from rich.console import Console
+from rich.table import Table
+
+from autodeploy.config import ALIASES, CompileOptions, EngineOptions, ModelOptions, Options, parse_options
+from autodeploy.errors import AutoDeployError, ConfigError, InvalidRequestError
+
+notes = Console(stderr=True, highlight=False)
+
+OPTION_PARTS = (ModelOptions, CompileOptions, EngineOptions)
+
+
+def _from_json(_: Any, tokens: tuple[Token, ...]) -> dict[str, Any]:
+    value = json.loads(tokens[0].value)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object such as {{...}}, got {tokens[0].value}")
+    return value
+
+
+def _flag(field: dataclasses.Field[Any], hint: Any) -> tuple[str, Any, None]:
+    """One option as a flag that is None unless given, so that the option's own default stays the only one."""
+    has_factory = field.default_factory is not dataclasses.MISSING
+    default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    names = tuple(f"--{alias.replace('_', '-')}" for alias, name in ALIASES.items() if name == field.name)
+    shown = None if default is None or has_factory else str(default)
+    show_default = False if shown is None else lambda _, shown=shown: shown
+    if has_factory:  # a mapping, given as JSON
+        json_flag = Parameter(alias=names, converter=_from_json, accepts_keys=False, n_tokens=1, show_default=False)
+        return field.name, Annotated[dict[str, Any] | None, json_flag], None
+    return field.name, Annotated[hint | None, Parameter(alias=names, show_default=show_default)], None
+
+
+def _option_flags() -> type[Any]:
+    """A dataclass with one flag per option, documented by the option dataclasses' docstrings."""
+    flags = [
+        _flag(field, get_type_hints(part)[field.name]) for part in OPTION_PARTS for field in dataclasses.fields(part)
+    ]
+    made = dataclasses.make_dataclass("ModelFlags", flags, frozen=True, kw_only=True)
+    attributes = "".join((part.__doc__ or "").split("Attributes:\n")[1].rstrip() + "\n" for part in OPTION_PARTS)
+    made.__doc__ = f"Options of a deployment.\n\nAttributes:\n{attributes}"
+    made.__module__ = __name__  # where cyclopts looks up the annotations
+    return made
+
+
+ModelFlags = _option_flags()
+NO_FLAGS = ModelFlags()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingFlags:
+    """How the answer is sampled.
+
+    Attributes:
+        max_tokens: most tokens to generate.
+        temperature: 0 takes the most likely token; default: the model's own.
+        top_p: keep the fewest most likely tokens that together have this probability.
+        top_k: keep this many of the most likely tokens.
+    """
+
+    max_tokens: int = 256
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+
+    def values(self) -> dict[str, Any]:
+        """As keyword arguments of `SamplingParams`, those that were given."""
+        values = {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+Flags = Annotated[ModelFlags, Parameter(name="*")]  # type: ignore[valid-type]  # made at import time
+Sampling = Annotated[SamplingFlags, Parameter(name="*")]
+ConfigFile = Annotated[Path | None, Parameter(name="--config")]
+
+
+def _show_version() -> str:
+    import autodeploy
+
+    return autodeploy.__version__
+
+
+app = App(
+    name="autodeploy",
+    help="Deploy an off-the-shelf PyTorch language model: capture it, rewrite its graph, serve its tokens.",
+    version=_show_version,
+)
+bench = App(name="bench", help="Measure a deployed model, beside what the machine can do at most.")
+app.command(bench)
+
+
+@app.command
+def generate(
+    model: str,
+    *prompts: str,
+    config: ConfigFile = None,
+    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], negative="")] = False,
+    sampling: Sampling = SamplingFlags(),
+    flags: Flags = NO_FLAGS,
+) -> None:
+    """Continue prompts; the text streams to standard output.
+
+    Args:
+        model: a checkpoint folder, a GGUF file, or a hub id.
+        prompts: texts to continue; without any, standard input is one prompt.
+        config: YAML file with options by the same names; flags go before it.
+        quiet: no progress and no build report.
+    """
+    texts = list(prompts) or [_read_standard_input()]
+    with _loaded(model, flags, config, quiet) as llm:
+        params = _sampling_params(llm, sampling)
+        for text in texts:
+            asyncio.run(_stream(llm, text, params))
+
+
+@app.command
+def chat(
+    model: str,
+    *,
+    system: str | None = None,
+    config: ConfigFile = None,
+    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], negative="")] = False,
+    sampling: Sampling = SamplingFlags(),
+    flags: Flags = NO_FLAGS,
+) -> None:
+    """Talk with a model; an empty line, Ctrl-D or Ctrl-C ends it. Piped standard input is one message per line.
+
+    Args:
+        model: a checkpoint folder, a GGUF file, or a hub id.
+        system: what the model is told before the conversation.
+        config: YAML file with options by the same names; flags go before it.
+        quiet: no progress and no build report.
+    """
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    with _loaded(model, flags, config, quiet) as llm:
+        params = _sampling_params(llm, sampling)
+        for line in _lines():
+            messages.append({"role": "user", "content": line})
+            prompt = {"prompt_token_ids": llm.apply_chat_template(messages)}
+            messages.append({"role": "assistant", "content": asyncio.run(_stream(llm, prompt, params))})
+
+
+@app.command
+def serve(
+    model: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    served_model_name: list[str] | None = None,
+    config: ConfigFile = None,
+    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], negative="")] = False,
+    flags: Flags = NO_FLAGS,
+) -> None:
+    """Serve a model with an OpenAI-style HTTP interface: completions, chat completions, models, health, metrics.
+
+    Args:
+        model: a checkpoint folder, a GGUF file, or a hub id.
+        host: address to listen on. There is no authentication: do not open it to a network you do not trust.
+        port: port to listen on.
+        served_model_name: name that clients ask for; may be given several times. Default: MODEL as given.
+        config: YAML file with options by the same names; flags go before it.
+        quiet: no progress and no build report.
+    """
+    try:
+        import uvicorn
+
+        from autodeploy.server.app import ServedModel, create_app
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serving needs {error.name!r}: pip install 'autodeploy[serve]'") from error
+
+    with _loaded(model, flags, config, quiet) as llm:
+        served = ServedModel(
+            engine=llm.async_engine,
+            names=served_model_name or [model],
+            tokenizer=llm.tokenizer,
+            max_model_len=llm.max_model_len,
+            default_sampling=llm.generation_defaults,
+        )
+        application = create_app(served, version=_show_version())
+        uvicorn.run(application, host=host, port=port, log_level="info", timeout_graceful_shutdown=10)
+
+
+@app.command
+def inspect(model: str, *, graph: str | None = None, config: ConfigFile = None, flags: Flags = NO_FLAGS) -> None:
+    """Show what the build of a model does: stages, rewrites, kernels; or one of its graphs.
+
+    Args:
+        model: a checkpoint folder, a GGUF file, or a hub id.
+        graph: graph level to print as text (captured, canonical, cached, lowered) instead of the report.
+        config: YAML file with options by the same names; flags go before it.
+    """
+    options = _options(flags, config)
+    if graph is not None:
+        from autodeploy.debug.inspect import graph_text
+
+        print(graph_text(_local_model(model), graph, options))
+        return
+    from autodeploy.build import build
+
+    with _progress(quiet=False) as report_stage:
+        program = build(_local_model(model), options, progress=report_stage)
+    print_report(program.report, Console(highlight=False))
+
+
+@bench.command
+def latency(
+    model: str,
+    *,
+    input_len: int = 128,
+    output_len: int = 64,
+    repeats: int = 5,
+    json_path: Annotated[Path | None, Parameter(name=["--json", "--json-path"])] = None,
+    config: ConfigFile = None,
+    flags: Flags = NO_FLAGS,
+) -> None:
+    """One request at a time: time to first token, time per output token, share of the machine's limits.
+
+    Args:
+        model: a checkpoint folder, a GGUF file, or a hub id.
+        input_len: tokens per prompt.
+        output_len: tokens generated per request.
+        repeats: measured requests.
+        json_path: file for the results and everything they depend on.
+        config: YAML file with options by the same names; flags go before it.
+    """
+    from autodeploy.bench import latency as bench_latency
+
+    bench_latency.run(
+        _local_model(model),
+        _options(flags, config),
+        input_len=input_len,
+        output_len=output_len,
+        repeats=repeats,
+        json_path=json_path,
+    )
+
+
+@bench.command
+def throughput(
+    model: str,
+    *,
+    num_prompts: int = 32,
+    input_len: tuple[int, int] = (32, 512),
+    output_len: tuple[int, int] = (64, 128),
+    json_path: Annotated[Path | None, Parameter(name=["--json", "--json-path"])] = None,
+    config: ConfigFile = None,
+    flags: Flags = NO_FLAGS,
+) -> None:
+    """Many requests at once: requests and tokens per second.
+
+    Args:
+        model: a checkpoint folder, a GGUF file, or a hub id.
+        num_prompts: requests, all waiting from the start.
+        input_len: least and most tokens per prompt.
+        output_len: least and most tokens generated per request.
+        json_path: file for the results and everything they depend on.
+        config: YAML file with options by the same names; flags go before it.
+    """
+    from autodeploy.bench import throughput as bench_throughput
+
+    bench_throughput.run(
+        _local_model(model),
+        _options(flags, config),
+        num_prompts=num_prompts,
+        input_len=input_len,
+        output_len=output_len,
+        json_path=json_path,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status. One clear line for an error of our own, unless debugging."""
+    try:
+        app(arguments, result_action="return_value")
+    except AutoDeployError as error:
+        if os.environ.get("AUTODEPLOY_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def print_report(report: Any, console: Console) -> None:
+    """A `BuildReport` as tables: seconds per stage, sites per transform, kernels per op."""
+    stages = Table("stage", "seconds", title="Build", title_justify="left")
+    for stage, seconds in report.seconds.items():
+        stages.add_row(stage, f"{seconds:.2f}")
+    rewrites = Table("stage", "transform", "found", "rewritten", "refused", title="Rewrites", title_justify="left")
+    for entry in report.transforms:
+        counts = (entry.found, entry.rewritten, len(entry.refused))
+        rewrites.add_row(entry.stage, entry.name, *map(str, counts))
+    kernels = Table("op", "provider", "nodes", title="Kernels", title_justify="left")
+    for op, providers in report.kernels.items():
+        for provider, nodes in providers.items():
+            kernels.add_row(op, provider, str(nodes))
+    for table in (stages, rewrites, kernels):
+        if table.row_count:
+            console.print(table)
+
+
+@contextmanager
+def _loaded(model: str, flags: Any, config: Path | None, quiet: bool) -> Iterator[Any]:
+    values = _option_values(flags, config)
+    parse_options(values)  # a typing error should not wait for torch
+    with _progress(quiet) as report_stage:
+        report_stage("loading libraries")
+        from autodeploy.llm import LLM
+
+        llm = LLM(_local_model(model), progress=report_stage, **values)
+    with llm:
+        if not quiet:
+            print_report(llm.report, notes)
+        yield llm
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Any]:
+    """Yields a function that shows which stage is running: a spinner on a terminal, else one line per stage."""
+    if quiet:
+        yield lambda stage: None
+    elif notes.is_terminal:
+        with notes.status("starting") as status:
+            yield status.update
+    else:
+        yield lambda stage: notes.print(stage, markup=False)
+
+
+def _local_model(model: str) -> str:
+    """A model that comes as a Python package may be named by its short name."""
+    from autodeploy.packaged_models import model_path
+
+    return model_path(model)
+
+
+def _options(flags: Any, config: Path | None) -> Options:
+    return parse_options(_option_values(flags, config))
+
+
+def _option_values(flags: Any, config: Path | None) -> dict[str, Any]:
+    """Flat options: those of the YAML file, overridden by flags that were given."""
+    given = {name: value for name, value in vars(flags).items() if value is not None}
+    from_file = {} if config is None else {ALIASES.get(name, name): value for name, value in _read_yaml(config).items()}
+    return {**from_file, **given}
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    import yaml  # type: ignore[import-untyped]  # types-PyYAML is not worth a dependency
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read options from {path}: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ConfigError(f"{path} must hold options as `name: value` lines, got {type(values).__name__}")
+    return values
+
+
+def _sampling_params(llm: Any, sampling: SamplingFlags) -> Any:
+    from autodeploy.runtime.request import SamplingParams
+
+    return SamplingParams(**{**llm.generation_defaults, **sampling.values()})
+
+
+async def _stream(llm: Any, prompt: Any, params: Any) -> str:
+    """Print an answer as it comes; returns it."""
+    shown = ""
+    async for output in llm.generate_async(prompt, params, streaming=True):
+        text = output.outputs[0].text
+        sys.stdout.write(_printable(text[len(shown) :]))
+        sys.stdout.flush()
+        shown = text
+    sys.stdout.write("\n")
+    return shown
+
+
+def _printable(text: str) -> str:
+    """Without control characters: a model's text must not steer the terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text) if sys.stdout.isatty() else text
+
+
+def _lines() -> Iterator[str]:
+    """What the user says: typed at a prompt, or piped in."""
+    interactive = sys.stdin.isatty()
+    while True:
+        if interactive:
+            notes.print("> ", end="")
+        line = sys.stdin.readline()
+        if not line or (interactive and not line.strip()):
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _read_standard_input() -> str:
+    if sys.stdin.isatty():
+        raise InvalidRequestError("no prompt given; write one after the model, or pipe it in")
+    text = sys.stdin.read().rstrip("\n")
+    if not text:
+        raise InvalidRequestError("standard input is empty; give a prompt")
+    return text
