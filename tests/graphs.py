@@ -18,7 +18,7 @@ LENGTHS = [3, 6, 4]
 
 
 def run(graph: ModelGraph, model: nn.Module, lengths: list[int] = LENGTHS, seed: int = 0) -> Tensor:
-    """The graph's result for random tokens in sequences of these lengths, weights made by its recipes from the model."""
+    """The graph's result for random tokens in sequences of these lengths, its weights made from the model's."""
     reader = ModuleReader(model)
     for name, recipe in graph.weights.items():
         setattr(graph.module, name, nn.Parameter(evaluate(recipe, reader.read).clone(), requires_grad=False))

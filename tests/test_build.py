@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from tests import tiny
-from tests.graphs import Sketch, attention_model, causal_sdpa
-from tests.ops.mixers import decaying_sum
 from torch import Tensor, nn
 
 from autodeploy.build import build, resolve_device
@@ -13,6 +10,9 @@ from autodeploy.config import EngineOptions, parse_options
 from autodeploy.errors import CaptureError, ConfigError, GraphLevelError
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams
+from tests import tiny
+from tests.graphs import Sketch, attention_model, causal_sdpa
+from tests.ops.mixers import decaying_sum
 
 CROWDED = EngineOptions(max_num_batched_tokens=16, page_size=4, max_num_seqs=6)
 

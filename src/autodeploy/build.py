@@ -1,11 +1,11 @@
 """build(model, options) -> Program: the compiler half, step by step.
 
-    resolve    a name, file or module      -> config, files, dtype
-    capture    nn.Module                   -> graph at level CAPTURED, no weight read
-    transform  the pipeline's stages       -> LOWERED, weight recipes rewritten along
-    load       recipes                     -> final weights, streamed once
-    compile    graph and weights           -> a function of one step
-    check      two packed sequences        -> each as if it were alone
+resolve    a name, file or module      -> config, files, dtype
+capture    nn.Module                   -> graph at level CAPTURED, no weight read
+transform  the pipeline's stages       -> LOWERED, weight recipes rewritten along
+load       recipes                     -> final weights, streamed once
+compile    graph and weights           -> a function of one step
+check      two packed sequences        -> each as if it were alone
 """
 
 import contextlib
@@ -142,7 +142,8 @@ def _subject_of_module(module: nn.Module, options: Options) -> _Subject:
     wanted = options.model.dtype
     if wanted != "auto" and getattr(torch, wanted) != floating[0]:
         raise ConfigError(
-            f"dtype={wanted!r}, but the module's parameters are {floating[0]}; convert it first: module.to(torch.{wanted})"
+            f"dtype={wanted!r}, but the module's parameters are {floating[0]};"
+            f" convert it first: module.to(torch.{wanted})"
         )
     module.eval()
     return _Subject(
@@ -154,7 +155,9 @@ def _subject_of_module(module: nn.Module, options: Options) -> _Subject:
     )
 
 
-def transform(graph: ModelGraph, options: CompileOptions, device: torch.device, clock: _Clock | None = None) -> BuildReport:
+def transform(
+    graph: ModelGraph, options: CompileOptions, device: torch.device, clock: _Clock | None = None
+) -> BuildReport:
     """Run the pipeline on a captured graph; what each transform did goes into the report.
 
     Raises:
@@ -233,5 +236,3 @@ def _finish(
 
 def _compile(graph: ModelGraph, backend: str) -> GraphFunction:
     return compile_inductor(graph) if backend == "torch-compile" else compile_eager(graph)
-
-

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from tests import tiny
-from tests.graphs import Sketch, attention_model, captured, causal_sdpa, counts, run
 from torch import Tensor, nn
 
 from autodeploy.capture.export import capture
@@ -11,6 +9,8 @@ from autodeploy.errors import CaptureError
 from autodeploy.graph.levels import Level
 from autodeploy.graph.verify import verify
 from autodeploy.models.instantiate import instantiate
+from tests import tiny
+from tests.graphs import Sketch, attention_model, captured, causal_sdpa, counts, run
 
 
 @pytest.mark.parametrize("name", tiny.TINY)

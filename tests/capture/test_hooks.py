@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests import tiny
 from transformers import AttentionInterface
 from transformers.masking_utils import (
     and_masks,
@@ -16,6 +15,7 @@ from transformers.masking_utils import (
 from autodeploy.capture.hooks import INTERFACE_NAME, Hooks, mask_facts
 from autodeploy.errors import CaptureError
 from autodeploy.ops.attention import MaskFacts
+from tests import tiny
 
 
 @pytest.mark.parametrize(

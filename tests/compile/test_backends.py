@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests import tiny
 
 from autodeploy.build import build
 from autodeploy.config import parse_options
 from autodeploy.debug.isolation import _batch, _states
+from tests import tiny
 
 
 @pytest.mark.parametrize("backend", ["torch-simple", "torch-compile"])

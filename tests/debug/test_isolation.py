@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.graphs import Sketch, attention_model, causal_sdpa
 from torch import Tensor, nn
 
 from autodeploy.build import build
 from autodeploy.config import parse_options
 from autodeploy.errors import TokenMixingError
+from tests.graphs import Sketch, attention_model, causal_sdpa
 
 
 def test_passes_for_attention() -> None:

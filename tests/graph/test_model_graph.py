@@ -1,7 +1,6 @@
 """Editing graphs: inserted nodes carry values, weights carry recipes, and clean-up drops what nobody reads."""
 
 import torch
-from tests.graphs import Sketch, captured, run
 from torch import nn
 
 from autodeploy.checkpoint.recipe import Slice
@@ -9,6 +8,7 @@ from autodeploy.graph.model_graph import module_path, source_line
 from autodeploy.graph.text import diff_text, graph_text
 from autodeploy.graph.transform import Transform, TransformResult
 from autodeploy.ops import linear, rms_norm
+from tests.graphs import Sketch, captured, run
 
 
 def _model() -> nn.Module:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.graphs import Sketch, attention_model, captured, causal_sdpa
 from torch import Tensor, nn
 
 from autodeploy.errors import GraphLevelError
 from autodeploy.graph.levels import Level
 from autodeploy.graph.verify import verify
+from tests.graphs import Sketch, attention_model, captured, causal_sdpa
 
 
 def test_levels_are_reached_in_order() -> None:

@@ -1,5 +1,6 @@
 """The law of cached ops, for any op: however a sequence is split, packed and evicted, the result is the whole one's."""
 
+import itertools
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +21,7 @@ class Replay:
         assert op.states is not None and op.cached is not None
         self.op, self.sample, self.random = op, sample, random.Random(seed)
         borders = sample["cu_seqlens"].tolist()
-        self.rows = [slice(a, b) for a, b in zip(borders[:-1], borders[1:], strict=True)]
+        self.rows = [slice(a, b) for a, b in itertools.pairwise(borders)]
         self.num_tokens = borders[-1]
         self.specs = op.states(**sample)
         self.pages_each = max(-(-(row.stop - row.start) // PAGE_SIZE) for row in self.rows)
@@ -30,7 +31,9 @@ class Replay:
         self.pages = [numbers[s * self.pages_each : (s + 1) * self.pages_each] for s in range(count)]
         self.states = {
             name: torch.full(
-                (len(numbers) + 1, PAGE_SIZE, *spec.shape) if isinstance(spec, PagedState) else (count + 1, *spec.shape),
+                (len(numbers) + 1, PAGE_SIZE, *spec.shape)
+                if isinstance(spec, PagedState)
+                else (count + 1, *spec.shape),
                 float("nan") if isinstance(spec, PagedState) else 0.0,  # unwritten entries must never be read
                 dtype=spec.dtype,
             )
@@ -61,13 +64,17 @@ class Replay:
     def _step(self, sequences: list[int]) -> None:
         left = [self.rows[s].stop - self.rows[s].start - self.done[s] for s in sequences]
         counts = [self.random.randint(1, n) for n in left]
-        rows = torch.cat([self.rows[s].start + self.done[s] + torch.arange(n) for s, n in zip(sequences, counts, strict=True)])
+        rows = torch.cat(
+            [self.rows[s].start + self.done[s] + torch.arange(n) for s, n in zip(sequences, counts, strict=True)]
+        )
         positions = torch.cat([self.done[s] + torch.arange(n) for s, n in zip(sequences, counts, strict=True)])
         owners = torch.repeat_interleave(torch.tensor(sequences), torch.tensor(counts))
         tables = torch.tensor(self.pages)
         batch = {
             "cu_seqlens": torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32),
-            "seq_lens": torch.tensor([self.done[s] + n for s, n in zip(sequences, counts, strict=True)], dtype=torch.int32),
+            "seq_lens": torch.tensor(
+                [self.done[s] + n for s, n in zip(sequences, counts, strict=True)], dtype=torch.int32
+            ),
             "position_ids": positions[None],
             "page_table": tables[sequences].to(torch.int32),
             "slot_mapping": tables[owners, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE,

@@ -1,5 +1,6 @@
 """A made-up recurrent token mixer with one slot state, as a user would add it: h_t = decay * h_(t-1) + x_t."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def decaying_sum(x: Tensor, decay: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """x: `[1, T, D]`, decay: `[D]`; result `[1, T, D]`. Without boundaries the row is one sequence."""
     borders = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     zero = torch.zeros_like(x[0, 0])
-    parts = [_scan(x[0, a:b], decay, zero)[0] for a, b in zip(borders[:-1], borders[1:], strict=True) if b > a]
+    parts = [_scan(x[0, a:b], decay, zero)[0] for a, b in itertools.pairwise(borders) if b > a]
     return torch.cat(parts)[None]
 
 

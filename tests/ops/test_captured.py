@@ -29,6 +29,8 @@ def test_call_without_a_mask_takes_its_own_facts() -> None:
 
 
 def test_mask_is_block_diagonal_over_packed_sequences() -> None:
-    mask = captured_mask(torch.tensor([0, 2, 5], dtype=torch.int32), torch.zeros(1, 5, dtype=torch.int64), False, None, None)
+    mask = captured_mask(
+        torch.tensor([0, 2, 5], dtype=torch.int32), torch.zeros(1, 5, dtype=torch.int64), False, None, None
+    )
     assert mask.shape == (1, 1, 5, 5)
     assert torch.equal(mask[0, 0], torch.block_diag(torch.ones(2, 2), torch.ones(3, 3)).bool())

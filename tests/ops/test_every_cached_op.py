@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.ops import mixers
-from tests.ops.laws import Replay
 
 from autodeploy.ops import OPS, Op
+from tests.ops import mixers
+from tests.ops.laws import Replay
 
 MIXERS = [op for op in OPS.values() if op.states is not None]
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.graphs import attention_model, captured, causal_sdpa
 
 from autodeploy.config import CompileOptions
 from autodeploy.errors import ConfigError, TransformError
 from autodeploy.graph.levels import Level
 from autodeploy.transforms.pipeline import configure, default_pipeline
+from tests.graphs import attention_model, captured, causal_sdpa
 
 CPU = torch.device("cpu")
 

@@ -1,6 +1,6 @@
 """nn.Module -> captured graph.
 
-    export.py  trace a model over one packed row of tokens, no weight materialised
-    hooks.py   Hugging Face's own interfaces (attention, masks, cache) -> captured ops, and what was seen on the way
-    probe.py   norms and rotary functions recognised by their numbers -> canonical ops
+export.py  trace a model over one packed row of tokens, no weight materialised
+hooks.py   Hugging Face's own interfaces (attention, masks, cache) -> captured ops, and what was seen on the way
+probe.py   norms and rotary functions recognised by their numbers -> canonical ops
 """

@@ -1,9 +1,9 @@
 """capture(model): trace a model over one packed row of tokens with torch.export; no weight is materialised.
 
-The traced function takes `input_ids [1, T]`, `position_ids [1, T]` and `cu_seqlens [S+1]` and returns logits `[1, T, V]`;
-T and S are symbolic. Parameters are replaced by fake ones while tracing, whatever device they are on (meta for a model
-made from a config, real for a user's own module); buffers keep their values, and those outside the checkpoint become
-constants of the graph.
+The traced function takes `input_ids [1, T]`, `position_ids [1, T]` and `cu_seqlens [S+1]`, and returns logits
+`[1, T, V]`; T and S are symbolic. Parameters are replaced by fake ones while tracing, whatever device they are on (meta
+for a model made from a config, real for a user's own module); buffers keep their values, and those outside the
+checkpoint become constants of the graph.
 """
 
 import contextlib

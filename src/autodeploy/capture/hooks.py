@@ -1,4 +1,4 @@
-"""Capture hooks: while a model is traced, calls at Hugging Face's attention, mask and cache interfaces become captured ops.
+"""Capture hooks: what a model calls at Hugging Face's attention, mask and cache interfaces becomes captured ops.
 
 `Hooks.installed(model)` is a context: it registers the hooks, points the model at them, and puts everything back.
 Models that bypass an interface are left as they are; canonicalisation then matches their ATen graph, or refuses it.
@@ -114,9 +114,7 @@ def mask_facts(function: Callable[..., Any] | None) -> MaskFacts:
         return MaskFacts()
     if name == "causal_mask_function":
         return MaskFacts(causal=True)
-    cells = dict(
-        zip(function.__code__.co_freevars, [c.cell_contents for c in function.__closure__ or ()], strict=True)
-    )
+    cells = dict(zip(function.__code__.co_freevars, [c.cell_contents for c in function.__closure__ or ()], strict=True))
     if name.startswith("and_masks"):
         return _all_of([mask_facts(part) for part in cells["mask_functions"]])
     if name.startswith("sliding_window_overlay"):
@@ -234,7 +232,7 @@ def _module_paths(model: nn.Module, active: list[str]) -> Iterator[None]:
 
 
 def packed_row(lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Example inputs: token ids `[1, T]`, position ids `[1, T]` and `cu_seqlens [S+1]` of sequences of these lengths."""
+    """Example inputs for sequences of these lengths: token ids `[1, T]`, position ids `[1, T]`, `cu_seqlens [S+1]`."""
     positions = torch.cat([torch.arange(length) for length in lengths])
     borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     return torch.zeros(1, sum(lengths), dtype=torch.int64), positions[None], borders

@@ -1,4 +1,4 @@
-"""Recognise norms and rotary functions by their numbers: run the module's own code on random input, compare closed forms.
+"""Recognise norms and rotary functions by their numbers: run the model's own code, compare with closed forms.
 
 No name, pattern or per-model table is involved: a module that computes an RMSNorm is one, however it is written. The
 comparison is made in float32 and, exactly, in bfloat16, so that the order of rounding is recognised too. What matches
@@ -182,5 +182,3 @@ def _replaced(namespace: dict[str, Any], name: str, value: object) -> Iterator[N
         yield
     finally:
         namespace[name] = before
-
-

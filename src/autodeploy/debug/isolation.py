@@ -51,11 +51,12 @@ def check_isolation(program: Program, graph: ModelGraph | None = None) -> str:
             " neighbouring tokens outside a known token mixer; make it an op with a cached twin (docs/adding-an-op.md)"
         )
     split = _run(program, rows[:1], first=rows[0][:SPLIT])
-    if _distance(split, alone[SPLIT : LENGTHS[0]]) > tolerance:
+    difference = _distance(split, alone[SPLIT : LENGTHS[0]])
+    if difference > tolerance:
         raise TokenMixingError(
-            f"a sequence run in two steps gives other logits than in one (by {_distance(split, alone[SPLIT:LENGTHS[0]]):.3g}"
-            f" of the largest, at most {tolerance:.3g} is rounding): something in the model looks back at earlier tokens"
-            " and no cache remembers them; make it an op with a cached twin (docs/adding-an-op.md)"
+            f"a sequence run in two steps gives other logits than in one, by {difference:.3g} of the largest (at most"
+            f" {tolerance:.3g} is rounding): something in the model looks back at earlier tokens and no cache remembers"
+            " them; make it an op with a cached twin (docs/adding-an-op.md)"
         )
     return "passed" if _distance(joined, alone) > tolerance else "inconclusive: joining the sequences changed nothing"
 

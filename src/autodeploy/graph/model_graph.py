@@ -1,4 +1,4 @@
-"""ModelGraph: one traced graph with the recipes of its weights and the specs of its states, from capture to lowering."""
+"""ModelGraph: one traced graph, the recipes of its weights and the specs of its states, from capture to lowering."""
 
 import operator
 from collections.abc import Callable, Iterator
@@ -79,7 +79,9 @@ class ModelGraph:
         node.meta["val"] = value
         return node
 
-    def call(self, target: Op | Callable[..., Any], *args: Any, before: fx.Node, like: fx.Node | None = None) -> fx.Node:
+    def call(
+        self, target: Op | Callable[..., Any], *args: Any, before: fx.Node, like: fx.Node | None = None
+    ) -> fx.Node:
         """Insert a call before a node, with its fake value computed. `like` lends its source location."""
         function = target.overload if isinstance(target, Op) else target
         with self.graph.inserting_before(before):

@@ -80,7 +80,7 @@ def _canonical_faults(graph: ModelGraph, level: Level) -> Iterator[str]:
     for node in others:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and _count_dims(value, num_tokens) >= 2:
-            yield f"a token-by-token matrix is left, so attention or mask arithmetic was not recognised: {_describe(node)}"
+            yield f"a token-by-token matrix is left, attention or mask arithmetic not recognised: {_describe(node)}"
 
 
 def _cached_faults(graph: ModelGraph, level: Level) -> Iterator[str]:

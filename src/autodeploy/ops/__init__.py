@@ -1,11 +1,11 @@
 """Canonical operations: their meaning in pure torch, nothing else.
 
-    op.py            Op and the op table
-    state.py         what a cached op remembers between steps
-    batch_inputs.py  what a step is told besides weights and states
-    attention.py     softmax attention, whole and cached
-    captured.py      what the capture hooks emit, before canonicalisation
-    norm.py rope.py linear.py mlp.py   token-wise operations
+op.py            Op and the op table
+state.py         what a cached op remembers between steps
+batch_inputs.py  what a step is told besides weights and states
+attention.py     softmax attention, whole and cached
+captured.py      what the capture hooks emit, before canonicalisation
+norm.py rope.py linear.py mlp.py   token-wise operations
 """
 
 from autodeploy.ops.attention import attention, cached_attention

@@ -5,6 +5,7 @@ key, V of value, S sequences. What a query may see is said by facts, never by a 
 chunk, soft cap, sinks.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +78,7 @@ def visible_keys(
     offset: int,
     device: torch.device,
 ) -> Tensor:
-    """Which keys each of a sequence's last tokens may see: bool `[num_queries, num_keys]`, keys from position `offset`."""
+    """Which keys, from position `offset` on, a sequence's last tokens may see: bool `[num_queries, num_keys]`."""
     end = offset + num_keys
     query_position = torch.arange(end - num_queries, end, device=device)[:, None]
     key_position = torch.arange(offset, end, device=device)[None, :]
@@ -131,7 +132,7 @@ def attention(
     borders = cu_seqlens.tolist()
     parts = [
         attend(query[0, start:end], key[0, start:end], value[0, start:end], *facts)
-        for start, end in zip(borders[:-1], borders[1:], strict=True)
+        for start, end in itertools.pairwise(borders)
         if end > start
     ]
     return torch.cat(parts).unsqueeze(0)
@@ -190,7 +191,7 @@ def cached_attention(
     value_cache.view(-1, *value_cache.shape[2:]).index_copy_(0, slot_mapping, value[0].to(value_cache.dtype))
     output = value.new_empty(*query.shape[:-1], value.shape[-1])
     borders, lengths = cu_seqlens.tolist(), seq_lens.tolist()
-    for index, (start, end) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+    for index, (start, end) in enumerate(itertools.pairwise(borders)):
         if end == start:
             continue
         length = lengths[index]

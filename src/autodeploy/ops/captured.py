@@ -4,6 +4,8 @@ They keep the interface's layout (`[1, heads, T, dim]`) and its mask as a graph 
 CAPTURED graph can be checked against the model. `MatchAttention` turns them into the canonical `attention`.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -26,9 +28,10 @@ def captured_mask(
     borders = cu_seqlens.tolist()
     blocks = [
         visible_keys(end - start, end - start, causal, sliding_window, chunk_size, 0, position_ids.device)
-        for start, end in zip(borders[:-1], borders[1:], strict=True)
+        for start, end in itertools.pairwise(borders)
     ]
-    return torch.block_diag(*blocks).bool()[None, None]
+    mask: Tensor = torch.block_diag(*blocks).bool()
+    return mask[None, None]
 
 
 def _captured_attention_fake(
@@ -69,9 +72,10 @@ def captured_attention(
     """
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if mask is None:
-        return attention.reference(
+        output: Tensor = attention.reference(
             query, key, value, cu_seqlens, sinks, scale, causal, sliding_window, None, softcap
         )
+        return output
     return _masked_attention(query, key, value, mask, sinks, scale, softcap)
 
 

@@ -1,4 +1,4 @@
-"""Op: one typed pure-torch function that is at once the meaning, the fake, the fallback and the test oracle of an operation.
+"""Op: one typed pure-torch function that is the meaning, the fake, the fallback and the test oracle of an operation.
 
 `@op()` registers the function as `torch.ops.autodeploy.<name>`, so that it shows as one node in a captured graph.
 Around it hang its cached twin (the same op over state, for token mixers) and its kernels (other implementations, by
@@ -34,11 +34,14 @@ class Kernel:
         provider: who provides it, e.g. `triton`.
         function: same signature as the op.
         supports: given the op's arguments (fake tensors), a reason to refuse or None. Never reads batch sizes.
+        fuses_with_neighbours: a compiler fuses the reference with what stands around it, which is worth more than this
+            kernel, an opaque call to the compiler.
     """
 
     provider: str
     function: Callable[..., Any]
     supports: SupportFunction
+    fuses_with_neighbours: bool = False
 
 
 @dataclass(eq=False)
@@ -97,14 +100,14 @@ class Op:
         return dict(bound.arguments)
 
     def kernel(
-        self, provider: str, supports: SupportFunction = lambda **_: None
+        self, provider: str, supports: SupportFunction = lambda **_: None, *, fuses_with_neighbours: bool = False
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register an implementation; its signature must be the op's own."""
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             if tuple(inspect.signature(function).parameters) != self.parameters:
                 raise TypeError(f"kernel {provider!r} of op {self.name!r} must take exactly {self.parameters}")
-            self.kernels[provider] = Kernel(provider, function, supports)
+            self.kernels[provider] = Kernel(provider, function, supports, fuses_with_neighbours)
             return function
 
         return register

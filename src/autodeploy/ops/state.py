@@ -19,7 +19,8 @@ class PagedState:
     """Per-token state kept in pages: a tensor `[num_pages, page_size, *shape]`.
 
     Attributes:
-        name: unique within a program, e.g. `layers_0_self_attn_key_cache`; also the name of the graph input that carries the tensor.
+        name: unique within a program, e.g. `layers_0_self_attn_key_cache`; the graph input that carries the tensor has
+            the same name.
         shape: shape of one token's entry, e.g. `(num_kv_heads, head_dim)`.
         dtype: dtype of the stored entries.
         window: tokens a query can look back on, itself included (sliding window); None means all. Pages that lie

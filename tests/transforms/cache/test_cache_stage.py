@@ -1,8 +1,6 @@
 """InsertCachedOps and GatherLogits: state inputs by spec, shared batch inputs, logits for wanted rows only."""
 
 import torch
-from tests.graphs import Sketch, attention_model, captured, causal_sdpa, counts
-from tests.ops.mixers import decaying_sum
 from torch import Tensor, nn
 
 from autodeploy.graph.levels import Level
@@ -13,6 +11,8 @@ from autodeploy.ops.state import PagedState, SlotState
 from autodeploy.transforms.cache.gather_logits import GatherLogits
 from autodeploy.transforms.cache.insert_cached_ops import InsertCachedOps
 from autodeploy.transforms.pipeline import default_pipeline
+from tests.graphs import Sketch, attention_model, captured, causal_sdpa, counts
+from tests.ops.mixers import decaying_sum
 
 
 def _hybrid() -> nn.Module:

@@ -1,11 +1,11 @@
 """BindBoundaries: a user's mixer called without boundaries gets the packed row's."""
 
 import torch
-from tests.graphs import Sketch, captured, run
-from tests.ops.mixers import decaying_sum
 from torch import Tensor, nn
 
 from autodeploy.transforms.canonicalize.bind_boundaries import BindBoundaries
+from tests.graphs import Sketch, captured, run
+from tests.ops.mixers import decaying_sum
 
 
 def _model(boundaries: bool = False) -> nn.Module:

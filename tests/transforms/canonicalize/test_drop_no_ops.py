@@ -1,10 +1,10 @@
 """DropNoOps: what changes nothing goes, what changes something stays."""
 
 import torch
-from tests.graphs import Sketch, captured, run
 from torch import Tensor, nn
 
 from autodeploy.transforms.canonicalize.drop_no_ops import DropNoOps
+from tests.graphs import Sketch, captured, run
 
 
 def test_no_ops_go_and_numbers_stay() -> None:

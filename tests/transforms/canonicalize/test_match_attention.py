@@ -1,4 +1,4 @@
-"""MatchAttention: each way to write attention becomes one node with the right facts; what it cannot express is refused."""
+"""MatchAttention: each way to write attention becomes one node with facts; what cannot be expressed is refused."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +6,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.graphs import attention_model, captured, causal_sdpa, counts, run
 from torch import Tensor
 
 from autodeploy.errors import GraphLevelError
@@ -14,6 +13,7 @@ from autodeploy.graph.levels import Level
 from autodeploy.graph.verify import verify
 from autodeploy.ops import attention
 from autodeploy.transforms.canonicalize.match_attention import MatchAttention
+from tests.graphs import attention_model, captured, causal_sdpa, counts, run
 
 Core = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -1,11 +1,11 @@
-"""MatchLinear: every way to multiply by a weight becomes `linear`, with the weight transposed by recipe where needed."""
+"""MatchLinear: every way to multiply by a weight becomes `linear`, the weight transposed by recipe if need be."""
 
 import pytest
 import torch
-from tests.graphs import Sketch, captured, counts, run
 from torch import Tensor, nn
 
 from autodeploy.transforms.canonicalize.match_linear import MatchLinear
+from tests.graphs import Sketch, captured, counts, run
 
 
 def by_module(self: nn.Module, x: Tensor) -> Tensor:

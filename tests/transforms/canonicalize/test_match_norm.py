@@ -1,10 +1,10 @@
 """MatchNorm and the probes at capture: norms become ops whoever wrote them; what is none stays."""
 
 import torch
-from tests.graphs import Sketch, captured, counts, run
 from torch import nn
 
 from autodeploy.transforms.canonicalize.match_norm import MatchNorm
+from tests.graphs import Sketch, captured, counts, run
 
 
 def test_torch_norms_become_ops() -> None:

@@ -1,10 +1,10 @@
 """UsePositionIds: learned positions and rotary tables counted from the row's start follow each sequence instead."""
 
 import torch
-from tests.graphs import Sketch, captured, run
 from torch import Tensor, nn
 
 from autodeploy.transforms.canonicalize.use_position_ids import UsePositionIds
+from tests.graphs import Sketch, captured, run
 
 
 def _alone(model: nn.Module, lengths: list[int]) -> Tensor:

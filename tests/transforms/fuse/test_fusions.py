@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.graphs import Attention, Sketch, attention_model, captured, causal_sdpa, counts, run
 from torch import Tensor, nn
 
 from autodeploy.checkpoint.recipe import Concat
@@ -16,6 +15,7 @@ from autodeploy.transforms.canonicalize.match_norm import MatchNorm
 from autodeploy.transforms.fuse.fuse_add_rms_norm import FuseAddRMSNorm
 from autodeploy.transforms.fuse.fuse_gate_up import FuseGateUp
 from autodeploy.transforms.fuse.fuse_qkv import FuseQKV
+from tests.graphs import Attention, Sketch, attention_model, captured, causal_sdpa, counts, run
 
 
 def _canonical(model: nn.Module) -> ModelGraph:
@@ -76,9 +76,7 @@ def _mlp(activation: object, *, swapped: bool = False) -> nn.Module:
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-@pytest.mark.parametrize(
-    "activation", [F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh"), F.relu, torch.sigmoid]
-)
+@pytest.mark.parametrize("activation", [F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh"), F.relu, torch.sigmoid])
 def test_gate_up_becomes_one_product(activation: object, swapped: bool) -> None:
     model = _mlp(activation, swapped=swapped)
     graph = _canonical(model)

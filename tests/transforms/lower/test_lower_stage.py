@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.graphs import Sketch, captured
 from torch import Tensor, nn
 
 from autodeploy.errors import GraphLevelError
@@ -12,6 +11,7 @@ from autodeploy.ops import linear
 from autodeploy.transforms.canonicalize.match_linear import MatchLinear
 from autodeploy.transforms.lower.place_on_device import PlaceOnDevice
 from autodeploy.transforms.lower.select_kernels import SelectKernels
+from tests.graphs import Sketch, captured
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ class GatherLogits(Transform):
         assert isinstance(logits, fx.Node)
         indices = batch_input(graph, "logits_indices")
         head, chain = _find_head(logits)
+        refused: tuple[str, ...] = ()
         if head is None:
             picked = graph.call(aten.index_select.default, logits, 1, indices, before=output)
             refused = ("no linear head was found before the output; all rows are computed and then picked",)
@@ -47,7 +48,7 @@ class GatherLogits(Transform):
             head.update_arg(0, hidden)
             for node in [head, *reversed(chain)]:
                 _refresh(graph, node)
-            picked, refused = logits, ()
+            picked = logits
         rows = graph.call(aten.squeeze.dim, picked, 0, before=output)
         output.args = (rows,)
         return TransformResult(found=1, rewritten=0 if head is None else 1, expected=1, refused=refused)
@@ -67,7 +68,7 @@ def _find_head(logits: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
 
 
 def _slices_tokens(node: fx.Node) -> bool:
-    return node.target == aten.slice.Tensor and node.args[1] == 1
+    return node.target == aten.slice.Tensor and bool(node.args[1] == 1)
 
 
 def _refresh(graph: ModelGraph, node: fx.Node) -> None:

@@ -6,6 +6,7 @@ shared by the whole graph, and those that the op's `states` function names becom
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -23,7 +24,7 @@ _EXAMPLE_SIZES = {"S": 6, "S+1": 7, "P": 11, "R": 5}
 
 @dataclass(frozen=True, kw_only=True)
 class InsertCachedOps(Transform):
-    """`attention(q, k, v, ...)`  becomes  `cached_attention(q, k, v, ..., seq_lens, page_table, ..., key_cache, ...)`."""
+    """`attention(q, k, v, ...)`  becomes  `cached_attention(q, k, v, ..., seq_lens, page_table, ..., key_cache)`."""
 
     def apply(self, graph: ModelGraph) -> TransformResult:
         sites = [(node, op) for node, op in graph.op_nodes() if op.states is not None]
@@ -66,8 +67,8 @@ def _example(graph: ModelGraph, declared: BatchInput) -> Tensor:
     assert input_ids is not None
     if "T" in declared.dims:
         with graph.fake_mode:
-            sizes = [input_ids.meta["val"].shape[1] if dim == "T" else dim for dim in declared.dims]
-            return torch.empty(sizes, dtype=declared.dtype)
+            tokens = input_ids.meta["val"].shape[1]
+            return torch.empty([tokens if dim == "T" else int(dim) for dim in declared.dims], dtype=declared.dtype)
     sizes = [_EXAMPLE_SIZES[dim] if isinstance(dim, str) else dim for dim in declared.dims]
     return symbolic(graph, torch.empty(sizes, dtype=declared.dtype, device="meta"), dynamic=len(sizes))
 
@@ -75,7 +76,7 @@ def _example(graph: ModelGraph, declared: BatchInput) -> Tensor:
 def symbolic(graph: ModelGraph, example: Tensor, *, dynamic: int) -> Tensor:
     """A fake CPU tensor like the example whose first `dynamic` dimensions are symbolic."""
     dims = [DimDynamic.DYNAMIC] * dynamic + [DimDynamic.STATIC] * (example.dim() - dynamic)
-    context = StatelessSymbolicContext(dynamic_sizes=dims)
+    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=dims)
     real = torch.empty(example.shape, dtype=example.dtype)
     return graph.fake_mode.from_tensor(real, symbolic_context=context)
 

@@ -28,11 +28,11 @@ def _same_value(node: fx.Node) -> bool:
 
 
 def _is_one(node: fx.Node) -> bool:
-    return node.args[1] == 1 and isinstance(node.args[1], int | float) and _same_value(node)
+    return isinstance(node.args[1], int | float) and node.args[1] == 1 and _same_value(node)
 
 
 def _is_zero_dropout(node: fx.Node) -> bool:
-    return not node.args[2] or node.args[1] == 0
+    return not bool(node.args[2]) or bool(node.args[1] == 0)
 
 
 _NO_OPS: dict[object, Callable[[fx.Node], bool]] = {

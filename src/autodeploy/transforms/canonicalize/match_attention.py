@@ -1,4 +1,4 @@
-"""MatchAttention: every softmax attention, however the model calls or writes it, becomes one `attention` node with facts.
+"""MatchAttention: every softmax attention, however it is called or written, becomes one `attention` node with facts.
 
 Three forms are known: a call of Hugging Face's attention interface (captured by hook, mask included),
 `scaled_dot_product_attention`, and attention written out as matmul, softmax, matmul. Masks that the model builds itself
@@ -54,7 +54,7 @@ class _Site:
 
 @dataclass(frozen=True, kw_only=True)
 class MatchAttention(Transform):
-    """`captured_attention`, `aten.scaled_dot_product_attention`, `softmax(q @ k.T * scale + mask) @ v`  become  `attention`."""
+    """`captured_attention`, `scaled_dot_product_attention`, `softmax(q @ k.T * s + mask) @ v`  become  `attention`."""
 
     def apply(self, graph: ModelGraph) -> TransformResult:
         sites = [
@@ -118,10 +118,9 @@ def _facts(graph: ModelGraph, site: _Site) -> MaskFacts:
 
 
 def _captured_site(node: fx.Node) -> _Site:
-    query, key, value, mask, _, sinks, scale, causal, window, softcap = node.args
-    return _Site(
-        node, query, key, value, mask, causal, scale, softcap, sinks, window, tokens_first=True  # type: ignore[arg-type]
-    )
+    call: dict[str, Any] = captured_attention.arguments(node.args, node.kwargs)
+    del call["cu_seqlens"]
+    return _Site(node, tokens_first=True, **call)
 
 
 def _fused_site(node: fx.Node) -> _Site:
@@ -143,7 +142,10 @@ def _written_out_site(softmax: fx.Node) -> _Site | None:
     product = _only_user(softmax)
     if product is None or product.target != aten.matmul.default or not isinstance(product.args[1], fx.Node):
         return None
-    scores, mask, scale, softcap = softmax.args[0], None, 1.0, None
+    mask: fx.Node | None = None
+    softcap: float | None = None
+    scores: object = softmax.args[0]
+    scale = 1.0
     while isinstance(scores, fx.Node):
         scores = _through_layout(scores)
         if scores.target == aten.matmul.default:
@@ -235,7 +237,7 @@ def _untransposed(node: object) -> fx.Node | None:
     if not isinstance(node, fx.Node):
         return None
     inner, rank = node.args[0], node.meta["val"].dim()
-    swaps = node.target == aten.transpose.int and {dim % rank for dim in node.args[1:]} == {rank - 1, rank - 2}  # type: ignore[operator]
+    swaps = node.target == aten.transpose.int and {dim % rank for dim in node.args[1:]} == {rank - 1, rank - 2}
     if node.target == aten.permute.default:
         order = [dim % rank for dim in node.args[1]]  # type: ignore[union-attr]
         swaps = order == [*range(rank - 2), rank - 1, rank - 2]

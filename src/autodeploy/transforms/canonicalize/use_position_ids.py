@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class UsePositionIds(Transform):
-    """`arange(T)`  becomes  `position_ids[0]`, and `table[:T]` of a weight or constant  becomes  `table[position_ids[0]]`.
+    """`arange(T)`  becomes  `position_ids[0]`; `table[:T]` of a weight or constant  becomes  `table[position_ids[0]]`.
 
     Runs after attention is matched, when the arithmetic that built masks is gone.
     """
@@ -46,9 +46,9 @@ class UsePositionIds(Transform):
 def _is_arange(node: fx.Node, num_tokens: str, *, any_length: bool = False) -> bool:
     if node.target not in (aten.arange.default, aten.arange.start, aten.arange.start_step):
         return False
-    starts_at_zero = node.target == aten.arange.default or node.args[0] == 0
+    starts_at_zero = bool(node.target == aten.arange.default or node.args[0] == 0)
     steps_by_one = node.target != aten.arange.start_step or len(node.args) < 3 or node.args[2] == 1
-    return starts_at_zero and steps_by_one and (any_length or str(node.meta["val"].shape[0]) == num_tokens)
+    return starts_at_zero and bool(steps_by_one) and (any_length or str(node.meta["val"].shape[0]) == num_tokens)
 
 
 def _is_prefix(node: fx.Node, num_tokens: str) -> bool:

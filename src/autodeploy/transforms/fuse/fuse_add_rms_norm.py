@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class FuseAddRMSNorm(Transform):
-    """`total = x + residual; rms_norm(total, w)`  becomes  `add_rms_norm(x, residual, w)`, which also gives the total."""
+    """`total = x + y; rms_norm(total, w)`  becomes  `add_rms_norm(x, y, w)`, which also gives the total."""
 
     def apply(self, graph: ModelGraph) -> TransformResult:
         sites = [node for node in graph.nodes(rms_norm) if _reads_sum(node)]

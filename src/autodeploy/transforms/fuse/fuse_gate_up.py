@@ -13,7 +13,7 @@ from autodeploy.transforms.fuse.parallel_linears import fuse_linears, why_not_fu
 
 aten = torch.ops.aten
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[object, str] = {
     aten.silu.default: "silu",
     aten.relu.default: "relu",
     aten.sigmoid.default: "sigmoid",

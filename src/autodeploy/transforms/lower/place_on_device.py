@@ -1,6 +1,7 @@
 """PlaceOnDevice: devices baked in while tracing become the device that the program runs on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,7 +17,7 @@ class PlaceOnDevice(Transform):
     Tracing always runs on (fake) CPU tensors, so that a graph is the same on every machine.
     """
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def apply(self, graph: ModelGraph) -> TransformResult:
         if self.device.type == "cpu":
@@ -25,11 +26,11 @@ class PlaceOnDevice(Transform):
         for node in graph.graph.nodes:
             args, kwargs = (fx.node.map_aggregate(part, self._place) for part in (node.args, node.kwargs))
             if args != node.args or kwargs != node.kwargs:
-                node.args, node.kwargs = args, kwargs  # type: ignore[assignment]
+                node.args, node.kwargs = args, kwargs
                 found += 1
         for name, buffer in list(graph.module.named_buffers()):
             graph.module.register_buffer(name, buffer.to(self.device), persistent=False)
         return TransformResult(found=found, rewritten=found)
 
-    def _place(self, value: object) -> object:
+    def _place(self, value: Any) -> Any:
         return self.device if isinstance(value, torch.device) else value
