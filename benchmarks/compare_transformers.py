@@ -1,0 +1,146 @@
+"""One interleaved run of AutoDeploy and transformers on one model: decode, prefill and start, as markdown and JSON.
+
+    python benchmarks/compare_transformers.py smollm2 --rounds 5 --output benchmarks/results
+
+The subjects take turns (A B C D A B C D ...), because a shared machine changes its speed by the minute. Each round has
+prompts of its own. Starts are whole processes, from launch to first token: cold with empty caches, warm with those that
+the cold one left. A GGUF file is transcribed before anything is timed, so that all subjects read the same folder.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from autodeploy.bench import record, reference
+from autodeploy.bench.latency import one_request, random_prompt
+from autodeploy.bench.machine import measure
+from autodeploy.build import build
+from autodeploy.config import parse_options
+from autodeploy.models.resolve import resolve_model
+from autodeploy.packaged_models import DEFAULT, model_path
+from autodeploy.runtime.engine import Engine
+
+VOCABULARY = 8192  # prompts use ids that every model has
+Generate = Callable[[list[int], int], tuple[float, float]]
+
+
+def load_autodeploy(folder: str, backend: str) -> Generate:
+    """Ours: seconds to the first token and tokens per second after it."""
+    options = parse_options({"compile_backend": backend})
+    engine = Engine(build(folder, options), options.engine)
+
+    def generate(prompt: list[int], num_tokens: int) -> tuple[float, float]:
+        times = one_request(engine, "request", prompt, num_tokens)
+        return times[0], (num_tokens - 1) / max(times[-1] - times[0], 1e-9)
+
+    return generate
+
+
+def load_transformers(folder: str, compiled: bool) -> Generate:
+    """Theirs, with the default cache or with the static cache and compiled forward."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = reference.load(folder, parse_options({}).model, device)
+    arguments = reference.compiled_static_cache() if compiled else {}
+
+    def generate(prompt: list[int], num_tokens: int) -> tuple[float, float]:
+        timing = reference.generate(model, prompt, num_tokens, **arguments)
+        return timing.first_token_seconds, (num_tokens - 1) / max(timing.decode_seconds, 1e-9)
+
+    return generate
+
+
+SUBJECTS: dict[str, Callable[[str], Generate]] = {
+    "autodeploy torch-simple": lambda folder: load_autodeploy(folder, "torch-simple"),
+    "autodeploy torch-compile": lambda folder: load_autodeploy(folder, "torch-compile"),
+    "transformers eager": lambda folder: load_transformers(folder, compiled=False),
+    "transformers static compiled": lambda folder: load_transformers(folder, compiled=True),
+}
+
+
+def steady_state(folder: str, rounds: int, output_len: int) -> dict[str, dict[str, list[float]]]:
+    """Raw samples per subject, taken in turns after one round that is not counted."""
+    subjects = {name: load(folder) for name, load in SUBJECTS.items()}
+    samples: dict[str, dict[str, list[float]]] = {name: {"decode": [], "prefill": []} for name in subjects}
+    for turn in range(rounds + 1):
+        for name, generate in subjects.items():
+            _, decode = generate(random_prompt(VOCABULARY, 128, 2 * turn), output_len)
+            first, _ = generate(random_prompt(VOCABULARY, 1024, 2 * turn + 1), 2)
+            print(f"round {turn}: {name}: decode {decode:.1f} tok/s, prefill {1024 / first:.0f} tok/s", flush=True)
+            if turn:
+                samples[name]["decode"].append(decode)
+                samples[name]["prefill"].append(1024 / first)
+    return samples
+
+
+def starts(folder: str, subject: str) -> dict[str, float]:
+    """Seconds from launching a process to its first token, with empty caches and then with filled ones."""
+    seconds = {}
+    with tempfile.TemporaryDirectory() as caches:
+        own = {"AUTODEPLOY_CACHE": f"{caches}/autodeploy", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
+        for kind in ("cold", "warm"):
+            launch = time.perf_counter()
+            command = [sys.executable, __file__, folder, "--start", subject]
+            subprocess.run(command, env=os.environ | own, check=True, stdout=subprocess.DEVNULL)
+            seconds[kind] = time.perf_counter() - launch
+            print(f"{kind} start: {subject}: {seconds[kind]:.1f} s", flush=True)
+    return seconds
+
+
+def markdown(samples: dict[str, dict[str, list[float]]], start: dict[str, dict[str, float]]) -> str:
+    """Medians with their range, and ratios to transformers eager."""
+    base = {kind: statistics.median(values) for kind, values in samples["transformers eager"].items()}
+    rows = [
+        "| | decode, tok/s | ratio | prefill 1,024, tok/s | ratio | cold start, s | warm start, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, kinds in samples.items():
+        cells = [name]
+        for kind, values in kinds.items():
+            middle = statistics.median(values)
+            cells += [f"{middle:.1f} [{min(values):.1f}-{max(values):.1f}]", f"{middle / base[kind]:.2f}"]
+        cells += [f"{start[name][kind]:.1f}" if name in start else "" for kind in ("cold", "warm")]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    """Run everything, or with `--start` just one process up to its first token."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default=DEFAULT)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/local"))
+    parser.add_argument("--no-starts", action="store_true", help="leave out the starts, which take minutes")
+    parser.add_argument("--start", choices=SUBJECTS, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.start:
+        SUBJECTS[given.start](given.model)(random_prompt(VOCABULARY, 128, 0), 1)
+        return
+    resolved = resolve_model(model_path(given.model), parse_options({}).model)
+    start = {} if given.no_starts else {name: starts(str(resolved.folder), name) for name in SUBJECTS}
+    samples = steady_state(str(resolved.folder), given.rounds, given.output_len)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    facts = {"limits": dataclasses.asdict(measure(device, resolved.dtype)), "machine": record.machine()}
+    table = markdown(samples, start)
+    name = f"compare-transformers_{platform.machine()}-{device.type}_{time.strftime('%Y%m%d-%H%M')}"
+    given.output.mkdir(parents=True, exist_ok=True)
+    raw = {"command": sys.argv, "samples": samples, "start": start, "versions": record.versions(), **facts}
+    (given.output / f"{name}.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    conditions = f"`{' '.join(sys.argv)}`, {resolved.dtype}, {facts}, {record.versions()}"
+    (given.output / f"{name}.md").write_text(f"{table}\n{conditions}\n", encoding="utf-8")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
