@@ -5,7 +5,7 @@ import torch
 
 from autodeploy.build import build
 from autodeploy.config import parse_options
-from autodeploy.debug.isolation import _batch, _states
+from autodeploy.debug.packed_run import run_packed
 from tests import tiny
 
 
@@ -15,7 +15,7 @@ def test_logits_equal_the_models(backend: str, lengths: list[int], programs: dic
     model, built = programs[backend]  # type: ignore[misc]
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(0, 256, (length,), generator=generator) for length in lengths]
-    result = built.run(_batch(built, rows), _states(built, len(rows)))
+    result = run_packed(built, rows)
     with torch.no_grad():
         expected = torch.cat([model(row[None]).logits[0] for row in rows])
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)

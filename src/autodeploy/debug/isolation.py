@@ -5,21 +5,19 @@ nobody recognised that does not would be wrong without any error. A negative con
 shows that the comparison could have failed.
 """
 
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from autodeploy.compile.program import Program
+from autodeploy.debug.packed_run import fresh_states, packed_batch, run_packed
 from autodeploy.errors import TokenMixingError
 from autodeploy.graph.model_graph import ModelGraph, module_path, source_line
-from autodeploy.ops.state import PagedState
 
 LENGTHS = (5, 7)
 SPLIT = 2
 """tokens of the first sequence that the first of two steps takes"""
-PAGE_SIZE = 16
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 """Largest difference of a logit, as a share of the largest logit, that rounding in that dtype may cause."""
 
@@ -37,9 +35,9 @@ def check_isolation(program: Program, graph: ModelGraph | None = None) -> str:
     """
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, program.vocab_size, (length,), generator=generator) for length in LENGTHS]
-    packed = _run(program, rows)
-    alone = torch.cat([_run(program, [row]) for row in rows])
-    joined = _run(program, [torch.cat(rows)])
+    packed = run_packed(program, rows)
+    alone = torch.cat([run_packed(program, [row]) for row in rows])
+    joined = run_packed(program, [torch.cat(rows)])
     tolerance = TOLERANCE.get(program.dtype, 1e-3)
     if not bool(torch.isfinite(alone).all()):
         return "inconclusive: the model's logits are not finite"
@@ -50,7 +48,7 @@ def check_isolation(program: Program, graph: ModelGraph | None = None) -> str:
             f" largest logit (at most {tolerance:.3g} is rounding). First seen at {culprit}. Something there mixes"
             " neighbouring tokens outside a known token mixer; make it an op with a cached twin (docs/adding-an-op.md)"
         )
-    split = _run(program, rows[:1], first=rows[0][:SPLIT])
+    split = run_packed(program, rows[:1], first=rows[0][:SPLIT])
     difference = _distance(split, alone[SPLIT : LENGTHS[0]])
     if difference > tolerance:
         raise TokenMixingError(
@@ -64,47 +62,6 @@ def check_isolation(program: Program, graph: ModelGraph | None = None) -> str:
 def _distance(result: Tensor, expected: Tensor) -> float:
     scale = expected.abs().max().clamp_min(1e-6)
     return float((result - expected).abs().max() / scale)
-
-
-def _batch(program: Program, rows: list[Tensor], computed: int = 0) -> dict[str, Tensor]:
-    """Batch inputs for sequences of which `computed` tokens are done; sequence s has page and slot s + 1."""
-    lengths = [len(row) - computed for row in rows]
-    positions = [torch.arange(computed, len(row)) for row in rows]
-    pages = torch.arange(1, len(rows) + 1, dtype=torch.int32)
-    slots = torch.cat([(s + 1) * PAGE_SIZE + position for s, position in enumerate(positions)])
-    batch: dict[str, Tensor] = {
-        "input_ids": torch.cat([row[computed:] for row in rows])[None],
-        "position_ids": torch.cat(positions)[None],
-        "cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
-        "seq_lens": torch.tensor([len(row) for row in rows], dtype=torch.int32),
-        "logits_indices": torch.arange(sum(lengths)),
-        "state_slots": pages,
-    }
-    for spec in program.states:
-        if isinstance(spec, PagedState):
-            batch |= {f"page_table_{spec.group}": pages[:, None], f"slot_mapping_{spec.group}": slots}
-    return {name: value.to(program.device) for name, value in batch.items()}
-
-
-def _states(program: Program, num_sequences: int) -> dict[str, Tensor]:
-    return {
-        spec.name: torch.zeros(
-            *((num_sequences + 1, PAGE_SIZE) if isinstance(spec, PagedState) else (num_sequences + 1,)),
-            *spec.shape,
-            dtype=spec.dtype,
-            device=program.device,
-        )
-        for spec in program.states
-    }
-
-
-def _run(program: Program, rows: list[Tensor], first: Tensor | None = None) -> Tensor:
-    """Logits of whole sequences, or of the rest of one sequence after a first step with its first tokens."""
-    states = _states(program, len(rows))
-    if first is not None:
-        program.run(_batch(program, [first]), states)
-    computed = 0 if first is None else len(first)
-    return program.run(_batch(program, rows, computed), states).float().cpu()
 
 
 class _Recorder(fx.Interpreter):
@@ -125,7 +82,7 @@ def _first_difference(graph: ModelGraph, program: Program, rows: list[Tensor], t
     """The first node whose rows of the second sequence differ between packed and alone."""
     recorders = []
     for case in (rows, rows[1:]):
-        values = _batch(program, case) | _states(program, len(case))
+        values = packed_batch(program, case) | fresh_states(program, case)
         recorder = _Recorder(graph.module)
         recorder.run(*[values[str(node.target)] for node in graph.inputs()])
         recorders.append(recorder.values)
