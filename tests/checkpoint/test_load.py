@@ -1,11 +1,9 @@
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from autodeploy.checkpoint import load
-from autodeploy.checkpoint.load import available_bytes, load_weights, weight_bytes
+from autodeploy.checkpoint.load import load_weights, weight_bytes
 from autodeploy.checkpoint.recipe import Cast, Concat, Recipe, Source, Transpose
 from autodeploy.errors import OutOfMemoryError
 
@@ -74,23 +72,3 @@ def test_too_little_memory_is_refused_before_anything_is_read(monkeypatch: pytes
 def test_bytes_of_a_recipe() -> None:
     recipe = Cast(Concat((source("a", 2, 3), source("b", 2, 3)), 0), torch.bfloat16)
     assert weight_bytes(recipe) == 24
-    assert 0 < available_bytes(CPU) < 2**50
-
-
-@pytest.mark.parametrize("layout", ["v2", "v1"])
-def test_the_limit_of_a_container_counts(tmp_path: Path, layout: str) -> None:
-    assert load._container_bytes(tmp_path) == []
-    folder = tmp_path if layout == "v2" else tmp_path / "memory"
-    folder.mkdir(exist_ok=True)
-    limit, usage, cache = {
-        "v2": ("memory.max", "memory.current", "inactive_file"),
-        "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    }[layout]
-    (folder / limit).write_text("1000\n")
-    (folder / usage).write_text("700\n")
-    (folder / "memory.stat").write_text(f"anon 500\n{cache} 150\nactive_file 7\n")
-    assert load._container_bytes(tmp_path) == [450]
-    (folder / limit).write_text("600\n")
-    assert load._container_bytes(tmp_path) == [50]
-    (folder / limit).write_text("max\n")
-    assert load._container_bytes(tmp_path) == []

@@ -1,7 +1,5 @@
 """Plans stay within the budget, serve what they promise, and say what is missing when they cannot."""
 
-from pathlib import Path
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -14,9 +12,7 @@ from autodeploy.runtime.states import (
     MIN_MODEL_LEN,
     UNLIMITED_MODEL_LEN,
     StatePlan,
-    _container_bytes,
     allocate_states,
-    available_bytes,
     clear_slots,
     plan_states,
 )
@@ -128,14 +124,3 @@ def test_what_the_device_refuses_is_an_error_of_ours() -> None:
     made = plan([spec], 2**62, max_len=16)
     with pytest.raises(OutOfMemoryError, match="cpu did not give"):
         allocate_states([spec], made, CPU)
-
-
-def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
-    assert available_bytes(CPU) > 0
-    assert _container_bytes(tmp_path) == float("inf"), "no control group"
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
-    assert _container_bytes(tmp_path) == 450
-    (tmp_path / "memory.max").write_text("max\n")
-    assert _container_bytes(tmp_path) == float("inf")

@@ -5,15 +5,14 @@ sources of one recipe part.
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 from transformers.core_model_loading import dot_natural_key
 
 from autodeploy.checkpoint.recipe import ReadTensor, Recipe, evaluate
 from autodeploy.errors import OutOfMemoryError
+from autodeploy.memory import available_bytes
 
 Progress = Callable[[int, int], None]
 """Called as `progress(bytes_done, bytes_total)` after each weight."""
@@ -52,13 +51,6 @@ def weight_bytes(recipe: Recipe) -> int:
     return torch.empty(recipe.shape, dtype=recipe.dtype, device="meta").nbytes
 
 
-def available_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated on `device`, in bytes; on the CPU within the limit of a container."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return min([int(psutil.virtual_memory().available), *_container_bytes(Path("/sys/fs/cgroup"))])
-
-
 def _check_fits(needed: int, device: torch.device) -> None:
     available = available_bytes(device)
     if needed > available:
@@ -66,20 +58,3 @@ def _check_fits(needed: int, device: torch.device) -> None:
             f"the weights need {needed / GIB:.2f} GiB, {available / GIB:.2f} GiB are available on {device}; take a "
             "smaller dtype or model, or free memory"
         )
-
-
-def _container_bytes(root: Path) -> list[int]:
-    """What the control group still allows: limit - used, caches that the kernel can drop counted as free."""
-    for limit_name, usage_name, cache_name in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        limit_file = root / limit_name
-        try:
-            limit = int(limit_file.read_text())  # "max" when there is no limit
-            usage = int((root / usage_name).read_text())
-            stat = dict(line.split() for line in (limit_file.parent / "memory.stat").read_text().splitlines())
-            return [max(0, limit - usage + int(stat[cache_name]))]
-        except (OSError, ValueError, KeyError):
-            continue
-    return []

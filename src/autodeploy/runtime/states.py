@@ -4,14 +4,14 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
+import numpy as np
 import torch
 from torch import Tensor
 
 from autodeploy.config import EngineOptions
 from autodeploy.errors import OutOfMemoryError
+from autodeploy.memory import available_bytes
 from autodeploy.ops.state import PagedState, SlotState, StateSpec
 from autodeploy.runtime.pages import PageGroup
 
@@ -184,12 +184,21 @@ def allocate_states(specs: Iterable[StateSpec], plan: StatePlan, device: torch.d
                 leading: tuple[int, ...] = (num_pages[spec.group], plan.page_size)
             else:
                 leading = (plan.num_slots,)
-            tensors[spec.name] = torch.zeros(*leading, *spec.shape, dtype=spec.dtype, device=device)
-    except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain RuntimeError on the CPU
+            tensors[spec.name] = _zeros((*leading, *spec.shape), spec.dtype, device)
+    except (RuntimeError, MemoryError, ValueError) as error:  # from CUDA, NumPy, and NumPy beyond the address space
         raise OutOfMemoryError(
             f"{device} did not give {plan.num_bytes} bytes for states; lower memory_fraction or kv_cache_memory_bytes"
         ) from error
     return tensors
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on the CPU from memory that the system hands out zeroed when it is first touched, so that unused pages of
+    a large budget cost neither time nor memory.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def clear_slots(specs: Iterable[StateSpec], states: dict[str, Tensor], slots: Sequence[int]) -> None:
@@ -198,26 +207,3 @@ def clear_slots(specs: Iterable[StateSpec], states: dict[str, Tensor], slots: Se
         if isinstance(spec, SlotState):
             for slot in slots:
                 states[spec.name][slot].zero_()
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that can be taken now: free CUDA memory, or available RAM within the container's limit."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(min(psutil.virtual_memory().available, _container_bytes(Path("/sys/fs/cgroup"))))
-
-
-def _container_bytes(cgroup: Path) -> float:
-    """Bytes left under a control group's memory limit (cgroup v2); infinite when there is none.
-
-    psutil reports the host's memory, which a container may be refused long before it is used up.
-    """
-    try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        if limit == "max":
-            return math.inf
-        used = int((cgroup / "memory.current").read_text())
-        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        return max(0, int(limit) - used + int(stat.get("inactive_file", 0)))  # file cache is given up on demand
-    except (OSError, ValueError):
-        return math.inf

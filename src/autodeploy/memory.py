@@ -1,0 +1,34 @@
+"""How much memory a device can still give, for everything that refuses before it allocates."""
+
+from pathlib import Path
+
+import psutil
+import torch
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on `device`, in bytes; on the CPU within the limit of a container."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min([int(psutil.virtual_memory().available), *container_bytes(Path("/sys/fs/cgroup"))])
+
+
+def container_bytes(root: Path) -> list[int]:
+    """What the control group under `root` still allows, as one number; empty when it sets no limit.
+
+    psutil reports the host's memory, which a container may be refused long before it is used up. Caches that the kernel
+    can drop count as free.
+    """
+    for limit_name, usage_name, cache_name in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        limit_file = root / limit_name
+        try:
+            limit = int(limit_file.read_text())  # "max" when there is no limit
+            usage = int((root / usage_name).read_text())
+            stat = dict(line.split() for line in (limit_file.parent / "memory.stat").read_text().splitlines())
+            return [max(0, limit - usage + int(stat[cache_name]))]
+        except (OSError, ValueError, KeyError):
+            continue
+    return []

@@ -1,0 +1,31 @@
+"""Available memory: positive, plausible, and within a container's limit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from autodeploy.memory import available_bytes, container_bytes
+
+
+def test_available_memory_is_plausible() -> None:
+    assert 0 < available_bytes(torch.device("cpu")) < 2**50
+
+
+@pytest.mark.parametrize("layout", ["v2", "v1"])
+def test_the_limit_of_a_container_counts(tmp_path: Path, layout: str) -> None:
+    assert container_bytes(tmp_path) == []
+    folder = tmp_path if layout == "v2" else tmp_path / "memory"
+    folder.mkdir(exist_ok=True)
+    limit, usage, cache = {
+        "v2": ("memory.max", "memory.current", "inactive_file"),
+        "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    }[layout]
+    (folder / limit).write_text("1000\n")
+    (folder / usage).write_text("700\n")
+    (folder / "memory.stat").write_text(f"anon 500\n{cache} 150\nactive_file 7\n")
+    assert container_bytes(tmp_path) == [450]
+    (folder / limit).write_text("600\n")
+    assert container_bytes(tmp_path) == [50]
+    (folder / limit).write_text("max\n")
+    assert container_bytes(tmp_path) == []
