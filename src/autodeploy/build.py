@@ -200,7 +200,7 @@ def _finish(
 ) -> Program:
     backend = "torch-simple" if options.compile_backend == "auto" else options.compile_backend
     (logits,) = graph.graph.output_node().args
-    flops = sum(2 * node.args[1].meta["val"].numel() for node in graph.nodes(linear))  # type: ignore[union-attr]
+    flops, head_flops = _count_flops(graph)
     total_bytes = sum(weight_bytes(recipe) for recipe in graph.weights.values())
     clock.report.facts.update(
         subject.facts,
@@ -210,6 +210,7 @@ def _finish(
         lowered_nodes=len(graph.graph.nodes),
         weight_bytes=total_bytes,
         flops_per_token=flops,
+        flops_per_logits_row=head_flops,
         states=len(graph.states),
     )
     with clock.stage("compile", f"compiling ({backend})"):
@@ -224,7 +225,9 @@ def _finish(
         dtype=subject.dtype,
         device=device,
         weight_bytes=total_bytes,
+        step_weight_bytes=total_bytes - _lookup_bytes(graph),
         flops_per_token=flops,
+        flops_per_logits_row=head_flops,
         eos_token_ids=subject.eos_token_ids,
         report=clock.report,
     )
@@ -232,6 +235,29 @@ def _finish(
         with clock.stage("check", "checking that packed sequences stay apart"):
             clock.report.facts["isolation"] = check_isolation(program, graph)
     return program
+
+
+def _count_flops(graph: ModelGraph) -> tuple[int, int]:
+    """Operations of all linears per token of the row, and per row of logits for those that run after rows are picked."""
+    input_ids = graph.input("input_ids")
+    assert input_ids is not None
+    num_tokens = str(input_ids.meta["val"].shape[1])
+    flops = {True: 0, False: 0}
+    for node in graph.nodes(linear):
+        x, weight = (argument.meta["val"] for argument in node.args[:2])  # type: ignore[union-attr]
+        flops[any(num_tokens == str(size) for size in x.shape[:-1])] += 2 * weight.numel()
+    return flops[True], flops[False]
+
+
+def _lookup_bytes(graph: ModelGraph) -> int:
+    """Bytes of weights that are only looked up by token: a step reads a few of their rows."""
+    lookups = (torch.ops.aten.embedding.default, torch.ops.aten.index_select.default)
+    tables = [
+        str(node.target)
+        for node in graph.graph.find_nodes(op="get_attr")
+        if all(user.target in lookups for user in node.users)
+    ]
+    return sum(weight_bytes(graph.weights[name]) for name in tables if name in graph.weights)
 
 
 def _compile(graph: ModelGraph, backend: str) -> GraphFunction:

@@ -36,8 +36,7 @@ class LatencyResult:
         decode_gb_per_second: weights and states that a decode step must read, over its time.
         prefill_gflop_per_second: operations of the matrix products over the time to first token.
         memory_share: `decode_gb_per_second` over the machine's measured limit.
-        matmul_share: `prefill_gflop_per_second` over the machine's measured limit. Both are upper bounds: the product
-            with the vocabulary is counted for every prompt token, though only the last one needs it.
+        matmul_share: `prefill_gflop_per_second` over the machine's measured limit.
     """
 
     build_seconds: float
@@ -144,9 +143,9 @@ def _summarise(
     warm_up, measured = requests[0], requests[1:]
     first = statistics.median(times[0] for times in measured)
     per_token = statistics.median((times[-1] - times[0]) / (len(times) - 1) for times in measured)
-    step_bytes = program.weight_bytes + state_bytes_read(program, input_len + output_len // 2)
+    step_bytes = program.step_weight_bytes + state_bytes_read(program, input_len + output_len // 2)
     decode_rate = step_bytes / per_token / 1e9
-    prefill_rate = program.flops_per_token * input_len / first / 1e9
+    prefill_rate = (program.flops_per_token * input_len + program.flops_per_logits_row) / first / 1e9
     return LatencyResult(
         build_seconds=build_seconds,
         first_request_seconds=warm_up[-1],

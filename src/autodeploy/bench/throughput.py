@@ -33,7 +33,7 @@ class ThroughputResult:
         mean_batch: sequences running per step, on average over steps.
         num_preemptions: sequences put back because memory for states ran out.
         gflop_per_second: operations of the matrix products over the run.
-        matmul_share: `gflop_per_second` over the machine's measured limit. Both are upper bounds, as in `latency.py`.
+        matmul_share: `gflop_per_second` over the machine's measured limit.
     """
 
     build_seconds: float
@@ -128,7 +128,8 @@ def _summarise(
 ) -> ThroughputResult:
     seconds, num_output = sum(load.seconds), sum(load.tokens)
     num_tokens = _num_input(requests) + num_output
-    gflop_rate = program.flops_per_token * num_tokens / seconds / 1e9
+    flops = program.flops_per_token * num_tokens + program.flops_per_logits_row * num_output
+    gflop_rate = flops / seconds / 1e9
     return ThroughputResult(
         build_seconds=build_seconds,
         seconds=seconds,

@@ -38,7 +38,9 @@ class Program:
         dtype: dtype of weights and activations.
         device: where weights live and steps run.
         weight_bytes: bytes of all parameters in their final form.
-        flops_per_token: multiply-adds times two per token in the matrix products, attention left out.
+        step_weight_bytes: bytes of those that every step reads whole: all but tables that tokens are looked up in.
+        flops_per_token: multiply-adds times two per token in the matrix products, attention and head left out.
+        flops_per_logits_row: the same for each row of logits: the head.
         eos_token_ids: ids that end a generation, from the model's generation config.
         report: what the build did.
     """
@@ -50,7 +52,9 @@ class Program:
     dtype: torch.dtype
     device: torch.device
     weight_bytes: int = 0
+    step_weight_bytes: int = 0
     flops_per_token: int = 0
+    flops_per_logits_row: int = 0
     eos_token_ids: tuple[int, ...] = ()
     report: BuildReport = field(default_factory=BuildReport)
 

@@ -1,4 +1,4 @@
-"""One step by hand: a program and some sequences go in, the logits of all their tokens come out, without a scheduler."""
+"""One step by hand: a program and some sequences go in, all their logits come out, without a scheduler."""
 
 import itertools
 

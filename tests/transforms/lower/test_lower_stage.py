@@ -52,3 +52,5 @@ def test_devices_are_placed() -> None:
     assert PlaceOnDevice(device=torch.device("meta")).run(graph).rewritten == 1
     (ones,) = graph.nodes(torch.ops.aten.ones.default)
     assert ones.kwargs["device"] == torch.device("meta")
+    values = [node.meta["val"] for node in graph.graph.nodes if "val" in node.meta]
+    assert all(v.device.type == "meta" for v in values if isinstance(v, torch.Tensor)), "fake values move along"

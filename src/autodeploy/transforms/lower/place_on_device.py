@@ -30,7 +30,21 @@ class PlaceOnDevice(Transform):
                 found += 1
         for name, buffer in list(graph.module.named_buffers()):
             graph.module.register_buffer(name, buffer.to(self.device), persistent=False)
+        self._move_values(graph)
         return TransformResult(found=found, rewritten=found)
+
+    def _move_values(self, graph: ModelGraph) -> None:
+        """Recompute every fake value on the device, for kernels to be chosen and compiled by."""
+        with graph.fake_mode:
+            for node in graph.graph.nodes:
+                value = node.meta.get("val")
+                if node.op in ("placeholder", "get_attr") and isinstance(value, torch.Tensor):
+                    node.meta["val"] = torch.empty_strided(
+                        value.shape, value.stride(), dtype=value.dtype, device=self.device
+                    )
+                elif node.op == "call_function":
+                    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
+                    node.meta["val"] = node.target(*args, **kwargs)
 
     def _place(self, value: Any) -> Any:
         return self.device if isinstance(value, torch.device) else value
