@@ -22,7 +22,6 @@ from autodeploy.checkpoint.index import CheckpointIndex, DummyReader, ModuleRead
 from autodeploy.checkpoint.load import load_weights, weight_bytes
 from autodeploy.checkpoint.recipe import ReadTensor
 from autodeploy.compile.eager import compile_eager
-from autodeploy.compile.inductor import compile_inductor
 from autodeploy.compile.program import GraphFunction, NamedGraph, Program
 from autodeploy.config import CompileOptions, Options
 from autodeploy.debug.isolation import check_isolation
@@ -261,4 +260,8 @@ def _lookup_bytes(graph: ModelGraph) -> int:
 
 
 def _compile(graph: ModelGraph, backend: str) -> GraphFunction:
-    return compile_inductor(graph) if backend == "torch-compile" else compile_eager(graph)
+    if backend == "torch-simple":
+        return compile_eager(graph)
+    from autodeploy.compile.inductor import compile_inductor  # importing Inductor takes a second that others need not pay
+
+    return compile_inductor(graph)

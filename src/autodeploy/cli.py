@@ -307,14 +307,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def print_report(report: Any, console: Console) -> None:
-    """A `BuildReport` as tables: seconds per stage, sites per transform, kernels per op."""
+    """A `BuildReport` as tables: seconds per stage, sites per transform, kernels per op, and what was refused."""
     stages = Table("stage", "seconds", title="Build", title_justify="left")
     for stage, seconds in report.seconds.items():
         stages.add_row(stage, f"{seconds:.2f}")
-    rewrites = Table("stage", "transform", "found", "rewritten", "refused", title="Rewrites", title_justify="left")
+    columns = ("stage", "transform", "expected", "found", "rewritten", "refused")
+    rewrites = Table(*columns, title="Rewrites", title_justify="left")
     for entry in report.transforms:
+        expected = "" if entry.expected is None else str(entry.expected)
         counts = (entry.found, entry.rewritten, len(entry.refused))
-        rewrites.add_row(entry.stage, entry.name, *map(str, counts))
+        rewrites.add_row(entry.stage, entry.name, expected, *map(str, counts))
     kernels = Table("op", "provider", "nodes", title="Kernels", title_justify="left")
     for op, providers in report.kernels.items():
         for provider, nodes in providers.items():
@@ -322,6 +324,14 @@ def print_report(report: Any, console: Console) -> None:
     for table in (stages, rewrites, kernels):
         if table.row_count:
             console.print(table)
+    for entry in report.transforms:
+        for reason in entry.refused:
+            console.print(f"refused by {entry.name}: {reason}", markup=False)
+    for op, reasons in report.kernel_reasons.items():
+        for reason in reasons:
+            console.print(f"{op}: passed over {reason}", markup=False)
+    facts = {name: value for name, value in report.facts.items() if value not in ([], None, "")}
+    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), markup=False)
 
 
 @contextmanager
