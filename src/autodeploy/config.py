@@ -145,8 +145,12 @@ def check_options(options: Options) -> None:
     _one_of("runtime", options.engine.runtime, RUNTIMES)
     for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "max_queued_requests"):
         _at_least_one(name, getattr(options.engine, name))
-    if options.model.max_model_len is not None:
-        _at_least_one("max_model_len", options.model.max_model_len)
+    for name, value in (
+        ("max_model_len", options.model.max_model_len),
+        ("kv_cache_memory_bytes", options.engine.kv_cache_memory_bytes),
+    ):
+        if value is not None:
+            _at_least_one(name, value)
     if not 0.0 < options.engine.memory_fraction <= 1.0:
         raise ConfigError(f"memory_fraction must be in (0, 1], got {options.engine.memory_fraction!r}")
 
