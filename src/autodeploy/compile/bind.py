@@ -1,19 +1,40 @@
 """Binding: op nodes of a lowered graph go in, direct calls of the chosen providers' functions come out."""
 
+import torch
+from torch._ops import OpOverload
+
 from autodeploy.graph.model_graph import ModelGraph
-from autodeploy.ops.op import REFERENCE
+from autodeploy.ops.op import NAMESPACE, REFERENCE, Op
+
+_libraries: dict[str, torch.library.Library] = {}
 
 
 def bind_kernels(graph: ModelGraph, *, keep_opaque: bool) -> None:
     """Replace each op node's target by its provider's function, so that a step calls kernels without a dispatcher.
 
     Args:
-        keep_opaque: leave ops that look at tensor values as registered operators, for a compiler that would otherwise
-            trace into them.
+        keep_opaque: leave kernels, and ops that look at tensor values, as registered operators, for a compiler that
+            would otherwise trace into them.
     """
     for node, op in list(graph.op_nodes()):
         provider = node.meta["provider"]
-        if op.opaque and keep_opaque and provider == REFERENCE:
-            continue
-        node.target = op.reference if provider == REFERENCE else op.kernels[provider].function
+        if provider == REFERENCE:
+            if not (op.opaque and keep_opaque):
+                node.target = op.reference
+        else:
+            node.target = kernel_operator(op, provider) if keep_opaque else op.kernels[provider].function
     graph.module.recompile()
+
+
+def kernel_operator(op: Op, provider: str) -> OpOverload:
+    """The registered operator `autodeploy_<provider>::<op>` for a provider's kernel, with the op's schema and fake."""
+    namespace = f"{NAMESPACE}_{provider}"
+    if namespace not in _libraries:
+        _libraries[namespace] = torch.library.Library(namespace, "FRAGMENT")
+    operators, library = getattr(torch.ops, namespace), _libraries[namespace]
+    if not hasattr(operators, op.name):
+        library.define(op.name + torch.library.infer_schema(op.reference, mutates_args=op.mutates))
+        library.impl(op.name, op.kernels[provider].function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{op.name}", op.overload, lib=library)
+    operator: OpOverload = getattr(operators, op.name).default
+    return operator

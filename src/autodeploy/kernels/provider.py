@@ -1,23 +1,41 @@
 """Providers: who implements ops besides the reference, whether they can run here, and in which order they are asked."""
 
+from collections.abc import Callable
+
 import torch
 
 from autodeploy.errors import ConfigError
+from autodeploy.kernels import cpu
 from autodeploy.ops.op import REFERENCE
 
-ATTENTION_BACKENDS = ("auto", REFERENCE)
-"""Values of `attn_backend` that this version has kernels for."""
+PROVIDERS: dict[str, tuple[str, ...]] = {"cpu": (cpu.PROVIDER,)}
+"""Device type -> providers of kernels for it, in order of preference; the reference comes last and is not listed."""
 
 
-def priority(device: torch.device, attn_backend: str) -> tuple[str, ...]:
-    """Providers to ask for kernels on a device, in order; the reference comes last and is not listed.
+def priority(device: torch.device) -> tuple[str, ...]:
+    """Providers to ask for kernels on a device, in order. One that cannot run here refuses each op with the reason."""
+    return PROVIDERS.get(device.type, ())
+
+
+def mixer_priority(device: torch.device, attn_backend: str) -> tuple[str, ...]:
+    """Providers to ask for attention kernels: `auto` asks them all, a provider's name that one, `torch` none.
 
     Raises:
-        ConfigError: an attention backend this version has no kernels for.
+        ConfigError: an attention backend that has no kernels for this device.
     """
-    if attn_backend not in ATTENTION_BACKENDS:
+    if attn_backend == "auto":
+        return priority(device)
+    known = (*priority(device), REFERENCE)
+    if attn_backend not in known:
         raise ConfigError(
-            f"attn_backend={attn_backend!r} is not available on {device.type}; choose one of"
-            f" {', '.join(ATTENTION_BACKENDS)}"
+            f"attn_backend={attn_backend!r} is not available on {device.type}; choose one of auto, {', '.join(known)}"
         )
-    return ()
+    return () if attn_backend == REFERENCE else (attn_backend,)
+
+
+def prepare(device: torch.device, progress: Callable[[str], None]) -> None:
+    """Compile what providers compile on first use, and say so when that takes a while."""
+    if cpu.PROVIDER in priority(device):
+        if not cpu.is_compiled():
+            progress("compiling the CPU kernels (once per machine)")
+        cpu.why_unavailable()

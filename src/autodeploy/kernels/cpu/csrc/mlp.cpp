@@ -1,0 +1,68 @@
+// The elementwise middle of a gated MLP: activation(gate) · up, in float32.
+
+#include "simd.h"
+
+namespace autodeploy {
+namespace {
+
+enum Activation { SILU, GELU, GELU_TANH, RELU, SIGMOID };  // the order that mlp.py numbers them in
+
+inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exp(-x)); }
+
+// 1 + erf(x) to an absolute error of 2e-7 (Abramowitz and Stegun 7.1.26).
+inline Floats one_plus_erf(Floats x) {
+    const Floats magnitude = x < 0.0f ? -x : x;
+    const Floats t = 1.0f / (1.0f + 0.3275911f * magnitude);
+    Floats p = splat(1.061405429f);
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    const Floats tail = p * t * exp(-x * x);
+    return x < 0.0f ? tail : 2.0f - tail;
+}
+
+template <Activation A>
+inline Floats activate(Floats x) {
+    if constexpr (A == SILU) return x * sigmoid(x);
+    if constexpr (A == GELU) return 0.5f * x * one_plus_erf(x * 0.70710678f);
+    if constexpr (A == GELU_TANH) return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
+    if constexpr (A == RELU) return x < 0.0f ? splat(0.0f) : x;
+    if constexpr (A == SIGMOID) return sigmoid(x);
+}
+
+template <class T, Activation A>
+void gate_rows(const T* gate_up, T* out, int64_t num_rows, int64_t width, int threads) {
+    const int64_t block = 256, blocks_each = (width + block - 1) / block;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t item = 0; item < num_rows * blocks_each; ++item) {
+        const int64_t row = item / blocks_each, begin = item % blocks_each * block;
+        const int64_t end = begin + block < width ? begin + block : width;
+        const T *gate = gate_up + row * 2 * width, *up = gate + width;
+        for (int64_t i = begin; i < end; i += LANES)
+            store(out + row * width + i, activate<A>(load(gate + i, end - i)) * load(up + i, end - i), end - i);
+    }
+}
+
+template <class T>
+void gated_activation(const T* gate_up, T* out, int64_t num_rows, int64_t width, int activation, int threads) {
+    switch (activation) {
+        case SILU: return gate_rows<T, SILU>(gate_up, out, num_rows, width, threads);
+        case GELU: return gate_rows<T, GELU>(gate_up, out, num_rows, width, threads);
+        case GELU_TANH: return gate_rows<T, GELU_TANH>(gate_up, out, num_rows, width, threads);
+        case RELU: return gate_rows<T, RELU>(gate_up, out, num_rows, width, threads);
+        case SIGMOID: return gate_rows<T, SIGMOID>(gate_up, out, num_rows, width, threads);
+    }
+}
+
+}  // namespace
+}  // namespace autodeploy
+
+// gate_up: `[num_rows, 2 · width]`, gate first. out: `[num_rows, width]`. Both contiguous.
+#define DEFINE_GATED_ACTIVATION(NAME, T)                                                                             \
+    extern "C" void NAME(const T* gate_up, T* out, int64_t num_rows, int64_t width, int activation, int threads) {   \
+        autodeploy::gated_activation<T>(gate_up, out, num_rows, width, activation, threads);                         \
+    }
+
+DEFINE_GATED_ACTIVATION(gated_activation_float32, float)
+DEFINE_GATED_ACTIVATION(gated_activation_bfloat16, autodeploy::bf16)

@@ -1,0 +1,76 @@
+// Root-mean-square normalisation of rows, alone or after a residual sum, in float32 with the op's order of rounding.
+
+#include <cmath>
+
+#include "simd.h"
+
+namespace autodeploy {
+namespace {
+
+template <class T>
+void normalise(const T* x, const T* weight, T* out, int64_t width, float scale, float offset, bool scale_in_float32) {
+    const T* const type = nullptr;
+    for (int64_t i = 0; i < width; i += LANES) {
+        const int64_t count = width - i;
+        Floats y = load(x + i, count) * scale;
+        if (weight != nullptr) {
+            Floats w = load(weight + i, count);
+            if (scale_in_float32) {
+                y = y * (w + offset);
+            } else {
+                if (offset != 0.0f) w = round_to(w + offset, type);
+                y = round_to(y, type) * w;
+            }
+        }
+        store(out + i, y, count);
+    }
+}
+
+template <class T>
+float sum_of_squares(const T* x, int64_t width) {
+    Floats total = {};
+    for (int64_t i = 0; i < width; i += LANES) {
+        const Floats y = load(x + i, width - i);
+        total = y * y + total;
+    }
+    return sum(total);
+}
+
+template <class T>
+void add(const T* x, const T* residual, T* total, int64_t width) {
+    for (int64_t i = 0; i < width; i += LANES)
+        store(total + i, load(x + i, width - i) + load(residual + i, width - i), width - i);
+}
+
+template <class T>
+void rms_norm(const T* x, int64_t outer_stride, int64_t inner_stride, const T* residual, T* total, const T* weight,
+              T* out, int64_t num_outer, int64_t num_inner, int64_t width, float eps, float offset,
+              bool scale_in_float32, int threads) {
+    const int64_t num_rows = num_outer * num_inner;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < num_rows; ++row) {
+        const T* input = x + row / num_inner * outer_stride + row % num_inner * inner_stride;
+        if (residual != nullptr) {
+            add(input, residual + row * width, total + row * width, width);
+            input = total + row * width;
+        }
+        const float mean = sum_of_squares(input, width) / static_cast<float>(width);
+        normalise(input, weight, out + row * width, width, 1.0f / std::sqrt(mean + eps), offset, scale_in_float32);
+    }
+}
+
+}  // namespace
+}  // namespace autodeploy
+
+// x: `[num_outer, num_inner, width]` with strides in elements, the last 1. residual, total: contiguous, or both null;
+// total becomes x + residual and is what is normalised. weight: `[width]` or null. out: contiguous.
+#define DEFINE_RMS_NORM(NAME, T)                                                                                     \
+    extern "C" void NAME(const T* x, int64_t outer_stride, int64_t inner_stride, const T* residual, T* total,        \
+                         const T* weight, T* out, int64_t num_outer, int64_t num_inner, int64_t width, float eps,    \
+                         float offset, int scale_in_float32, int threads) {                                          \
+        autodeploy::rms_norm<T>(x, outer_stride, inner_stride, residual, total, weight, out, num_outer, num_inner,   \
+                                width, eps, offset, scale_in_float32 != 0, threads);                                 \
+    }
+
+DEFINE_RMS_NORM(rms_norm_float32, float)
+DEFINE_RMS_NORM(rms_norm_bfloat16, autodeploy::bf16)

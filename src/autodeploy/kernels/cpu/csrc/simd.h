@@ -1,0 +1,214 @@
+// Sixteen floats at a time, for any machine: loads from and stores to float32 and bfloat16, dot products, exp.
+//
+// Vectors are the compiler's own (GCC and Clang `vector_size`); where the machine has narrower ones the compiler splits
+// them. The one thing it would not find by itself, the AVX512-BF16 dot product, is spelled out below.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace autodeploy {
+
+constexpr int LANES = 16;
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+// A bfloat16 number: the upper half of a float32.
+struct bf16 {
+    uint16_t bits;
+};
+
+template <class To, class From>
+inline To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "sizes differ");
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+inline Floats splat(float x) { return Floats{} + x; }
+
+inline Floats load(const float* from) {
+    Floats x;
+    std::memcpy(&x, from, sizeof(x));
+    return x;
+}
+
+inline Floats load(const bf16* from) {
+    Halves x;
+    std::memcpy(&x, from, sizeof(x));
+#if defined(__AVX512F__)
+    return bit_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bit_cast<__m256i>(x)), 16));
+#else
+    return bit_cast<Floats>(__builtin_convertvector(x, Words) << 16);
+#endif
+}
+
+inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof(x)); }
+
+// Rounds to nearest, ties to even; a NaN stays one, an infinity too.
+inline void store(bf16* to, Floats x) {
+    const Words bits = bit_cast<Words>(x);
+    const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Halves halves = __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40, Halves);
+    std::memcpy(to, &halves, sizeof(halves));
+}
+
+// The first `count` lanes, for the end of a row; lanes beyond are zero, memory beyond is left alone.
+template <class T>
+inline Floats load(const T* from, int64_t count) {
+    if (count >= LANES) return load(from);
+    T padded[LANES] = {};
+    std::memcpy(padded, from, static_cast<size_t>(count) * sizeof(T));
+    return load(padded);
+}
+
+template <class T>
+inline void store(T* to, Floats x, int64_t count) {
+    if (count >= LANES) return store(to, x);
+    T padded[LANES];
+    store(padded, x);
+    std::memcpy(to, padded, static_cast<size_t>(count) * sizeof(T));
+}
+
+inline Floats round_to(Floats x, const float*) { return x; }
+
+inline Floats round_to(Floats x, const bf16*) {
+    bf16 rounded[LANES];
+    store(rounded, x);
+    return load(rounded);
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+inline void assign(float& to, float x) { to = x; }
+inline void assign(bf16& to, float x) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    to.bits = static_cast<uint16_t>(x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 0x40);
+}
+
+inline float sum(Floats x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(bit_cast<__m512>(x));
+#else
+    float lanes[LANES];
+    store(lanes, x);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    return lanes[0];
+#endif
+}
+
+// As std::max does, a NaN in x counts for nothing.
+inline float max(Floats x, float greatest) {
+    float lanes[LANES];
+    store(lanes, x);
+    for (int i = 0; i < LANES; ++i) greatest = lanes[i] > greatest ? lanes[i] : greatest;
+    return greatest;
+}
+
+// e^x to about 2 units in the last place: 2^n · e^r with |r| <= ln 2 / 2. Zero below the smallest normal result,
+// infinity above the largest, NaN for NaN.
+inline Floats exp(Floats x) {
+    const float lowest = -87.336f, highest = 88.722f, shift = 12582912.0f;  // 1.5 · 2^23 rounds to an integer
+    Floats inside = x < lowest ? splat(lowest) : x;
+    inside = inside > highest ? splat(highest) : inside;
+    const Floats shifted = inside * 1.44269504f + shift;
+    const Floats n = shifted - shift;
+    const Floats r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
+    Floats p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    // 2^n in two factors: n reaches 128, which has no float of its own.
+    const Words integer = bit_cast<Words>(shifted) - bit_cast<Words>(splat(shift));
+    const Words half = bit_cast<Words>(bit_cast<Ints>(integer) >> 1);
+    const Floats result = p * bit_cast<Floats>((half + 127) << 23) * bit_cast<Floats>((integer - half + 127) << 23);
+    const Floats bounded = x > highest ? splat(__builtin_inff()) : result;
+    return x < lowest ? splat(0.0f) : bounded;
+}
+
+inline Floats tanh(Floats x) { return 1.0f - 2.0f / (exp(2.0f * x) + 1.0f); }
+
+// How rows of T are multiplied and summed: `Packed` holds `WIDTH` elements, `multiply_add` adds their products with
+// others into 16 float32 partial sums.
+template <class T>
+struct Product {
+    static constexpr int WIDTH = LANES;
+    using Packed = Floats;
+    static Packed pack(const T* from) { return load(from); }
+    static Packed pack(const T* from, int64_t count) { return load(from, count); }
+    static Floats multiply_add(Floats total, Packed a, Packed b) { return a * b + total; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Product<bf16> {
+    static constexpr int WIDTH = 2 * LANES;
+    using Packed = __m512bh;
+    static Packed pack(const bf16* from) {
+        Packed x;
+        std::memcpy(&x, from, sizeof(x));
+        return x;
+    }
+    static Packed pack(const bf16* from, int64_t count) {
+        bf16 padded[WIDTH] = {};
+        std::memcpy(padded, from, static_cast<size_t>(count) * sizeof(bf16));
+        return pack(padded);
+    }
+    static Floats multiply_add(Floats total, Packed a, Packed b) {
+        return bit_cast<Floats>(_mm512_dpbf16_ps(bit_cast<__m512>(total), a, b));
+    }
+};
+#endif
+
+// products[m] = the dot product of `a` with row m of `b`, each `length` long, a multiple of the packed width unless
+// HAS_TAIL. (With the tail out of sight, the compiler keeps the partial sums in registers.)
+//
+// One row of `a` at a time, so that a weight is read as one unbroken stream, which the hardware prefetches best; two
+// sets of partial sums, so that additions do not wait for each other.
+template <class T, int M, bool HAS_TAIL>
+inline void dot_products(const T* a, const T* const* b, int64_t length, float products[M]) {
+    using P = Product<T>;
+    Floats even[M] = {}, odd[M] = {};
+    const int64_t whole = length / P::WIDTH * P::WIDTH;
+    int64_t i = 0;
+    for (; i + 2 * P::WIDTH <= whole; i += 2 * P::WIDTH) {
+        const typename P::Packed first = P::pack(a + i), second = P::pack(a + i + P::WIDTH);
+        for (int m = 0; m < M; ++m) {
+            even[m] = P::multiply_add(even[m], first, P::pack(b[m] + i));
+            odd[m] = P::multiply_add(odd[m], second, P::pack(b[m] + i + P::WIDTH));
+        }
+    }
+    if (i < whole) {
+        const typename P::Packed last = P::pack(a + i);
+        for (int m = 0; m < M; ++m) even[m] = P::multiply_add(even[m], last, P::pack(b[m] + i));
+    }
+    if constexpr (HAS_TAIL) {
+        const typename P::Packed tail = P::pack(a + whole, length - whole);
+        for (int m = 0; m < M; ++m) odd[m] = P::multiply_add(odd[m], tail, P::pack(b[m] + whole, length - whole));
+    }
+    for (int m = 0; m < M; ++m) products[m] = sum(even[m] + odd[m]);
+}
+
+template <class T, int M>
+inline void dot_products(const T* a, const T* const* b, int64_t length, float products[M]) {
+    if (length % Product<T>::WIDTH == 0)
+        dot_products<T, M, false>(a, b, length, products);
+    else
+        dot_products<T, M, true>(a, b, length, products);
+}
+
+}  // namespace autodeploy

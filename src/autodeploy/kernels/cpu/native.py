@@ -1,0 +1,201 @@
+"""Native code: the C++ sources beside this file go in, callable functions come out, compiled once per machine.
+
+The machine's own compiler builds for the machine's own processor; the result is kept in the cache directory. There are
+no torch headers in it: kernels take raw pointers, sizes and strides through `ctypes`, which costs about a microsecond
+per call where a registered operator written in Python costs several.
+
+Threads are OpenMP's. The library is linked without an OpenMP runtime, so that its calls resolve to the one that torch
+has loaded: a second runtime would compete with the first for the same cores. Where they do not resolve, the kernels are
+compiled for one thread.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autodeploy.cache_dir import entry, fill
+from autodeploy.errors import AutoDeployError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+POINTER, INT64, FLOAT, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+"""Argument types of native functions."""
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""Dtypes that every kernel is compiled for, and what its name ends in."""
+
+_SOURCES = Path(__file__).parent / "csrc"
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fno-exceptions", "-fno-rtti", "-w")
+_LIBRARY = "kernels.so"
+_COMPILE_SECONDS = 300
+
+
+class NativeError(AutoDeployError):
+    """Native kernels could not be compiled or loaded; the message is the reason."""
+
+
+class NativeFunction(dict[torch.dtype, Callable[..., Any]]):
+    """A native function by dtype; the library is loaded when one is first asked for.
+
+    Args:
+        name: the C function's name without the dtype it ends in.
+        arguments: its argument types.
+        result: its result type, or None.
+    """
+
+    def __init__(self, name: str, arguments: tuple[type[Any], ...], result: type[Any] | None = None):
+        super().__init__()
+        self._name, self._arguments, self._result = name, arguments, result
+
+    def __missing__(self, dtype: torch.dtype) -> Callable[..., Any]:
+        function: Any = getattr(_library(), f"{self._name}_{DTYPES[dtype]}")
+        function.argtypes, function.restype = self._arguments, self._result
+        self[dtype] = function
+        return self[dtype]
+
+
+def why_unavailable() -> str | None:
+    """The reason that native kernels cannot be used here, or None. Compiles them on the first call on a machine."""
+    if os.environ.get("AUTODEPLOY_NATIVE", "1") == "0":
+        return "native kernels are switched off by AUTODEPLOY_NATIVE=0"
+    try:
+        _library()
+    except NativeError as error:
+        return str(error)
+    return None
+
+
+def why_refused(*tensors: Tensor | None) -> str | None:
+    """The reason that native kernels cannot take these (fake) tensors together, or None."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    for tensor in given:
+        if tensor.dtype not in DTYPES:
+            return f"dtype {tensor.dtype}; there are kernels for {', '.join(DTYPES.values())}"
+        if tensor.dtype != given[0].dtype:
+            return f"dtypes differ: {given[0].dtype} and {tensor.dtype}"
+        if tensor.device.type != "cpu":
+            return f"a tensor on {tensor.device}"
+    return why_unavailable()
+
+
+def is_compiled() -> bool:
+    """True when asking for a kernel will not first compile the library."""
+    compiler = _compiler()
+    return compiler is None or any(_entry(compiler, threads=threads).is_dir() for threads in (True, False))
+
+
+def num_threads(work: int, least: int) -> int:
+    """Threads for a kernel: torch's number when `work` is at least `least`, else one."""
+    return torch.get_num_threads() if work >= least else 1
+
+
+def build(folder: Path, compiler: str, *, threads: bool) -> Path:
+    """Compile all sources into a library in `folder`, with the flags in AUTODEPLOY_NATIVE_FLAGS after our own.
+
+    Raises:
+        NativeError: with the end of what the compiler said.
+    """
+    flags = _flags()
+    openmp = ("-fopenmp",) if threads else ()
+    sources = sorted(_SOURCES.glob("*.cpp"))
+    objects = [folder / f"{source.stem}.o" for source in sources]
+
+    def compile_one(source: Path, target: Path) -> None:
+        _run([compiler, *flags, *openmp, "-c", str(source), "-o", str(target)])
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources, objects))
+    # Linked without -fopenmp: the runtime's symbols stay open, for torch's to fill.
+    sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
+    _run([compiler, "-shared", *sanitizers, *map(str, objects), "-lm", "-o", str(folder / _LIBRARY)])
+    for path in objects:
+        path.unlink()
+    return folder / _LIBRARY
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """The loaded library. A failure is not remembered: the next call tries again."""
+    compiler = _compiler()
+    if compiler is None:
+        raise NativeError("no C++ compiler was found (g++, c++ or clang++); install one, or name it in CXX")
+    try:
+        return ctypes.CDLL(str(_built(compiler, threads=True)))
+    except OSError as error:
+        logger.warning("native kernels run on one thread, as torch has loaded no OpenMP runtime for them: %s", error)
+    try:
+        return ctypes.CDLL(str(_built(compiler, threads=False)))
+    except OSError as error:
+        raise NativeError(f"the compiled kernels cannot be loaded: {error}") from error
+
+
+def _built(compiler: str, *, threads: bool) -> Path:
+    def write(folder: Path) -> None:
+        build(folder, compiler, threads=threads)
+
+    path = _entry(compiler, threads=threads)
+    if not path.is_dir():
+        logger.info("compiling the CPU kernels with %s; this takes seconds, once per machine", compiler)
+    try:
+        return fill(path, write) / _LIBRARY
+    except ConfigError as error:
+        raise NativeError(str(error)) from error
+
+
+def _compiler() -> str | None:
+    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    return None
+
+
+def _entry(compiler: str, *, threads: bool) -> Path:
+    """Where the library for these sources, this compiler and this processor is kept."""
+    content = hashlib.sha256()
+    for source in sorted(_SOURCES.iterdir()):
+        content.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    key = {"sources": content.hexdigest(), "flags": _flags(), "threads": threads}
+    return entry("native", key | dict(_machine(compiler)))
+
+
+def _flags() -> list[str]:
+    return [*_FLAGS, *shlex.split(os.environ.get("AUTODEPLOY_NATIVE_FLAGS", ""))]
+
+
+@functools.cache
+def _machine(compiler: str) -> Mapping[str, Any]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    described = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
+    return {
+        "compiler": _run([compiler, "--version"]).splitlines()[0],
+        "machine": platform.machine(),
+        "processor": sorted(set(described)),
+    }
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeError(f"the compiler {command[0]} could not be run: {error}") from error
+    if done.returncode != 0:
+        said = " ".join((done.stderr or done.stdout).split())[-300:]
+        raise NativeError(f"the compiler {command[0]} failed: {said or f'exit status {done.returncode}'}")
+    return done.stdout

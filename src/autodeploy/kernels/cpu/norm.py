@@ -1,0 +1,85 @@
+"""rms_norm and add_rms_norm: one call each, rows read where they are."""
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from autodeploy.kernels.cpu.native import FLOAT, INT, INT64, POINTER, NativeFunction, num_threads, why_refused
+from autodeploy.ops.norm import add_rms_norm, rms_norm
+
+_MIN_ELEMENTS_FOR_THREADS = 1 << 15
+
+_SIGNATURE = (POINTER, INT64, INT64, *[POINTER] * 4, INT64, INT64, INT64, FLOAT, FLOAT, INT, INT)
+_rms_norm = NativeFunction("rms_norm", _SIGNATURE)
+
+
+def _supports(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, scale_in_float32: bool) -> str | None:
+    return why_refused(x, weight)
+
+
+def _add_supports(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, scale_in_float32: bool
+) -> str | None:
+    same = x.dim() == residual.dim() and all(
+        statically_known_true(mine == other) for mine, other in zip(x.shape, residual.shape, strict=True)
+    )
+    return why_refused(x, residual, weight) if same else "x and residual differ in shape"
+
+
+@rms_norm.kernel("cpu", _supports, fuses_with_neighbours=True)
+def rms_norm_cpu(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, scale_in_float32: bool) -> Tensor:
+    """`rms_norm` in one pass over rows, which may lie apart (columns of a wider product)."""
+    width = x.shape[-1]
+    if x.is_contiguous() or x.dim() < 3 or x.stride(-1) != 1 or x.shape[:-3].numel() != 1:
+        x = x.contiguous()
+        num_outer, num_inner, outer_stride, inner_stride = 1, x.numel() // (width or 1), 0, width
+    else:
+        num_outer, num_inner = x.shape[-3:-1]
+        outer_stride, inner_stride = x.stride()[-3:-1]
+    weight = None if weight is None else weight.contiguous()
+    out = x.new_empty(x.shape)
+    _rms_norm[x.dtype](
+        x.data_ptr(),
+        outer_stride,
+        inner_stride,
+        None,
+        None,
+        None if weight is None else weight.data_ptr(),
+        out.data_ptr(),
+        num_outer,
+        num_inner,
+        width,
+        eps,
+        weight_offset,
+        scale_in_float32,
+        num_threads(out.numel(), _MIN_ELEMENTS_FOR_THREADS),
+    )
+    return out
+
+
+@add_rms_norm.kernel("cpu", _add_supports, fuses_with_neighbours=True)
+def add_rms_norm_cpu(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, scale_in_float32: bool
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` in one pass: the sum is written once and read back from cache."""
+    x, residual = x.contiguous(), residual.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    width = x.shape[-1]
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    _rms_norm[x.dtype](
+        x.data_ptr(),
+        0,
+        width,
+        residual.data_ptr(),
+        total.data_ptr(),
+        None if weight is None else weight.data_ptr(),
+        out.data_ptr(),
+        1,
+        x.numel() // (width or 1),
+        width,
+        eps,
+        weight_offset,
+        scale_in_float32,
+        num_threads(x.numel(), _MIN_ELEMENTS_FOR_THREADS),
+    )
+    return out, total

@@ -1,0 +1,216 @@
+"""cached_attention over pages: against whole-sequence attention, every fact, odd sizes, long contexts, bad batches."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autodeploy.kernels.cpu.attention import MAX_CHUNK, cached_attention_cpu
+from autodeploy.ops import attention, cached_attention
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+FACTS: list[dict[str, Any]] = [
+    {},
+    {"causal": False},
+    {"sliding_window": 5},
+    {"sliding_window": 150},
+    {"chunk_size": 7},
+    {"sliding_window": 9, "chunk_size": 130},
+    {"softcap": 2.0},
+    {"has_sinks": True},
+]
+
+
+class Case:
+    """Sequences with keys and values already in shuffled pages up to their last `counts` tokens."""
+
+    def __init__(
+        self,
+        lengths: list[int],
+        counts: list[int],
+        *,
+        heads: tuple[int, int] = (4, 2),
+        widths: tuple[int, int] = (16, 16),
+        page_size: int = 4,
+        dtype: torch.dtype = torch.float32,
+        has_sinks: bool = False,
+        **facts: Any,
+    ):
+        (num_heads, num_kv_heads), (head_dim, value_dim) = heads, widths
+        self.lengths, self.counts, self.dtype = lengths, counts, dtype
+        # Queries, keys and values are columns of one row, as the fused projection leaves them.
+        sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * value_dim]
+        self.rows = [torch.randn(1, length, sum(sizes)).to(dtype) for length in lengths]
+        self.shapes = [(num_heads, head_dim), (num_kv_heads, head_dim), (num_kv_heads, value_dim)]
+        self.sizes = sizes
+        self.facts = {
+            "sinks": torch.randn(num_heads).to(dtype) if has_sinks else None,
+            "scale": head_dim**-0.5,
+            "causal": True,
+            "sliding_window": None,
+            "chunk_size": None,
+            "softcap": None,
+        } | facts
+        pages_each = max(-(-length // page_size) for length in lengths)
+        numbers = list(range(1, len(lengths) * pages_each + 1))
+        random.Random(0).shuffle(numbers)
+        self.page_table = torch.tensor(numbers, dtype=torch.int32).view(len(lengths), pages_each)
+        shape = (len(numbers) + 1, page_size, num_kv_heads)
+        self.key_cache = torch.full((*shape, head_dim), float("nan"), dtype=dtype)
+        self.value_cache = torch.full((*shape, value_dim), float("nan"), dtype=dtype)
+        self.slots = [
+            torch.tensor([int(table[i // page_size]) * page_size + i % page_size for i in range(length)]).long()
+            for table, length in zip(self.page_table, lengths, strict=True)
+        ]
+        for row, slots, length, count in zip(self.rows, self.slots, lengths, counts, strict=True):
+            _, key, value = self.split(row[:, : length - count])
+            self.key_cache.flatten(0, 1)[slots[: length - count]] = key[0]
+            self.value_cache.flatten(0, 1)[slots[: length - count]] = value[0]
+
+    def split(self, row: torch.Tensor) -> list[torch.Tensor]:
+        parts = row.split(self.sizes, -1)
+        return [part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def arguments(self) -> dict[str, Any]:
+        sequences = zip(self.rows, self.slots, self.counts, strict=True)
+        new = [(row[:, row.shape[1] - count :], slots[len(slots) - count :]) for row, slots, count in sequences]
+        query, key, value = self.split(torch.cat([row for row, _ in new], dim=1))
+        return {
+            "query": query,
+            "key": key,
+            "value": value,
+            "cu_seqlens": torch.tensor([0, *self.counts]).cumsum(0).to(torch.int32),
+            **self.facts,
+            "seq_lens": torch.tensor(self.lengths, dtype=torch.int32),
+            "page_table": self.page_table,
+            "slot_mapping": torch.cat([slots for _, slots in new]),
+            "key_cache": self.key_cache,
+            "value_cache": self.value_cache,
+        }
+
+    def check(self) -> None:
+        arguments = self.arguments()
+        assert cached_attention.kernels["cpu"].supports(**arguments) is None
+        result = cached_attention_cpu(**arguments).float()
+        # Whole sequences in float32, from the stateless op.
+        whole = [
+            attention.reference(
+                *(part.float() for part in self.split(row)),
+                torch.tensor([0, row.shape[1]], dtype=torch.int32),
+                **{k: v.float() if isinstance(v, torch.Tensor) else v for k, v in self.facts.items()},
+            )
+            for row in self.rows
+        ]
+        expected = torch.cat([w[:, w.shape[1] - n :] for w, n in zip(whole, self.counts, strict=True)], dim=1)
+        torch.testing.assert_close(result, expected, rtol=TOLERANCE[self.dtype], atol=TOLERANCE[self.dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("facts", FACTS, ids=str)
+def test_every_fact(facts: dict[str, Any], dtype: torch.dtype) -> None:
+    """Decode, a few tokens, a long chunk and a whole prompt, packed; contexts below, at and above a piece."""
+    torch.manual_seed(0)
+    Case([1, 127, 128, 129, 300, 40, 23], [1, 1, 1, 1, 3, 30, 23], dtype=dtype, **facts).check()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("widths", [(16, 16), (64, 64), (80, 80), (128, 128), (256, 256), (24, 40), (7, 5), (192, 128)])
+def test_head_sizes(widths: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    Case([140, 9], [1, 2], widths=widths, dtype=dtype).check()
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1), (3, 3), (5, 1), (6, 2), (7, 1), (8, 1), (9, 3), (9, 1)])
+def test_head_counts(heads: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    Case([33, 5], [2, 1], heads=heads, has_sinks=True).check()
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_any_batch(data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    lengths = data.draw(st.lists(st.integers(1, 60), min_size=1, max_size=6))
+    counts = [data.draw(st.integers(0, length)) for length in lengths]
+    if sum(counts) == 0:
+        counts[0] = 1
+    facts = data.draw(st.sampled_from(FACTS))
+    Case(lengths, counts, page_size=data.draw(st.sampled_from([1, 3, 16, 32])), **facts).check()
+
+
+def test_a_decode_step_for_many_sequences() -> None:
+    torch.manual_seed(0)
+    lengths = [random.Random(1).randint(1, 300) for _ in range(40)]
+    Case(lengths, [1] * 40, widths=(64, 64), heads=(9, 3), page_size=32).check()
+
+
+def test_as_many_tokens_as_sequences_but_no_decode_step() -> None:
+    torch.manual_seed(0)
+    count = MAX_CHUNK + 4
+    Case([count + 3, *[5] * (count - 1)], [count, *[0] * (count - 1)]).check()
+
+
+def test_the_batch_does_not_change_a_sequence() -> None:
+    """Bit for bit: the pieces a context is cut in depend on positions alone."""
+    torch.manual_seed(0)
+    both = Case([300, 150], [1, 2]).arguments()
+    together = cached_attention_cpu(**both)
+    rows = {name: both[name][:, 1:] for name in ("query", "key", "value")}
+    alone = {
+        "cu_seqlens": torch.tensor([0, 2], dtype=torch.int32),
+        "seq_lens": both["seq_lens"][1:],
+        "page_table": both["page_table"][1:],
+        "slot_mapping": both["slot_mapping"][1:],
+    }
+    assert torch.equal(cached_attention_cpu(**(both | rows | alone)), together[:, 1:])
+
+
+def test_only_the_new_slots_are_written() -> None:
+    case = Case([20, 30], [1, MAX_CHUNK + 1])
+    before = case.key_cache.clone(), case.value_cache.clone()
+    arguments = case.arguments()
+    cached_attention_cpu(**arguments)
+    for cache, old, new in zip(
+        (case.key_cache, case.value_cache), before, (arguments["key"], arguments["value"]), strict=True
+    ):
+        old.flatten(0, 1)[arguments["slot_mapping"]] = new[0]
+        torch.testing.assert_close(cache, old, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_nan_stays_in_its_own_sequence() -> None:
+    case = Case([20, 30], [1, 1])
+    case.rows[0][:] = float("nan")
+    result = cached_attention_cpu(**case.arguments())
+    assert result[:, 0].isnan().all()
+    assert result[:, 1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("slot_mapping", torch.tensor([10_000, 1]), "slot outside"),
+        ("slot_mapping", torch.tensor([-1, 1]), "slot outside"),
+        ("page_table", torch.full((2, 8), 10_000, dtype=torch.int32), "page outside"),
+        ("page_table", torch.full((2, 8), -1, dtype=torch.int32), "page outside"),
+        ("seq_lens", torch.tensor([20, 10_000], dtype=torch.int32), "do not fit"),
+        ("seq_lens", torch.tensor([20, 0], dtype=torch.int32), "do not fit"),
+        ("cu_seqlens", torch.tensor([0, 1, 9], dtype=torch.int32), "do not fit"),
+        ("cu_seqlens", torch.tensor([0, 2], dtype=torch.int32), "do not fit"),
+        ("seq_lens", torch.tensor([20], dtype=torch.int32), "do not fit"),
+        ("slot_mapping", torch.tensor([1]), "do not fit"),
+        ("cu_seqlens", torch.tensor([0, 2, 1], dtype=torch.int32), "do not fit"),
+    ],
+)
+def test_a_batch_that_contradicts_itself_reads_nothing(name: str, value: torch.Tensor, reason: str) -> None:
+    with pytest.raises(IndexError, match=reason):
+        cached_attention_cpu(**(Case([20, 30], [1, 1]).arguments() | {name: value}))
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens", "seq_lens", "page_table", "slot_mapping"])
+def test_batch_inputs_of_another_dtype_are_refused(name: str) -> None:
+    arguments = Case([20], [1]).arguments()
+    wrong = arguments[name].to(torch.int32 if name == "slot_mapping" else torch.int64)
+    assert name in (cached_attention.kernels["cpu"].supports(**(arguments | {name: wrong})) or "")

@@ -1,0 +1,70 @@
+"""linear: any shape and stride against torch in float64, infinities and NaN where they belong."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from autodeploy.kernels.cpu.linear import MAX_ROWS, linear_cpu
+from autodeploy.ops import linear
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    tolerance = 1e-5 if x.dtype == torch.float32 else 8e-3
+    result = linear_cpu(x, weight, bias)
+    assert result.dtype == x.dtype and result.is_contiguous()
+    torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=tolerance * weight.shape[1] ** 0.5)
+
+
+@given(
+    rows=st.integers(0, 40),
+    inputs=st.integers(1, 200),
+    outputs=st.integers(1, 70),
+    bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(rows: int, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    weight = torch.randn(outputs, inputs).to(dtype)
+    check(torch.randn(1, rows, inputs).to(dtype), weight, torch.randn(outputs).to(dtype) if bias else None)
+
+
+@pytest.mark.parametrize("rows", [1, 3, MAX_ROWS, MAX_ROWS + 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_enough_for_threads(rows: int, dtype: torch.dtype) -> None:
+    check(torch.randn(1, rows, 576).to(dtype), torch.randn(963, 576).to(dtype), None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_inputs(dtype: torch.dtype) -> None:
+    wide = torch.randn(1, 3, 96).to(dtype)
+    weight = torch.randn(64, 80).to(dtype)
+    check(wide[..., 5:69], weight[:, 8:72], None)
+    check(wide[..., ::2], torch.randn(64, 48).to(dtype), torch.randn(128).to(dtype)[::2])
+
+
+def test_one_row_gives_the_same_alone_and_among_others() -> None:
+    x, weight = torch.randn(1, MAX_ROWS, 100), torch.randn(50, 100)
+    together = linear_cpu(x, weight, None)
+    for row in range(MAX_ROWS):
+        assert torch.equal(linear_cpu(x[:, row : row + 1], weight, None), together[:, row : row + 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinities_and_nan(dtype: torch.dtype) -> None:
+    inf, nan = float("inf"), float("nan")
+    x = torch.ones(1, 1, 40, dtype=dtype)
+    weight = torch.ones(4, 40, dtype=dtype)
+    weight[0, 39], weight[1, 3], weight[2, 0], weight[2, 39] = inf, nan, inf, -inf
+    expected = torch.tensor([[[inf, nan, nan, 40]]], dtype=dtype)
+    torch.testing.assert_close(linear_cpu(x, weight, None), expected, equal_nan=True)
+
+
+def test_refuses_a_weight_that_is_no_matrix() -> None:
+    reason = linear.kernels["cpu"].supports(x=torch.ones(1, 4), weight=torch.ones(2, 4, 4), bias=None)
+    assert reason is not None and "shape (2, 4, 4)" in reason

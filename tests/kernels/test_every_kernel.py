@@ -1,0 +1,114 @@
+"""Every kernel in the op table is tested by being registered: against its op, with the op's samples and tolerances."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from autodeploy.compile.bind import kernel_operator
+from autodeploy.kernels import provider
+from autodeploy.ops import OPS, Kernel, Op
+from tests.ops.laws import Replay
+
+CPU = torch.device("cpu")
+KERNELS = [(op, kernel) for op in OPS.values() for kernel in op.kernels.values()]
+STATELESS = [(op, kernel) for op, kernel in KERNELS if op.samples is not None]
+CACHED = [(op, op.cached.kernels[name]) for op in OPS.values() if op.cached is not None for name in op.cached.kernels]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def named(pairs: list[tuple[Op, Kernel]]) -> pytest.MarkDecorator:
+    names = [f"{op.name}-{kernel.provider}" for op, kernel in pairs]
+    return pytest.mark.parametrize(("op", "kernel"), pairs, ids=names)
+
+
+def converted(sample: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in sample.items()
+    }
+
+
+def results(value: object) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value)  # type: ignore[call-overload]
+
+
+def test_every_kernel_is_covered() -> None:
+    cached = {id(kernel) for _, kernel in CACHED}
+    assert all(op.samples is not None or id(kernel) in cached for op, kernel in KERNELS)
+    assert {op.name for op, _ in KERNELS} >= {"linear", "rms_norm", "add_rms_norm", "rope", "gated_activation"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@named(STATELESS)
+def test_equals_the_reference(op: Op, kernel: Kernel, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    assert op.samples is not None
+    for sample in op.samples():
+        arguments = converted(sample, dtype)
+        assert kernel.supports(**arguments) is None
+        before = {name: value.clone() for name, value in arguments.items() if isinstance(value, Tensor)}
+        for mine, expected in zip(
+            results(kernel.function(**arguments)), results(op.reference(**arguments)), strict=True
+        ):
+            torch.testing.assert_close(mine, expected, rtol=op.tolerance[dtype], atol=op.tolerance[dtype])
+        assert all(torch.equal(arguments[name], value) for name, value in before.items()), "an argument was changed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@named(KERNELS)
+def test_refuses_what_it_was_not_compiled_for(op: Op, kernel: Kernel, dtype: torch.dtype) -> None:
+    source = op if op.samples is not None else next(o for o in OPS.values() if o.cached is op)
+    assert source.samples is not None
+    arguments = converted(_with_states(source, op, source.samples()[0]), dtype)
+    assert "float32, bfloat16" in (kernel.supports(**arguments) or "")
+
+
+def _with_states(source: Op, op: Op, sample: dict[str, Any]) -> dict[str, Any]:
+    if source is op:
+        return sample
+    int32 = torch.zeros(1, 1, dtype=torch.int32)
+    batch = {"seq_lens": int32[0], "page_table": int32, "slot_mapping": torch.zeros(24, dtype=torch.int64)}
+    caches = {"key_cache": sample["key"], "value_cache": sample["value"]}
+    return {name: ({**sample, **batch, **caches})[name] for name in op.parameters}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@named(CACHED)
+def test_keeps_the_law_of_cached_ops(op: Op, kernel: Kernel, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    assert op.cached is not None and op.samples is not None
+    twin = dataclasses.replace(op.cached, overload=kernel.function)
+    for sample in op.samples():
+        arguments = converted(sample, dtype)
+        result = Replay(dataclasses.replace(op, cached=twin), arguments, seed).run()
+        # Both against float32, so that the reference's own rounding is not held against the kernel.
+        expected = op.reference(**converted(arguments, torch.float32))
+        tolerance = op.tolerance[dtype]
+        torch.testing.assert_close(result.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@named(STATELESS)
+def test_as_a_registered_operator(op: Op, kernel: Kernel) -> None:
+    """What a compiled graph calls: the same result, and a fake of the same form."""
+    torch.manual_seed(0)
+    operator = kernel_operator(op, kernel.provider)
+    assert operator is kernel_operator(op, kernel.provider)
+    assert op.samples is not None
+    for sample in op.samples():
+        real = results(operator(**sample))
+        mode = torch._subclasses.FakeTensorMode()
+        with mode:
+            fakes = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in sample.items()}
+            faked = results(operator(**fakes))
+        for mine, expected, fake in zip(real, results(kernel.function(**sample)), faked, strict=True):
+            torch.testing.assert_close(mine, expected, rtol=0, atol=0)
+            assert (fake.shape, fake.dtype, fake.stride()) == (mine.shape, mine.dtype, mine.stride())
+
+
+def test_every_provider_of_a_kernel_is_on_a_priority_list() -> None:
+    known = {name for names in provider.PROVIDERS.values() for name in names}
+    assert {kernel.provider for _, kernel in KERNELS} <= known | {"narrow"}  # made up in tests of the lower stage

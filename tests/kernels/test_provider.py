@@ -1,0 +1,44 @@
+"""Providers: the order they are asked in, attention backends by name, and what is said while they compile."""
+
+import pytest
+import torch
+
+from autodeploy.errors import ConfigError
+from autodeploy.kernels import provider
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_priority_by_device() -> None:
+    assert provider.priority(CPU) == ("cpu",)
+    assert provider.priority(CUDA) == ()
+
+
+def test_attention_backends() -> None:
+    assert provider.mixer_priority(CPU, "auto") == ("cpu",)
+    assert provider.mixer_priority(CPU, "cpu") == ("cpu",)
+    assert provider.mixer_priority(CPU, "torch") == ()
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_an_unknown_attention_backend_is_refused_with_what_there_is(device: torch.device) -> None:
+    with pytest.raises(ConfigError, match=rf"'flashy' is not available on {device.type}; choose one of auto, .*torch"):
+        provider.mixer_priority(device, "flashy")
+
+
+def test_a_backend_of_another_device_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'cpu' is not available on cuda"):
+        provider.mixer_priority(CUDA, "cpu")
+
+
+def test_compiling_is_announced_once() -> None:
+    said: list[str] = []
+    provider.prepare(CPU, said.append)
+    provider.prepare(CPU, said.append)
+    assert len(said) <= 1
+    assert all("compiling" in line for line in said)
+
+
+def test_other_devices_compile_nothing_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provider.cpu, "why_unavailable", lambda: pytest.fail("asked for the CPU kernels"))
+    provider.prepare(CUDA, pytest.fail)
