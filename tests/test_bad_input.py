@@ -1,4 +1,4 @@
-"""Bad input through the front door: each kind gets one clear error, and the next good request is served all the same."""
+"""Bad input through the front door: each kind gets one clear error, and the next good request is served as ever."""
 
 import math
 from collections.abc import Iterator
@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests import tiny
 
 from autodeploy import LLM, SamplingParams
 from autodeploy.errors import CheckpointError, ConfigError, InvalidRequestError, ModelNotFoundError, OutOfMemoryError
+from tests import tiny
 
 
 @pytest.fixture(scope="module")

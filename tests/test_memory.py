@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autodeploy.memory import available_bytes, container_bytes
+from autodeploy.memory import available_bytes, container_bytes, huge_pages
 
 
 def test_available_memory_is_plausible() -> None:
@@ -29,3 +29,10 @@ def test_the_limit_of_a_container_counts(tmp_path: Path, layout: str) -> None:
     assert container_bytes(tmp_path) == [50]
     (folder / limit).write_text("max\n")
     assert container_bytes(tmp_path) == []
+
+
+def test_huge_pages_are_memory_like_any_other() -> None:
+    for num_bytes in (0, 1, 4095, 5_000_001):
+        block = huge_pages(num_bytes)
+        assert block.shape == (num_bytes,) and block.dtype == torch.uint8
+        assert bool((block.fill_(7) == 7).all())

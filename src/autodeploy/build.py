@@ -237,7 +237,7 @@ def _finish(
 
 
 def _count_flops(graph: ModelGraph) -> tuple[int, int]:
-    """Operations of all linears per token of the row, and per row of logits for those that run after rows are picked."""
+    """Operations of all linears: per token of the row, and per row of logits for those that run on picked rows."""
     input_ids = graph.input("input_ids")
     assert input_ids is not None
     num_tokens = str(input_ids.meta["val"].shape[1])
@@ -262,6 +262,8 @@ def _lookup_bytes(graph: ModelGraph) -> int:
 def _compile(graph: ModelGraph, backend: str) -> GraphFunction:
     if backend == "torch-simple":
         return compile_eager(graph)
-    from autodeploy.compile.inductor import compile_inductor  # importing Inductor takes a second that others need not pay
+    from autodeploy.compile.inductor import (
+        compile_inductor,  # importing Inductor takes a second that others need not pay
+    )
 
     return compile_inductor(graph)

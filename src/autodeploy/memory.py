@@ -1,9 +1,14 @@
-"""How much memory a device can still give, for everything that refuses before it allocates."""
+"""Memory: how much a device can still give, for what refuses before it allocates, and large blocks of it."""
 
+import ctypes
 from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
+
+_MADV_HUGEPAGE = 14
+_PAGE_BYTES = 4096
 
 
 def available_bytes(device: torch.device) -> int:
@@ -32,3 +37,17 @@ def container_bytes(root: Path) -> list[int]:
         except (OSError, ValueError, KeyError):
             continue
     return []
+
+
+def huge_pages(num_bytes: int) -> Tensor:
+    """An uninitialised uint8 tensor on the CPU whose memory the system is asked to back with huge pages.
+
+    Where the system has none, or does not know the request, it is ordinary memory.
+    """
+    block = torch.empty(num_bytes, dtype=torch.uint8)
+    begin = -(-block.data_ptr() // _PAGE_BYTES) * _PAGE_BYTES
+    length = block.data_ptr() + num_bytes - begin
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if madvise is not None and length > 0:
+        madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _MADV_HUGEPAGE)
+    return block

@@ -1,12 +1,11 @@
 """A first smoke suite on CUDA: the same graph and the same tokens as on the CPU, with the reference kernels.
 
-Run it with `make test-gpu`, from a bare checkout with the packages a GPU machine has. It skips, and says so, where there
-is no CUDA device.
+Run it with `make test-gpu`, from a bare checkout with the packages a GPU machine has. It skips, and says so,
+where there is no CUDA device.
 """
 
 import pytest
 import torch
-from tests import tiny
 
 from autodeploy.build import build
 from autodeploy.compile.program import Program
@@ -14,6 +13,7 @@ from autodeploy.config import EngineOptions, parse_options
 from autodeploy.debug.packed_run import run_packed
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams
+from tests import tiny
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,7 +4,7 @@ Each weight is read once and written straight into its final tensor, so that the
 sources of one recipe part.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,12 +12,14 @@ from transformers.core_model_loading import dot_natural_key
 
 from autodeploy.checkpoint.recipe import ReadTensor, Recipe, evaluate
 from autodeploy.errors import OutOfMemoryError
-from autodeploy.memory import available_bytes
+from autodeploy.memory import available_bytes, huge_pages
 
 Progress = Callable[[int, int], None]
 """Called as `progress(bytes_done, bytes_total)` after each weight."""
 
 GIB = 1024**3
+ALIGNMENT = 64
+"""Bytes; a cache line, and the widest vector."""
 
 
 def load_weights(
@@ -35,15 +37,31 @@ def load_weights(
     distinct = sorted(set(recipes.values()), key=lambda recipe: dot_natural_key(recipe.sources()[0]))
     total_bytes = sum(weight_bytes(recipe) for recipe in distinct)
     _check_fits(total_bytes, device)
-    loaded: dict[Recipe, Tensor] = {}
+    loaded = _allocate(distinct, device)
     done_bytes = 0
-    for recipe in distinct:
-        out = torch.empty(recipe.shape, dtype=recipe.dtype, device=device)
-        loaded[recipe] = evaluate(recipe, read, out)
+    for recipe, tensor in loaded.items():
+        evaluate(recipe, read, tensor)
         done_bytes += weight_bytes(recipe)
         if progress is not None:
             progress(done_bytes, total_bytes)
     return {name: loaded[recipe] for name, recipe in recipes.items()}
+
+
+def _allocate(recipes: Sequence[Recipe], device: torch.device) -> dict[Recipe, Tensor]:
+    """A tensor for each recipe. On the CPU they share one block of huge pages: a step reads every weight once, and with
+    ordinary pages address translation alone costs a tenth of that time or more.
+    """
+    if device.type != "cpu":
+        return {recipe: torch.empty(recipe.shape, dtype=recipe.dtype, device=device) for recipe in recipes}
+    starts, end = [], 0
+    for recipe in recipes:
+        starts.append(end)
+        end += -(-weight_bytes(recipe) // ALIGNMENT) * ALIGNMENT
+    block = huge_pages(end)
+    return {
+        recipe: block[start : start + weight_bytes(recipe)].view(recipe.dtype).view(recipe.shape)
+        for recipe, start in zip(recipes, starts, strict=True)
+    }
 
 
 def weight_bytes(recipe: Recipe) -> int:

@@ -1,7 +1,7 @@
 """Lowered graph -> Program.
 
-    program.py   Program and its named graphs: the only thing the runtime sees
-    bind.py      op nodes -> the chosen providers' functions
-    eager.py     torch-simple: the graph as it is
-    inductor.py  torch-compile: the graph through Inductor
+program.py   Program and its named graphs: the only thing the runtime sees
+bind.py      op nodes -> the chosen providers' functions
+eager.py     torch-simple: the graph as it is
+inductor.py  torch-compile: the graph through Inductor
 """
