@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autodeploy.kernels.cpu.attention import MAX_CHUNK, cached_attention_cpu
+from autodeploy.kernels.cpu.attention import cached_attention_cpu
 from autodeploy.ops import attention, cached_attention
 
+FEW = 16
+"""new tokens of a sequence up to which the native code takes them one by one (csrc/attention.cpp)"""
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 FACTS: list[dict[str, Any]] = [
     {},
@@ -149,7 +151,7 @@ def test_a_decode_step_for_many_sequences() -> None:
 
 def test_as_many_tokens_as_sequences_but_no_decode_step() -> None:
     torch.manual_seed(0)
-    count = MAX_CHUNK + 4
+    count = FEW + 4
     Case([count + 3, *[5] * (count - 1)], [count, *[0] * (count - 1)]).check()
 
 
@@ -169,7 +171,7 @@ def test_the_batch_does_not_change_a_sequence() -> None:
 
 
 def test_only_the_new_slots_are_written() -> None:
-    case = Case([20, 30], [1, MAX_CHUNK + 1])
+    case = Case([20, 30], [1, FEW + 1])
     before = case.key_cache.clone(), case.value_cache.clone()
     arguments = case.arguments()
     cached_attention_cpu(**arguments)
@@ -214,3 +216,44 @@ def test_batch_inputs_of_another_dtype_are_refused(name: str) -> None:
     arguments = Case([20], [1]).arguments()
     wrong = arguments[name].to(torch.int32 if name == "slot_mapping" else torch.int64)
     assert name in (cached_attention.kernels["cpu"].supports(**(arguments | {name: wrong})) or "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("facts", FACTS, ids=str)
+def test_long_chunks(facts: dict[str, Any], dtype: torch.dtype) -> None:
+    """Whole prompts, later chunks and decode steps in one batch; sizes around blocks, tiles and work items."""
+    torch.manual_seed(0)
+    lengths, counts = [200, 65, 17, 300, 40], [200, 64, 17, 70, 1]
+    Case(lengths, counts, widths=(32, 32), page_size=16, dtype=dtype, **facts).check()
+
+
+@pytest.mark.parametrize("widths", [(5, 3), (16, 48), (64, 64), (80, 80), (128, 72), (256, 256)], ids=str)
+@pytest.mark.parametrize("heads", [(1, 1), (9, 3), (7, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_chunks_of_odd_sizes(heads: tuple[int, int], widths: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    Case([130, 71], [67, 71], heads=heads, widths=widths, page_size=32, dtype=dtype).check()
+
+
+@pytest.mark.parametrize("facts", [{"sliding_window": 40}, {"chunk_size": 100}], ids=str)
+def test_long_chunks_do_not_read_what_the_window_has_left(facts: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    case = Case([250], [50], page_size=1, **facts)
+    gone = case.slots[0][: 200 - 39 if "sliding_window" in facts else 200]
+    case.key_cache.flatten(0, 1)[gone] = float("nan")
+    case.value_cache.flatten(0, 1)[gone] = float("nan")
+    case.check()
+
+
+def test_long_chunks_do_not_depend_on_their_neighbours() -> None:
+    torch.manual_seed(0)
+    both = Case([300, 150], [40, 100], dtype=torch.bfloat16).arguments()
+    together = cached_attention_cpu(**both)
+    rows = {name: both[name][:, 40:] for name in ("query", "key", "value")}
+    alone = {
+        "cu_seqlens": torch.tensor([0, 100], dtype=torch.int32),
+        "seq_lens": both["seq_lens"][1:],
+        "page_table": both["page_table"][1:],
+        "slot_mapping": both["slot_mapping"][40:],
+    }
+    assert torch.equal(cached_attention_cpu(**(both | rows | alone)), together[:, 40:])

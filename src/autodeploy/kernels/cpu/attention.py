@@ -1,15 +1,10 @@
-"""cached_attention: pages are read in place for sequences that bring few tokens; many tokens take the reference."""
-
-from itertools import pairwise
+"""cached_attention over pages that are read in place, natively for decode steps and for long chunks alike."""
 
 import torch
 from torch import Tensor
 
 from autodeploy.kernels.cpu.native import FLOAT, INT, INT64, POINTER, NativeFunction, why_refused
 from autodeploy.ops.attention import cached_attention
-
-MAX_CHUNK = 16
-"""New tokens of a sequence up to which its keys are read once per token; beyond, they are gathered and blocked."""
 
 _ROWS = (POINTER, INT64, INT64)
 _SIGNATURE = (
@@ -18,7 +13,7 @@ _SIGNATURE = (
     *(POINTER, POINTER, INT64, INT64),  # caches, pages
     *[INT64] * 5,  # tokens, heads, widths
     *(POINTER, FLOAT, INT, INT64, INT64, FLOAT),  # sinks, scale, causal, window, chunk, softcap
-    *(POINTER, INT64, INT),  # out, longest chunk, threads
+    *(POINTER, INT),  # out, threads
 )
 _cached_attention = NativeFunction("cached_attention", _SIGNATURE, INT)
 
@@ -78,15 +73,13 @@ def cached_attention_cpu(
     key_cache: Tensor,
     value_cache: Tensor,
 ) -> Tensor:
-    """`cached_attention` without gathering keys and values for sequences that bring at most `MAX_CHUNK` tokens.
+    """`cached_attention` that writes new keys and values to their pages and attends to all of them there.
 
     Raises:
         IndexError: slots, pages or lengths outside the cache; nothing outside it was read or written.
     """
-    facts = (sinks, scale, causal, sliding_window, chunk_size, softcap)
-    num_sequences, page_table_width = page_table.shape
-    is_long = num_sequences == 1 and query.shape[1] > MAX_CHUNK
-    if is_long or not (key_cache.is_contiguous() and value_cache.is_contiguous()):
+    if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
+        facts = (sinks, scale, causal, sliding_window, chunk_size, softcap)
         tables = (seq_lens, page_table, slot_mapping)
         whole: Tensor = cached_attention.reference(
             query, key, value, cu_seqlens, *facts, *tables, key_cache, value_cache
@@ -95,14 +88,13 @@ def cached_attention_cpu(
     if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     _, num_tokens, num_heads, head_dim = query.shape
+    num_sequences, page_table_width = page_table.shape
     num_pages, page_size, num_kv_heads, value_dim = value_cache.shape
     out = value.new_empty(1, num_tokens, num_heads, value_dim)
     sizes = (cu_seqlens.numel() - 1, seq_lens.numel(), slot_mapping.numel())
     _check(0 if sizes == (num_sequences, num_sequences, num_tokens) else _BAD_SIZES)
     cu_seqlens, seq_lens = cu_seqlens.contiguous(), seq_lens.contiguous()
     page_table, slot_mapping = page_table.contiguous(), slot_mapping.contiguous()
-    # As many tokens as sequences is a decode step; whether it is need not be read from the tensors.
-    longest = num_tokens if num_tokens == num_sequences else MAX_CHUNK
     sinks = None if sinks is None else sinks.float().contiguous()
     geometry = (num_pages, page_size, num_tokens, num_heads, num_kv_heads, head_dim, value_dim)
     status = _cached_attention[query.dtype](
@@ -114,12 +106,9 @@ def cached_attention_cpu(
         *(key_cache.data_ptr(), value_cache.data_ptr(), *geometry),
         *(None if sinks is None else sinks.data_ptr(), scale, causal),
         *(sliding_window or 0, chunk_size or 0, softcap or 0.0),
-        *(out.data_ptr(), longest, torch.get_num_threads()),
+        *(out.data_ptr(), torch.get_num_threads()),
     )
     _check(status)
-    if num_tokens > longest:
-        tables = (seq_lens, page_table, slot_mapping)
-        _attend_long_chunks(out, (query, key, value), cu_seqlens, facts, tables, (key_cache, value_cache))
     return out
 
 
@@ -131,25 +120,3 @@ def _check(status: int) -> None:
 def _rows(x: Tensor) -> tuple[int, int, int]:
     _, token_stride, head_stride, _ = x.stride()
     return x.data_ptr(), token_stride, head_stride
-
-
-def _attend_long_chunks(
-    out: Tensor,
-    rows: tuple[Tensor, Tensor, Tensor],
-    cu_seqlens: Tensor,
-    facts: tuple[Tensor | None, float, bool, int | None, int | None, float | None],
-    tables: tuple[Tensor, Tensor, Tensor],
-    caches: tuple[Tensor, Tensor],
-) -> None:
-    """Fill in what the native kernel left out, each sequence by the reference, which gathers its keys once."""
-    borders = cu_seqlens.tolist()
-    seq_lens, page_table, slot_mapping = tables
-    for index, (start, end) in enumerate(pairwise(borders)):
-        if end - start <= MAX_CHUNK:
-            continue
-        query, key, value = (row[:, start:end] for row in rows)
-        border = cu_seqlens.new_tensor([0, end - start])
-        one = slice(index, index + 1)
-        out[:, start:end] = cached_attention.reference(
-            query, key, value, border, *facts, seq_lens[one], page_table[one], slot_mapping[start:end], *caches
-        )

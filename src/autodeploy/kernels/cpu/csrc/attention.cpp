@@ -1,40 +1,20 @@
-// Attention over a paged key-value cache, for sequences that bring few new tokens: pages are read in place, and each
-// key and value once for all query heads that share it.
+// Attention over a paged key-value cache: pages are read in place, and each key and value once for all query heads that
+// share it. Here for sequences that bring few new tokens; `attention_blocks.h` has those that bring many.
 //
 // A query's context is cut at multiples of PIECE positions. Pieces are attended independently, by any thread, and then
 // combined by their softmax weights, so that a result depends neither on the number of threads nor on the batch.
 
 #include <cstdlib>
 
-#include "simd.h"
+#include "attention.h"
+#include "attention_blocks.h"
 
 namespace autodeploy {
 namespace {
 
 constexpr int64_t PIECE = 128;  // positions; a multiple of LANES
 constexpr int GROUP = 4;        // query heads attended at once
-
-enum Status { DONE, OUT_OF_MEMORY, BAD_SLOT, BAD_PAGE, BAD_BORDERS };
-
-template <class T>
-struct Call {
-    const T *query, *key, *value;
-    int64_t query_token_stride, query_head_stride, key_token_stride, key_head_stride, value_token_stride,
-        value_head_stride;
-    const int32_t *cu_seqlens, *seq_lens, *page_table;
-    int64_t page_table_width;
-    const int64_t* slot_mapping;
-    T *key_cache, *value_cache;
-    int64_t num_pages, page_size, num_sequences, num_tokens, num_heads, num_kv_heads, head_dim, value_dim;
-    const float* sinks;
-    float scale;
-    bool causal;
-    int64_t window, chunk;
-    float softcap;
-    T* out;
-    int64_t longest;
-    int threads;
-};
+constexpr int64_t FEW = 16;     // new tokens of a sequence up to which its keys are read once per token
 
 // A stretch of one query token's context: positions `[begin, end)`, which do not cross a multiple of PIECE.
 struct Piece {
@@ -68,7 +48,7 @@ Status write_cache(const Call<T>& c) {
     return DONE;
 }
 
-// Calls `visit(token, pages, begin, end)` for every query token of sequences that bring at most `longest` tokens: the
+// Calls `visit(token, pages, begin, end)` for every query token of sequences that bring at most FEW tokens: the
 // positions it may see are `[begin, end)`.
 template <class T, class Visit>
 Status for_each_query(const Call<T>& c, Visit visit) {
@@ -77,17 +57,11 @@ Status for_each_query(const Call<T>& c, Visit visit) {
         if (count == 0) continue;
         const bool is_inside = first >= 0 && count > 0 && first + count <= c.num_tokens && count <= length;
         if (!is_inside || length > c.page_table_width * c.page_size) return BAD_BORDERS;
-        if (count > c.longest) continue;
+        if (count > FEW) continue;
         for (int64_t i = 0; i < count; ++i) {
             const int64_t position = length - count + i;
-            int64_t begin = 0, end = c.causal ? position + 1 : length;
-            if (c.window > 0 && position - c.window + 1 > begin) begin = position - c.window + 1;
-            if (c.chunk > 0) {
-                const int64_t chunk_begin = position / c.chunk * c.chunk;
-                if (chunk_begin > begin) begin = chunk_begin;
-                if (chunk_begin + c.chunk < end) end = chunk_begin + c.chunk;
-            }
-            visit(first + i, c.page_table + s * c.page_table_width, begin, end);
+            const Range range = visible(c, position, length);
+            visit(first + i, c.page_table + s * c.page_table_width, range.begin, range.end);
         }
     }
     return DONE;
@@ -260,16 +234,18 @@ Status attend_all(const Call<T>& c) {
 
 template <class T>
 int cached_attention(const Call<T>& call) {
-    const Status status = write_cache(call);
-    return status == DONE ? attend_all(call) : status;
+    Status status = write_cache(call);
+    if (status == DONE) status = attend_all(call);
+    for (int64_t s = 0; s < call.num_sequences && status == DONE; ++s)
+        if (call.cu_seqlens[s + 1] - call.cu_seqlens[s] > FEW) status = attend_blocks(call, s);
+    return status;
 }
 
 }  // namespace
 }  // namespace autodeploy
 
-// Writes every new token's key and value to its slot, then attends for the sequences that bring at most `longest` new
-// tokens; other rows of out are left alone. Shapes as in the op; query, key and value have strides in elements for
-// tokens and heads, the last 1; everything else is contiguous. sinks: `[num_heads]` or null. window, chunk and softcap
+// Writes every new token's key and value to its slot, then attends. Shapes as in the op; query, key and value have
+// strides in elements for tokens and heads, the last 1; everything else is contiguous. sinks: `[num_heads]` or null. window, chunk and softcap
 // are 0 when there is none. Returns 0, or what was wrong by its number in `Status`.
 #define DEFINE_CACHED_ATTENTION(NAME, T)                                                                             \
     extern "C" int NAME(                                                                                             \
@@ -279,12 +255,12 @@ int cached_attention(const Call<T>& call) {
         const int32_t* page_table, int64_t page_table_width, const int64_t* slot_mapping, T* key_cache,              \
         T* value_cache, int64_t num_pages, int64_t page_size, int64_t num_tokens, int64_t num_heads,                 \
         int64_t num_kv_heads, int64_t head_dim, int64_t value_dim, const float* sinks, float scale, int causal,      \
-        int64_t window, int64_t chunk, float softcap, T* out, int64_t longest, int threads) {                        \
+        int64_t window, int64_t chunk, float softcap, T* out, int threads) {                        \
         return autodeploy::cached_attention<T>(autodeploy::Call<T>{                                                  \
             query, key, value, query_token_stride, query_head_stride, key_token_stride, key_head_stride,             \
             value_token_stride, value_head_stride, cu_seqlens, seq_lens, page_table, page_table_width, slot_mapping, \
             key_cache, value_cache, num_pages, page_size, num_sequences, num_tokens, num_heads, num_kv_heads,        \
-            head_dim, value_dim, sinks, scale, causal != 0, window, chunk, softcap, out, longest, threads});         \
+            head_dim, value_dim, sinks, scale, causal != 0, window, chunk, softcap, out, threads});         \
     }
 
 DEFINE_CACHED_ATTENTION(cached_attention_float32, float)

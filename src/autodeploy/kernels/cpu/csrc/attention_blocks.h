@@ -1,0 +1,287 @@
+// Attention for a sequence that brings many new tokens at once: keys and values are read from their pages once, laid
+// out for a matrix product, and multiplied with tiles of query rows (arXiv 2307.08691).
+//
+// A query row is one head of one new token; the heads that share a key-value head are rows of one product. Scores, sums
+// and results are float32; on machines with AVX512-BF16, products of bfloat16 take the instruction made for them.
+
+#pragma once
+
+#include <cstdlib>
+
+#include "attention.h"
+
+namespace autodeploy {
+namespace {
+
+constexpr int KEYS = 64;        // positions in a block
+constexpr int COLUMNS = 4;      // vectors in a tile: KEYS / LANES, and as many of a value
+constexpr int ROWS = 6;         // query rows in a tile; ROWS x COLUMNS sums fill the vector registers
+constexpr int64_t TOKENS = 64;  // new tokens in a work item
+
+// What is multiplied: STEP neighbouring elements along the summed dimension stand in one 32-bit lane.
+template <class T>
+struct Lane {
+    using Element = float;
+    static constexpr int STEP = 1;
+    static void set(float* to, T from) { *to = to_float(from); }
+    static void set(float* to, Floats from) { store(to, from); }
+    static Floats multiply_add(Floats total, const float* row, const float* packed) {
+        return splat(*row) * load(packed) + total;
+    }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Lane<bf16> {
+    using Element = bf16;
+    static constexpr int STEP = 2;
+    static void set(bf16* to, bf16 from) { *to = from; }
+    static void set(bf16* to, Floats from) { store(to, from); }
+    static Floats multiply_add(Floats total, const bf16* row, const bf16* packed) {
+        int32_t pair;
+        std::memcpy(&pair, row, sizeof(pair));
+        return bit_cast<Floats>(_mm512_dpbf16_ps(bit_cast<__m512>(total), bit_cast<__m512bh>(_mm512_set1_epi32(pair)),
+                                                 Product<bf16>::pack(packed)));
+    }
+};
+#endif
+
+// One sequence's work: sizes, and where its packed keys and values are, per key-value head and block.
+template <class T>
+struct Blocks {
+    using E = typename Lane<T>::Element;
+    static constexpr int STEP = Lane<T>::STEP;
+    const Call<T>& c;
+    int64_t sequence, first_token, count, length, first_seen, first_block, num_blocks;
+    int64_t depth, width;  // head_dim and value_dim, rounded up to whole lanes and whole vectors
+    E *keys, *values;
+
+    int64_t group() const { return c.num_heads / c.num_kv_heads; }
+    E* block_keys(int64_t head, int64_t block) const { return keys + (head * num_blocks + block) * depth * KEYS; }
+    E* block_values(int64_t head, int64_t block) const { return values + (head * num_blocks + block) * KEYS * width; }
+};
+
+// Keys as [depth / STEP][KEYS][STEP], values as [KEYS / STEP][width][STEP]; what does not exist is zero.
+template <class T>
+Status pack_block(const Blocks<T>& b, int64_t head, int64_t block) {
+    using L = Lane<T>;
+    const Call<T>& c = b.c;
+    typename L::Element *keys = b.block_keys(head, block), *values = b.block_values(head, block);
+    std::memset(static_cast<void*>(keys), 0, sizeof(*keys) * static_cast<size_t>(b.depth * KEYS));
+    std::memset(static_cast<void*>(values), 0, sizeof(*values) * static_cast<size_t>(KEYS * b.width));
+    const int32_t* pages = c.page_table + b.sequence * c.page_table_width;
+    const int64_t begin = (b.first_block + block) * KEYS;
+    // Before the first position that any query sees, pages may be gone already.
+    for (int64_t j = b.first_seen > begin ? b.first_seen - begin : 0; j < KEYS && begin + j < b.length; ++j) {
+        const int64_t page = pages[(begin + j) / c.page_size];
+        if (page < 0 || page >= c.num_pages) return BAD_PAGE;
+        const int64_t entry = (page * c.page_size + (begin + j) % c.page_size) * c.num_kv_heads + head;
+        const T *key = c.key_cache + entry * c.head_dim, *value = c.value_cache + entry * c.value_dim;
+        for (int64_t d = 0; d < c.head_dim; ++d) L::set(keys + (d / L::STEP * KEYS + j) * L::STEP + d % L::STEP, key[d]);
+        typename L::Element* row = values + (j / L::STEP) * b.width * L::STEP + j % L::STEP;
+        for (int64_t d = 0; d < c.value_dim; ++d) L::set(row + d * L::STEP, value[d]);
+    }
+    return DONE;
+}
+
+// totals[r][v] += sum over `depth` of rows[r][d] · packed[d][v], for one tile. Rows are `row_stride` elements apart,
+// steps of `packed` are `step_stride` elements apart.
+template <class T, int V>
+inline void multiply_tile(const typename Lane<T>::Element* rows, int64_t row_stride,
+                          const typename Lane<T>::Element* packed, int64_t step_stride, int64_t depth,
+                          float* totals, int64_t total_stride) {
+    using L = Lane<T>;
+    Floats sums[ROWS][V];
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < V; ++v) sums[r][v] = load(totals + r * total_stride + v * LANES);
+    for (int64_t d = 0; d < depth; d += L::STEP, packed += step_stride)
+        for (int r = 0; r < ROWS; ++r)
+            for (int v = 0; v < V; ++v)
+                sums[r][v] = L::multiply_add(sums[r][v], rows + r * row_stride + d, packed + v * LANES * L::STEP);
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < V; ++v) store(totals + r * total_stride + v * LANES, sums[r][v]);
+}
+
+// What is kept of a query row between blocks.
+struct Row {
+    int64_t begin, end;  // positions it sees
+    float greatest, total;
+};
+
+// One row's scores of a block become weights; returns the factor for what the row has gathered so far.
+template <class T>
+inline float update_row(const Call<T>& c, Row& row, float* scores, int64_t block_begin,
+                        typename Lane<T>::Element* weights) {
+    if (row.begin > block_begin || row.end < block_begin + KEYS)
+        for (int64_t j = 0; j < KEYS; ++j)
+            if (block_begin + j < row.begin || block_begin + j >= row.end) scores[j] = -__builtin_inff();
+    Floats highest = splat(-__builtin_inff());
+    for (int64_t j = 0; j < KEYS; j += LANES) {
+        Floats score = load(scores + j) * c.scale;
+        if (c.softcap > 0.0f) {
+            const Floats capped = tanh(score / c.softcap) * c.softcap;
+            score = score == -__builtin_inff() ? score : capped;
+        }
+        store(scores + j, score);
+        highest = score > highest ? score : highest;
+    }
+    const float greatest = max(highest, row.greatest);
+    const float shift = greatest == -__builtin_inff() ? 0.0f : greatest;
+    Floats total = {};
+    for (int64_t j = 0; j < KEYS; j += LANES) {
+        const Floats weight = exp(load(scores + j) - shift);
+        Lane<T>::set(weights + j, weight);
+        total = total + weight;
+    }
+    const float factor = exp(splat(row.greatest - shift))[0];
+    row.greatest = greatest;
+    row.total = row.total * factor + sum(total);
+    return factor;
+}
+
+// Memory of one thread: a work item's query rows, what they have gathered, and one tile's scores and weights.
+template <class T>
+struct Scratch {
+    using E = typename Lane<T>::Element;
+    Row* rows;
+    E *queries, *weights;
+    float *gathered, *scores;
+    void* memory;
+
+    Scratch(const Blocks<T>& b, int64_t num_rows) {
+        const size_t sizes[] = {sizeof(Row) * static_cast<size_t>(num_rows),
+                                sizeof(E) * static_cast<size_t>(num_rows * b.depth), sizeof(E) * ROWS * KEYS,
+                                sizeof(float) * static_cast<size_t>(num_rows * b.width), sizeof(float) * ROWS * KEYS};
+        size_t at[5], end = 0;
+        for (int i = 0; i < 5; ++i) {
+            at[i] = end;
+            end += (sizes[i] + 63) / 64 * 64;
+        }
+        memory = std::aligned_alloc(64, end);
+        char* base = static_cast<char*>(memory);
+        rows = reinterpret_cast<Row*>(base + at[0]);
+        queries = reinterpret_cast<E*>(base + at[1]);
+        weights = reinterpret_cast<E*>(base + at[2]);
+        gathered = reinterpret_cast<float*>(base + at[3]);
+        scores = reinterpret_cast<float*>(base + at[4]);
+    }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    ~Scratch() { std::free(memory); }
+};
+
+// One tile of rows over one block.
+template <class T>
+void attend_tile(const Blocks<T>& b, const Scratch<T>& s, int64_t first_row, int64_t head, int64_t block) {
+    using L = Lane<T>;
+    const int64_t block_begin = (b.first_block + block) * KEYS;
+    bool is_seen = false;
+    for (int r = 0; r < ROWS; ++r) {
+        const Row& row = s.rows[first_row + r];
+        is_seen = is_seen || (row.begin < block_begin + KEYS && row.end > block_begin);
+    }
+    if (!is_seen) return;
+    std::memset(s.scores, 0, sizeof(float) * ROWS * KEYS);
+    multiply_tile<T, COLUMNS>(s.queries + first_row * b.depth, b.depth, b.block_keys(head, block), KEYS * L::STEP,
+                              b.depth, s.scores, KEYS);
+    float* gathered = s.gathered + first_row * b.width;
+    for (int r = 0; r < ROWS; ++r) {
+        const float factor =
+            update_row(b.c, s.rows[first_row + r], s.scores + r * KEYS, block_begin, s.weights + r * KEYS);
+        if (factor == 1.0f) continue;
+        for (int64_t d = 0; d < b.width; d += LANES)
+            store(gathered + r * b.width + d, load(gathered + r * b.width + d) * factor);
+    }
+    const auto* values = b.block_values(head, block);
+    int64_t d = 0;
+    for (; d + COLUMNS * LANES <= b.width; d += COLUMNS * LANES)
+        multiply_tile<T, COLUMNS>(s.weights, KEYS, values + d * L::STEP, b.width * L::STEP, KEYS, gathered + d, b.width);
+    for (; d < b.width; d += LANES)
+        multiply_tile<T, 1>(s.weights, KEYS, values + d * L::STEP, b.width * L::STEP, KEYS, gathered + d, b.width);
+}
+
+// TOKENS new tokens from `first` on, for the query heads of one key-value head.
+template <class T>
+void attend_item(const Blocks<T>& b, const Scratch<T>& s, int64_t first, int64_t head) {
+    const Call<T>& c = b.c;
+    const int64_t group = b.group(), tokens = b.count - first < TOKENS ? b.count - first : TOKENS;
+    const int64_t num_rows = tokens * group, padded = (num_rows + ROWS - 1) / ROWS * ROWS;
+    std::memset(static_cast<void*>(s.queries), 0, sizeof(*s.queries) * static_cast<size_t>(padded * b.depth));
+    std::memset(s.gathered, 0, sizeof(float) * static_cast<size_t>(padded * b.width));
+    for (int64_t r = 0; r < padded; ++r) {
+        Range range = {0, 0};
+        if (r < num_rows) {
+            range = visible(c, b.length - b.count + first + r / group, b.length);
+            const T* query = c.query + (b.first_token + first + r / group) * c.query_token_stride +
+                             (head * group + r % group) * c.query_head_stride;
+            for (int64_t d = 0; d < c.head_dim; ++d) Lane<T>::set(s.queries + r * b.depth + d, query[d]);
+        }
+        s.rows[r] = {range.begin, range.end, -__builtin_inff(), 0.0f};
+    }
+    for (int64_t block = 0; block < b.num_blocks; ++block)
+        for (int64_t row = 0; row < padded; row += ROWS) attend_tile(b, s, row, head, block);
+    for (int64_t r = 0; r < num_rows; ++r) {
+        const int64_t query_head = head * group + r % group;
+        const Row& row = s.rows[r];
+        float factor = 1.0f, total = row.total;
+        if (c.sinks != nullptr) {
+            const float sink = c.sinks[query_head], greatest = row.greatest > sink ? row.greatest : sink;
+            factor = exp(splat(row.greatest - greatest))[0];
+            total = total * factor + exp(splat(sink - greatest))[0];
+        }
+        T* out = c.out + ((b.first_token + first + r / group) * c.num_heads + query_head) * c.value_dim;
+        const float* gathered = s.gathered + r * b.width;
+        for (int64_t d = 0; d < c.value_dim; d += LANES)
+            store(out + d, load(gathered + d) * factor / total, c.value_dim - d);
+    }
+}
+
+// All new tokens of one sequence.
+template <class T>
+Status attend_blocks(const Call<T>& c, int64_t sequence) {
+    using E = typename Lane<T>::Element;
+    const int64_t first_token = c.cu_seqlens[sequence], count = c.cu_seqlens[sequence + 1] - first_token;
+    const int64_t length = c.seq_lens[sequence];
+    const int64_t first_seen = visible(c, length - count, length).begin, first_block = first_seen / KEYS;
+    const int64_t num_blocks = (length + KEYS - 1) / KEYS - first_block;
+    const int64_t depth = (c.head_dim + 1) / 2 * 2, width = (c.value_dim + LANES - 1) / LANES * LANES;
+    const size_t size = static_cast<size_t>(c.num_kv_heads * num_blocks * KEYS * (depth + width)) * sizeof(E);
+    E* packed = static_cast<E*>(std::aligned_alloc(64, (size + 63) / 64 * 64));
+    if (packed == nullptr) return OUT_OF_MEMORY;
+    E* packed_values = packed + c.num_kv_heads * num_blocks * KEYS * depth;
+    const Blocks<T> b = {c,          sequence,    first_token,   count, length, first_seen,
+                         first_block, num_blocks, depth, width, packed, packed_values};
+    Status status = DONE;
+    const int64_t num_items = (count + TOKENS - 1) / TOKENS * c.num_kv_heads;
+#pragma omp parallel num_threads(c.threads) if (c.threads > 1)
+    {
+        const Scratch<T> scratch(b, (TOKENS * b.group() + ROWS - 1) / ROWS * ROWS);
+        Status found = scratch.memory == nullptr ? OUT_OF_MEMORY : DONE;
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < c.num_kv_heads * num_blocks; ++item) {
+            const Status fault = pack_block(b, item / num_blocks, item % num_blocks);
+            if (fault != DONE) found = fault;
+        }
+        if (found != DONE) {
+#pragma omp atomic write
+            status = found;
+        }
+#pragma omp barrier
+        Status agreed;
+#pragma omp atomic read
+        agreed = status;
+        if (agreed == DONE) {
+            // The last tokens see most: they go first, so that threads end together.
+#pragma omp for schedule(dynamic)
+            for (int64_t item = 0; item < num_items; ++item) {
+                const int64_t tile = (num_items - 1 - item) / c.num_kv_heads;
+                attend_item(b, scratch, tile * TOKENS, item % c.num_kv_heads);
+            }
+        }
+    }
+    std::free(packed);
+    return status;
+}
+
+}  // namespace
+}  // namespace autodeploy
