@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autodeploy import cache_dir
+from autodeploy import cache_dir, env
 from autodeploy.errors import ConfigError
 
 json_values = st.recursive(
@@ -21,7 +21,7 @@ def test_the_root_is_the_environments_or_the_users(monkeypatch: pytest.MonkeyPat
     assert cache_dir.entry("graph", {"a": 1}).parent == tmp_path / "graph"
     monkeypatch.delenv("AUTODEPLOY_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cache_dir.cache_root() == tmp_path / "home" / ".cache" / "autodeploy"
+    assert env.cache_root() == tmp_path / "home" / ".cache" / "autodeploy"
 
 
 @given(keys, keys)

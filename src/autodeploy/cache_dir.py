@@ -6,20 +6,14 @@ all, so that processes starting at the same moment need no lock. Entries are tru
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from autodeploy import env
 from autodeploy.errors import ConfigError
-
-
-def cache_root() -> Path:
-    """The folder all entries lie in; it may not exist yet."""
-    chosen = os.environ.get("AUTODEPLOY_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "autodeploy"
 
 
 def entry(kind: str, key: Mapping[str, Any]) -> Path:
@@ -33,7 +27,7 @@ def entry(kind: str, key: Mapping[str, Any]) -> Path:
         TypeError: a key value that JSON cannot express.
     """
     content = json.dumps(key, sort_keys=True, allow_nan=False)
-    return cache_root() / kind / hashlib.sha256(content.encode()).hexdigest()[:32]
+    return env.cache_root() / kind / hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def fill(path: Path, write: Callable[[Path], None]) -> Path:

@@ -19,6 +19,7 @@ from cyclopts import App, Parameter, Token
 from rich.console import Console
 from rich.table import Table
 
+from autodeploy import env
 from autodeploy.config import ALIASES, CompileOptions, EngineOptions, ModelOptions, Options, parse_options
 from autodeploy.errors import AutoDeployError, ConfigError, InvalidRequestError
 
@@ -294,7 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         app(arguments, result_action="return_value")
     except AutoDeployError as error:
-        if os.environ.get("AUTODEPLOY_DEBUG", "0") not in ("", "0"):
+        if env.is_debugging():
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1

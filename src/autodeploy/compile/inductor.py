@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import CompileEventLogger  # noqa: F401  (its import registers what compile_fx logs to)
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 

@@ -15,7 +15,6 @@ import hashlib
 import logging
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autodeploy import env
 from autodeploy.cache_dir import entry, fill
 from autodeploy.errors import AutoDeployError, ConfigError
 
@@ -69,7 +69,7 @@ class NativeFunction(dict[torch.dtype, Callable[..., Any]]):
 
 def why_unavailable() -> str | None:
     """The reason that native kernels cannot be used here, or None. Compiles them on the first call on a machine."""
-    if os.environ.get("AUTODEPLOY_NATIVE", "1") == "0":
+    if not env.is_native_enabled():
         return "native kernels are switched off by AUTODEPLOY_NATIVE=0"
     try:
         _library()
@@ -156,7 +156,7 @@ def _built(compiler: str, *, threads: bool) -> Path:
 
 
 def _compiler() -> str | None:
-    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+    for name in (env.preferred_compiler(), "g++", "c++", "clang++"):
         found = shutil.which(name) if name else None
         if found:
             return found
@@ -173,7 +173,7 @@ def _entry(compiler: str, *, threads: bool) -> Path:
 
 
 def _flags() -> list[str]:
-    return [*_FLAGS, *shlex.split(os.environ.get("AUTODEPLOY_NATIVE_FLAGS", ""))]
+    return [*_FLAGS, *env.native_flags()]
 
 
 @functools.cache

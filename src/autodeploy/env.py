@@ -1,0 +1,38 @@
+"""Environment variables, all of them; each is read anew at every call, and none is needed in service.
+
+AUTODEPLOY_CACHE         folder for what builds leave behind; default `~/.cache/autodeploy`
+AUTODEPLOY_DEBUG         1: tracebacks instead of one-line errors on the command line
+AUTODEPLOY_NATIVE        0: the reference functions instead of the native CPU kernels
+AUTODEPLOY_NATIVE_FLAGS  compiler flags after our own, e.g. for sanitizers
+CXX                      the C++ compiler to try first
+"""
+
+import os
+import shlex
+from pathlib import Path
+
+
+def cache_root() -> Path:
+    """AUTODEPLOY_CACHE; the folder may not exist yet."""
+    chosen = os.environ.get("AUTODEPLOY_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "autodeploy"
+
+
+def is_debugging() -> bool:
+    """AUTODEPLOY_DEBUG."""
+    return os.environ.get("AUTODEPLOY_DEBUG", "0") not in ("", "0")
+
+
+def is_native_enabled() -> bool:
+    """AUTODEPLOY_NATIVE."""
+    return os.environ.get("AUTODEPLOY_NATIVE", "1") != "0"
+
+
+def native_flags() -> list[str]:
+    """AUTODEPLOY_NATIVE_FLAGS, split as a shell does."""
+    return shlex.split(os.environ.get("AUTODEPLOY_NATIVE_FLAGS", ""))
+
+
+def preferred_compiler() -> str | None:
+    """CXX."""
+    return os.environ.get("CXX")
