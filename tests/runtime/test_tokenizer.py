@@ -36,6 +36,14 @@ def test_pieces_of_encoded_text_join_to_decode(name: str, text: str, skip: bool)
     assert "".join(pieces_of(tokenizer, token_ids, skip)) == tokenizer.decode(token_ids, skip_special_tokens=skip)
 
 
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("text", ["\ufffd" * 2 + "\U00010000", "\ufffd" * 9 + "é\ufffd", "a\ufffd\U0001f600" * 3])
+def test_a_replacement_character_in_the_text_itself(name: str, text: str) -> None:
+    tokenizer = BOTH[name]
+    token_ids = tokenizer.encode(text)
+    assert "".join(pieces_of(tokenizer, token_ids)) == tokenizer.decode(token_ids)
+
+
 @given(token_ids=st.lists(st.integers(0, len(BYTE_LEVEL.hf) - 1), max_size=80), skip=st.booleans())
 def test_any_byte_level_ids_join_to_decode(token_ids: list[int], skip: bool) -> None:
     """Random ids are mostly invalid UTF-8: the hardest case."""

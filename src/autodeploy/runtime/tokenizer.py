@@ -30,6 +30,9 @@ class Tokenizer:
         self.hf = tokenizer
         marked = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special_ids = frozenset(marked | set(tokenizer.all_special_ids))
+        names = {f"<0x{byte:02X}>": byte for byte in range(256)}
+        self.byte_of = {i: names[token] for token, i in tokenizer.get_vocab().items() if token in names}
+        """byte-fallback tokens: token id -> the byte it stands for"""
         self._lock = threading.Lock()
         template_arguments = inspect.signature(tokenizer.apply_chat_template).parameters
         # transformers before 5.23 has no such argument; drop this when the supported range starts there.
@@ -150,6 +153,8 @@ class IncrementalDetokenizer:
         if token_id in self._skip:
             return ""
         self._window.append(token_id)
+        if self._ends_inside_character():
+            return ""  # its next byte decides how the whole run of bytes reads
         text = self._decode(self._window)
         overdue = len(self._window) - self._clean > 2 * UNDECIDED_TOKENS
         certain = _certain(text, overdue)
@@ -159,6 +164,16 @@ class IncrementalDetokenizer:
         if len(self._window) >= WINDOW_TOKENS:
             self._cut(self._decode(self._window))
         return piece
+
+    def _ends_inside_character(self) -> bool:
+        """The last tokens are byte-fallback tokens that begin a character of UTF-8 and do not end it."""
+        for length, token_id in enumerate(reversed(self._window[-3:]), start=1):
+            byte = self._tokenizer.byte_of.get(token_id)
+            if byte is None or byte < 0x80:
+                return False
+            if byte >= 0xC0:
+                return length < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4)
+        return False
 
     def flush(self) -> str:
         """Text still held back, at the end of the output; an unfinished character is given as replacement."""
@@ -241,6 +256,16 @@ class StopMatcher:
         show = len(held) - max(self._matched)
         self._held = held[show:]
         return held[:show], None
+
+    def _ends_inside_character(self) -> bool:
+        """The last tokens are byte-fallback tokens that begin a character of UTF-8 and do not end it."""
+        for length, token_id in enumerate(reversed(self._window[-3:]), start=1):
+            byte = self._tokenizer.byte_of.get(token_id)
+            if byte is None or byte < 0x80:
+                return False
+            if byte >= 0xC0:
+                return length < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4)
+        return False
 
     def flush(self) -> str:
         """Text still held back, at the end of the output."""
