@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,13 +49,20 @@ def load_autodeploy(folder: str, backend: str) -> Generate:
 
 
 def load_transformers(folder: str, compiled: bool) -> Generate:
-    """Theirs, with the default cache or with the static cache and compiled forward."""
+    """Theirs, with the default cache or with the static cache and compiled forward.
+
+    A static cache stays as long as the longest request there was, and each step attends to all of it; so each length
+    of prompt has a model of its own, with a cache of its own size.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = reference.load(folder, parse_options({}).model, device)
     arguments = reference.compiled_static_cache() if compiled else {}
+    models: dict[int, Any] = {}
 
     def generate(prompt: list[int], num_tokens: int) -> tuple[float, float]:
-        timing = reference.generate(model, prompt, num_tokens, **arguments)
+        key = len(prompt) if compiled else 0
+        if key not in models:
+            models[key] = reference.load(folder, parse_options({}).model, device)
+        timing = reference.generate(models[key], prompt, num_tokens, **arguments)
         return timing.first_token_seconds, (num_tokens - 1) / max(timing.decode_seconds, 1e-9)
 
     return generate

@@ -2,7 +2,7 @@
 
 resolve    a name, file or module      -> config, files, dtype
 capture    nn.Module                   -> graph at level CAPTURED, no weight read
-transform  the pipeline's stages       -> LOWERED, weight recipes rewritten along
+transform  the pipeline's stages       -> LOWERED, weight recipes rewritten along; kept for the next start
 load       recipes                     -> final weights, streamed once
 compile    graph and weights           -> a function of one step
 check      two packed sequences        -> each as if it were alone
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
-from autodeploy.capture.export import capture
 from autodeploy.checkpoint.index import CheckpointIndex, DummyReader, ModuleReader
 from autodeploy.checkpoint.load import load_weights, weight_bytes
 from autodeploy.checkpoint.recipe import ReadTensor
@@ -30,6 +30,7 @@ from autodeploy.graph.levels import Level
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport
 from autodeploy.graph.verify import verify
+from autodeploy.graph_cache import GraphCache
 from autodeploy.kernels.provider import mixer_priority, prepare, priority
 from autodeploy.models.instantiate import instantiate
 from autodeploy.models.resolve import ResolvedModel, resolve_model
@@ -55,14 +56,19 @@ def build(model: str | nn.Module, options: Options | None = None, *, progress: P
     device = resolve_device(options.compile.device)
     with clock.stage("resolve", "finding the model"):
         subject = _resolve(model, options)
-    with clock.stage("capture", "capturing the graph"):
-        graph = capture(subject.module)
-        verify(graph, Level.CAPTURED)
-        clock.report.facts["captured_nodes"] = len(graph.graph.nodes)
-    transform(graph, options.compile, device, clock)
+    cache = GraphCache.of(subject.config, subject.dtype, device, options.compile)
+    graph = cache.restore(clock.report) if cache is not None else None
+    if graph is None:
+        graph = _capture(subject.module, clock)
+        transform(graph, options.compile, device, clock)
+        if cache is not None:
+            cache.describe(graph)
     with clock.stage("load", "reading weights"):
         _load(graph, subject.read, device)
-    return _finish(graph, subject, options.compile, device, clock)
+    program = _finish(graph, subject, options.compile, device, clock)
+    if cache is not None:
+        cache.save(graph, clock.report)
+    return program
 
 
 def resolve_device(wanted: str) -> torch.device:
@@ -91,6 +97,8 @@ class _Subject:
     """What is to be built: the module to trace, where its weights come from, and what is known of it."""
 
     module: nn.Module
+    config: PreTrainedConfig | None = None
+    """what the module was made from; None for a user's own module and for remote code, whose code no config tells"""
     read: ReadTensor
     dtype: torch.dtype
     max_model_len: int | None
@@ -126,6 +134,7 @@ def _resolve(model: str | nn.Module, options: Options) -> _Subject:
         unexpected, read = index.check(), index.read
     return _Subject(
         module=module,
+        config=None if options.model.trust_remote_code else resolved.config,
         read=read,
         dtype=resolved.dtype,
         max_model_len=resolved.max_model_len,
@@ -188,6 +197,17 @@ def kernel_choice(device: torch.device, options: CompileOptions) -> SelectKernel
     )
 
 
+def _capture(module: nn.Module, clock: _Clock) -> ModelGraph:
+    with clock.stage("capture", "capturing the graph"):
+        # torch.export takes seconds to import, and a graph that is restored does without.
+        from autodeploy.capture.export import capture
+
+        graph = capture(module)
+        verify(graph, Level.CAPTURED)
+        clock.report.facts["captured_nodes"] = len(graph.graph.nodes)
+    return graph
+
+
 def _load(graph: ModelGraph, read: ReadTensor, device: torch.device) -> None:
     tensors = load_weights(graph.weights, read, device=device)
     for name, tensor in tensors.items():
@@ -230,7 +250,7 @@ def _finish(
         eos_token_ids=subject.eos_token_ids,
         report=clock.report,
     )
-    if options.check_isolation:
+    if options.check_isolation and "isolation" not in clock.report.facts:
         with clock.stage("check", "checking that packed sequences stay apart"):
             clock.report.facts["isolation"] = check_isolation(program, graph)
     return program
@@ -262,8 +282,7 @@ def _lookup_bytes(graph: ModelGraph) -> int:
 def _compile(graph: ModelGraph, backend: str) -> GraphFunction:
     if backend == "torch-simple":
         return compile_eager(graph)
-    from autodeploy.compile.inductor import (
-        compile_inductor,  # importing Inductor takes a second that others need not pay
-    )
+    # Importing Inductor takes a second that others need not pay.
+    from autodeploy.compile.inductor import compile_inductor
 
     return compile_inductor(graph)

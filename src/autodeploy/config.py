@@ -54,6 +54,7 @@ class CompileOptions:
         transforms: overrides by transform name, e.g. `{"fuse_qkv": {"enabled": False}}`.
         strict: fail when a transform leaves a site it expected to rewrite.
         check_isolation: pack two sequences and compare with each alone, once after loading.
+        graph_cache: keep the lowered graph of a Hugging Face config, so that a second start need not capture it again.
     """
 
     device: str = "auto"
@@ -62,6 +63,7 @@ class CompileOptions:
     transforms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     strict: bool = False
     check_isolation: bool = True
+    graph_cache: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

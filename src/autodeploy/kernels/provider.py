@@ -39,3 +39,9 @@ def prepare(device: torch.device, progress: Callable[[str], None]) -> None:
         if not cpu.is_compiled():
             progress("compiling the CPU kernels (once per machine)")
         cpu.why_unavailable()
+
+
+def unavailable(device: torch.device) -> dict[str, str]:
+    """Providers of a device that cannot run here, with the reason."""
+    reasons = {cpu.PROVIDER: cpu.why_unavailable()} if cpu.PROVIDER in priority(device) else {}
+    return {name: reason for name, reason in reasons.items() if reason is not None}

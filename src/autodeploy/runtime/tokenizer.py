@@ -257,16 +257,6 @@ class StopMatcher:
         self._held = held[show:]
         return held[:show], None
 
-    def _ends_inside_character(self) -> bool:
-        """The last tokens are byte-fallback tokens that begin a character of UTF-8 and do not end it."""
-        for length, token_id in enumerate(reversed(self._window[-3:]), start=1):
-            byte = self._tokenizer.byte_of.get(token_id)
-            if byte is None or byte < 0x80:
-                return False
-            if byte >= 0xC0:
-                return length < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4)
-        return False
-
     def flush(self) -> str:
         """Text still held back, at the end of the output."""
         held, self._held = self._held, ""

@@ -1,0 +1,63 @@
+"""Saved graphs: what comes back computes what was saved, and what a file cannot hold is refused."""
+
+import operator
+from pathlib import Path
+
+import pytest
+import torch
+
+from autodeploy.build import transform
+from autodeploy.capture.export import capture
+from autodeploy.config import CompileOptions
+from autodeploy.graph.model_graph import ModelGraph
+from autodeploy.graph.saved import NotSavable, describe, restore, save
+from autodeploy.graph.text import graph_text
+from tests import tiny
+from tests.graphs import Sketch, captured
+
+
+def _lowered(name: str) -> ModelGraph:
+    graph = capture(tiny.TINY[name]())
+    transform(graph, CompileOptions(), torch.device("cpu"))
+    return graph
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "cohere2"])
+def test_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
+    graph = _lowered(name)
+    save(describe(graph), graph, tmp_path, {"note": [1, None]})
+    again, extra = restore(tmp_path)
+    assert extra == {"note": [1, None]}
+    assert (again.weights, again.states, again.level) == (graph.weights, graph.states, graph.level)
+    assert describe(again) == describe(graph)
+    for (name_a, a), (name_b, b) in zip(
+        sorted(graph.module.named_buffers()), sorted(again.module.named_buffers()), strict=True
+    ):
+        assert name_a == name_b and torch.equal(a, b) and a.dtype == b.dtype
+    calls = [line.split(" = ")[1] for line in graph_text(graph).splitlines() if " = " in line]
+    assert [line.split(" = ")[1] for line in graph_text(again).splitlines() if " = " in line] == calls
+
+
+def test_a_function_that_is_no_named_operator_is_refused() -> None:
+    graph = captured(Sketch())
+    node = graph.nodes(torch.ops.aten.linear.default)[0]
+    node.target = lambda x, w: x
+    with pytest.raises(NotSavable, match="no named operator"):
+        describe(graph)
+    node.target = operator.matmul
+    describe(graph)
+
+
+def test_a_graph_inside_the_graph_is_refused() -> None:
+    graph = captured(Sketch())
+    graph.module.add_module("inner", torch.nn.Identity())
+    with pytest.raises(NotSavable, match="inside"):
+        describe(graph)
+
+
+def test_an_argument_that_is_no_data_is_refused() -> None:
+    graph = captured(Sketch())
+    node = graph.nodes(torch.ops.aten.linear.default)[0]
+    node.args = (*node.args, torch.Generator)
+    with pytest.raises(NotSavable, match="a value of type"):
+        describe(graph)

@@ -1,0 +1,96 @@
+"""The graph cache: a second start skips capture and gives the same program; what matters makes another entry."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autodeploy import graph_cache
+from autodeploy.build import build
+from autodeploy.compile.program import Program
+from autodeploy.config import parse_options
+from autodeploy.debug.packed_run import run_packed
+from tests import tiny
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("AUTODEPLOY_CACHE", str(tmp_path / "cache"))
+    return tiny.save("llama", tmp_path / "model")
+
+
+def _build(folder: Path, **options: Any) -> Program:
+    return build(str(folder), parse_options(options))
+
+
+def _is_restored(program: Program) -> bool:
+    return program.report.facts.get("graph") == "restored"
+
+
+def _logits(program: Program) -> torch.Tensor:
+    return run_packed(program, [torch.tensor([3, 1, 4]), torch.tensor([1, 5])])
+
+
+def test_a_second_start_is_restored_and_the_same(folder: Path) -> None:
+    first, second = _build(folder), _build(folder)
+    assert not _is_restored(first) and _is_restored(second)
+    assert "capture" in first.report.seconds and "capture" not in second.report.seconds
+    assert torch.equal(_logits(first), _logits(second))
+    for name in ("vocab_size", "weight_bytes", "step_weight_bytes", "flops_per_token", "flops_per_logits_row"):
+        assert getattr(first, name) == getattr(second, name), name
+    assert first.report.rewrites() == second.report.rewrites()
+    assert first.report.kernels == second.report.kernels
+    assert second.report.facts["isolation"] == "passed"
+
+
+def test_other_weights_of_the_same_config_are_read(folder: Path, tmp_path: Path) -> None:
+    first = _build(folder)
+    model = tiny.TINY["llama"]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    model.save_pretrained(tmp_path / "model")
+    second = _build(folder)
+    assert _is_restored(second) and not torch.allclose(_logits(first), _logits(second))
+    with torch.no_grad():
+        expected = model(torch.tensor([[3, 1, 4]])).logits[0]
+    torch.testing.assert_close(_logits(second)[:3], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "bfloat16"},
+        {"attn_backend": "torch"},
+        {"transforms": {"fuse_qkv": {"enabled": False}}},
+        {"model_kwargs": {"num_hidden_layers": 2}},
+        {"graph_cache": False},
+        {"compile_backend": "torch-compile", "load_format": "dummy"},
+    ],
+    ids=str,
+)
+def test_what_matters_makes_another_entry(folder: Path, options: dict[str, Any]) -> None:
+    _build(folder)
+    assert not _is_restored(_build(folder, **options))
+
+
+def test_changed_code_makes_another_entry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _build(folder)
+    monkeypatch.setattr(graph_cache, "_code_hash", lambda: "other")
+    assert not _is_restored(_build(folder))
+
+
+def test_a_users_module_is_never_kept(folder: Path) -> None:
+    for _ in range(2):
+        assert not _is_restored(build(tiny.TINY["llama"]()))
+
+
+def test_a_damaged_entry_is_built_anew(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _build(folder)
+    (path,) = (tmp_path / "cache" / "graphs").iterdir()
+    (path / "graph.json").write_text("{")
+    program = _build(folder)
+    assert not _is_restored(program) and "cannot be read" in caplog.text
+    assert _logits(program).isfinite().all()
+    assert _is_restored(_build(folder)), "and kept again"
