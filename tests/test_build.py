@@ -80,6 +80,13 @@ def test_a_users_own_module_deploys_like_any_other(name: str) -> None:
     assert _generate(build(model), prompts, 12) == expected
 
 
+def test_a_hugging_face_module_brings_its_own_limits() -> None:
+    program = build(tiny.TINY["llama"]())
+    assert program.max_model_len == tiny.MAX_LENGTH and program.eos_token_ids == (tiny.EOS,)
+    own = build(attention_model(causal_sdpa))
+    assert own.max_model_len is None and own.eos_token_ids == ()
+
+
 def test_report_says_what_was_done() -> None:
     report = build(tiny.TINY["llama"]()).report
     layers = 3

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from autodeploy.checkpoint.index import CheckpointIndex, DummyReader, ModuleReader
 from autodeploy.checkpoint.load import load_weights, weight_bytes
@@ -33,7 +33,7 @@ from autodeploy.graph.verify import verify
 from autodeploy.graph_cache import GraphCache
 from autodeploy.kernels.provider import mixer_priority, prepare, priority
 from autodeploy.models.instantiate import instantiate
-from autodeploy.models.resolve import ResolvedModel, resolve_model
+from autodeploy.models.resolve import ResolvedModel, eos_token_ids, max_model_len, resolve_model
 from autodeploy.ops.linear import linear
 from autodeploy.transforms.lower.select_kernels import SelectKernels
 from autodeploy.transforms.pipeline import configure, default_pipeline
@@ -154,11 +154,16 @@ def _subject_of_module(module: nn.Module, options: Options) -> _Subject:
             f" convert it first: module.to(torch.{wanted})"
         )
     module.eval()
+    longest, ends = options.model.max_model_len, ()
+    if isinstance(module, PreTrainedModel):
+        generation = module.generation_config.to_dict() if module.generation_config is not None else {}
+        longest, ends = max_model_len(module.config, longest), eos_token_ids(module.config, generation)
     return _Subject(
         module=module,
         read=ModuleReader(module).read,
         dtype=floating[0],
-        max_model_len=options.model.max_model_len,
+        max_model_len=longest,
+        eos_token_ids=ends,
         facts={"model": type(module).__name__, "architecture": type(module).__name__},
     )
 

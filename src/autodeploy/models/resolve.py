@@ -87,8 +87,8 @@ def resolve_model(model: str, options: ModelOptions) -> ResolvedModel:
         config=config,
         weight_files=weight_files,
         dtype=_resolve_dtype(config, weight_files, options.dtype),
-        eos_token_ids=_eos_token_ids(config, generation),
-        max_model_len=_max_model_len(config, options.max_model_len),
+        eos_token_ids=eos_token_ids(config, generation),
+        max_model_len=max_model_len(config, options.max_model_len),
         generation_defaults={k: generation[k] for k in SAMPLING_FIELDS if generation.get(k) is not None},
     )
 
@@ -163,7 +163,8 @@ def _resolve_dtype(config: PreTrainedConfig, weight_files: tuple[Path, ...], wan
     return torch.float32
 
 
-def _eos_token_ids(config: PreTrainedConfig, generation: dict[str, Any]) -> tuple[int, ...]:
+def eos_token_ids(config: PreTrainedConfig, generation: dict[str, Any]) -> tuple[int, ...]:
+    """Ids that end a generation: what the generation config says, else the model's config; empty when neither does."""
     for source in (generation, config.to_dict(), config.get_text_config().to_dict()):
         ids = source.get("eos_token_id")
         if ids is not None:
@@ -171,7 +172,12 @@ def _eos_token_ids(config: PreTrainedConfig, generation: dict[str, Any]) -> tupl
     return ()
 
 
-def _max_model_len(config: PreTrainedConfig, wanted: int | None) -> int | None:
+def max_model_len(config: PreTrainedConfig, wanted: int | None) -> int | None:
+    """Longest context in tokens: what is wanted, else what the model was made for; None when neither says.
+
+    Raises:
+        ConfigError: more is wanted than the model was made for.
+    """
     values = config.get_text_config().to_dict()
     made_for = next((values[name] for name in LENGTH_FIELDS if isinstance(values.get(name), int)), None)
     if wanted is None or made_for is None:
