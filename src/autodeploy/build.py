@@ -11,6 +11,7 @@ check      two packed sequences        -> each as if it were alone
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport
 from autodeploy.graph.verify import verify
 from autodeploy.graph_cache import GraphCache
-from autodeploy.kernels.provider import mixer_priority, prepare, priority
+from autodeploy.kernels.provider import is_prepared, mixer_priority, prepare, priority
 from autodeploy.models.instantiate import instantiate
 from autodeploy.models.resolve import ResolvedModel, eos_token_ids, max_model_len, resolve_model
 from autodeploy.ops.linear import linear
@@ -56,10 +57,15 @@ def build(model: str | nn.Module, options: Options | None = None, *, progress: P
     device = resolve_device(options.compile.device)
     with clock.stage("resolve", "finding the model"):
         subject = _resolve(model, options)
+    captured = None
+    if not is_prepared(device):  # the compiler of kernels and the capture of the graph keep a core each busy
+        with ThreadPoolExecutor(1) as background:
+            background.submit(prepare, device, clock.progress)
+            captured = _capture(subject.module, clock)
     cache = GraphCache.of(subject.config, subject.dtype, device, options.compile)
-    graph = cache.restore(clock.report) if cache is not None else None
+    graph = cache.restore(clock.report) if cache is not None and captured is None else None
     if graph is None:
-        graph = _capture(subject.module, clock)
+        graph = captured or _capture(subject.module, clock)
         transform(graph, options.compile, device, clock)
         if cache is not None:
             cache.describe(graph)
@@ -154,7 +160,8 @@ def _subject_of_module(module: nn.Module, options: Options) -> _Subject:
             f" convert it first: module.to(torch.{wanted})"
         )
     module.eval()
-    longest, ends = options.model.max_model_len, ()
+    longest = options.model.max_model_len
+    ends: tuple[int, ...] = ()
     if isinstance(module, PreTrainedModel):
         generation = module.generation_config.to_dict() if module.generation_config is not None else {}
         longest, ends = max_model_len(module.config, longest), eos_token_ids(module.config, generation)
@@ -177,7 +184,6 @@ def transform(
         GraphLevelError: a stage did not reach its level. TransformError: a transform failed, or strict found leftovers.
     """
     clock = clock or _Clock(BuildReport(), lambda _: None)
-    prepare(device, clock.progress)
     pipeline = configure(default_pipeline(device, kernel_choice(device, options)), options)
     for stage in pipeline.stages:
         with clock.stage(stage.name, f"transforming the graph: {stage.name}"):

@@ -1,3 +1,6 @@
+import threading
+import time
+
 import pytest
 import torch
 from torch import Tensor
@@ -5,7 +8,7 @@ from torch import Tensor
 from autodeploy.checkpoint import load
 from autodeploy.checkpoint.load import load_weights, weight_bytes
 from autodeploy.checkpoint.recipe import Cast, Concat, Recipe, Source, Transpose
-from autodeploy.errors import OutOfMemoryError
+from autodeploy.errors import CheckpointError, OutOfMemoryError
 
 CPU = torch.device("cpu")
 
@@ -41,7 +44,8 @@ def test_weights_are_copies_unless_their_recipes_are_equal() -> None:
     assert loaded["one"].any() and loaded["other"].any()
 
 
-def test_reads_in_the_order_of_checkpoints_and_reports_progress() -> None:
+def test_reads_in_the_order_of_checkpoints_and_reports_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     order: list[str] = []
     progress: list[tuple[int, int]] = []
     names = ["layers.10.w", "layers.9.w", "embed.w", "layers.9.b"]
@@ -54,6 +58,26 @@ def test_reads_in_the_order_of_checkpoints_and_reports_progress() -> None:
     load_weights(recipes, read, device=CPU, progress=lambda done, total: progress.append((done, total)))
     assert order == ["embed.w", "layers.9.b", "layers.9.w", "layers.10.w"]
     assert progress == [(24, 96), (48, 96), (72, 96), (96, 96)]
+
+
+def test_reads_one_at_a_time_and_raises_what_reading_raises() -> None:
+    inside = threading.Lock()
+
+    def read(name: str) -> Tensor:
+        assert inside.acquire(blocking=False), "read is called by two threads at once"
+        time.sleep(0.002)
+        inside.release()
+        return numbers(name)
+
+    recipes = {f"w{index}": source(f"w{index}", 2, 3) for index in range(20)}
+    loaded = load_weights(recipes, read, device=CPU)
+    assert all(torch.equal(loaded[name], numbers(name)) for name in recipes)
+
+    def broken(name: str) -> Tensor:
+        raise CheckpointError(f"{name} is damaged")
+
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_weights(recipes, broken, device=CPU)
 
 
 def test_too_little_memory_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,11 +33,15 @@ def mixer_priority(device: torch.device, attn_backend: str) -> tuple[str, ...]:
     return () if attn_backend == REFERENCE else (attn_backend,)
 
 
+def is_prepared(device: torch.device) -> bool:
+    """True when `prepare` has nothing left to compile."""
+    return cpu.PROVIDER not in priority(device) or cpu.is_compiled()
+
+
 def prepare(device: torch.device, progress: Callable[[str], None]) -> None:
     """Compile what providers compile on first use, and say so when that takes a while."""
-    if cpu.PROVIDER in priority(device):
-        if not cpu.is_compiled():
-            progress("compiling the CPU kernels (once per machine)")
+    if not is_prepared(device):
+        progress("compiling the CPU kernels (once per machine)")
         cpu.why_unavailable()
 
 

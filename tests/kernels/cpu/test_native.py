@@ -79,6 +79,8 @@ def test_compiled_once_and_for_these_sources(monkeypatch: pytest.MonkeyPatch) ->
     native._library.cache_clear()
     assert supports() is None
     monkeypatch.setenv("AUTODEPLOY_NATIVE_FLAGS", "-DOTHER")
+    assert native.is_compiled(), "what is loaded stays in use"
+    native._library.cache_clear()
     assert not native.is_compiled()
 
 

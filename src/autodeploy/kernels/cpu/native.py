@@ -93,6 +93,8 @@ def why_refused(*tensors: Tensor | None) -> str | None:
 
 def is_compiled() -> bool:
     """True when asking for a kernel will not first compile the library."""
+    if _library.cache_info().currsize:
+        return True
     compiler = _compiler()
     return compiler is None or any(_entry(compiler, threads=threads).is_dir() for threads in (True, False))
 
