@@ -80,6 +80,11 @@ def test_reads_one_at_a_time_and_raises_what_reading_raises() -> None:
         load_weights(recipes, broken, device=CPU)
 
 
+def test_loads_under_inference_mode_too() -> None:
+    with torch.inference_mode():
+        assert torch.equal(load_weights({"w": source("a", 2, 3)}, numbers, device=CPU)["w"], numbers("a"))
+
+
 def test_too_little_memory_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "available_bytes", lambda device: 3 * 2**30)
 

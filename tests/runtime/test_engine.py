@@ -157,7 +157,7 @@ def test_crowded_schedules_give_the_tokens_of_a_plain_loop(layers: tuple[str, ..
 
 @pytest.mark.parametrize("layers", [layers for layers in LAYERS if "full" in layers])
 def test_preemption_happens_and_changes_nothing(layers: tuple[str, ...]) -> None:
-    engine = make_engine(layers, max_model_len=32, kv_cache_memory_bytes=short_memory(layers, 75), max_num_seqs=3)
+    engine = make_engine(layers, max_model_len=32, kv_cache_memory_bytes=short_memory(layers, 55), max_num_seqs=3)
     prompts = [[1, 2, 3], [4] * 9, [5, 6]]
     for at, prompt in enumerate(prompts):
         engine.add_request(str(at), prompt, SamplingParams(temperature=0, max_tokens=23))

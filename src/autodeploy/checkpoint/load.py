@@ -47,8 +47,11 @@ def load_weights(
         with reading:
             return read(name)
 
+    is_inference = torch.is_inference_mode_enabled()  # holds for one thread; tensors made under it want it again
+
     def make(recipe: Recipe) -> int:
-        evaluate(recipe, read_alone, loaded[recipe])
+        with torch.inference_mode(is_inference):
+            evaluate(recipe, read_alone, loaded[recipe])
         return weight_bytes(recipe)
 
     done_bytes = 0

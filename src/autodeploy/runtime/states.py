@@ -119,30 +119,26 @@ def _longest_fitting(sizes: StateBytes, options: EngineOptions, wanted: int, bud
 
 
 def _divide(sizes: StateBytes, options: EngineOptions, length: int, budget: int) -> StatePlan:
-    """Share the budget: one longest sequence first, then what is bounded per sequence, then pages that are not.
+    """Share the budget: one longest sequence first, then slots, at most half of what is left, then pages.
 
-    Window pages and slots are of no use beyond `max_num_seqs`, and they limit how many sequences run, so they come
-    before the pages of full attention, with at most half of what is left when both are there.
+    All groups get the same number of further pages, up to what `max_num_seqs` longest sequences could use: while
+    sequences are shorter than a window, each needs as many pages of a window group as of any other.
     """
-    full = {group: size for group, size in sizes.page_bytes.items() if group.window is None}
-    windowed = {group: size for group, size in sizes.page_bytes.items() if group.window is not None}
     spare = budget - _minimum_bytes(sizes, options, length)
-    bounded_bytes = sizes.slot_bytes + sum(
-        group.max_pages(length, options.page_size) * size for group, size in windowed.items()
-    )
-    bounded_spare = spare // 2 if full else spare
     num_seqs = options.max_num_seqs
-    if bounded_bytes:
-        num_seqs = min(num_seqs, 1 + bounded_spare // bounded_bytes)
-    spare -= (num_seqs - 1) * bounded_bytes
-    pages: dict[PageGroup, int] = {}
-    for group, size in windowed.items():
-        extra = min(_chunk_pages(group, options), spare // 2 // size)
-        pages[group] = 1 + num_seqs * group.max_pages(length, options.page_size) + extra
-        spare -= extra * size
-    for group, size in full.items():
-        one = group.max_pages(length, options.page_size)
-        pages[group] = 1 + one + min((num_seqs - 1) * one, spare // size)
+    if sizes.slot_bytes:
+        num_seqs = min(num_seqs, 1 + (spare // 2 if sizes.page_bytes else spare) // sizes.slot_bytes)
+    spare -= (num_seqs - 1) * sizes.slot_bytes
+    one = {group: group.max_pages(length, options.page_size) for group in sizes.page_bytes}
+    most = {group: (num_seqs - 1) * one[group] + _chunk_pages(group, options) for group in sizes.page_bytes}
+    low, high = 0, max(most.values(), default=0)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum(size * min(most[group], middle) for group, size in sizes.page_bytes.items()) <= spare:
+            low = middle
+        else:
+            high = middle - 1
+    pages = {group: 1 + one[group] + min(most[group], low) for group in sizes.page_bytes}
     groups = tuple(
         PageGroup(name=group.name, num_pages=pages[group], window=group.window) for group in sizes.page_bytes
     )
