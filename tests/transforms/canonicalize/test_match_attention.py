@@ -36,6 +36,14 @@ def sdpa_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(q.shape[2], window=3), scale=0.3)
 
 
+def sdpa_wide_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(q.shape[2], window=300))
+
+
+def sdpa_wide_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(q.shape[2], chunk=300))
+
+
 def sdpa_chunked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(q.shape[2], chunk=4))
 
@@ -67,6 +75,8 @@ CORES: list[tuple[Core, dict[str, object]]] = [
     (sdpa_mask, {"causal": True}),
     (sdpa_window, {"causal": True, "sliding_window": 3, "scale": 0.3}),
     (sdpa_chunked, {"causal": True, "chunk_size": 4}),
+    (sdpa_wide_window, {"causal": True, "sliding_window": 300}),
+    (sdpa_wide_chunks, {"causal": True, "chunk_size": 300}),
     (sdpa_float_mask, {"causal": True}),
     (written_out, {"causal": True, "scale": 0.5}),
     (written_out_softcap, {"causal": True, "softcap": 5.0, "scale": 0.5}),
@@ -128,7 +138,14 @@ def every_other_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=(j <= i) & ((i - j) % 2 == 0))
 
 
-@pytest.mark.parametrize(("core", "reason"), [(position_bias, "position bias"), (every_other_key, "none of causal")])
+def window_too_wide_to_try(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(q.shape[2], window=100_000))
+
+
+@pytest.mark.parametrize(
+    ("core", "reason"),
+    [(position_bias, "position bias"), (every_other_key, "none of causal"), (window_too_wide_to_try, "100000")],
+)
 def test_a_mask_that_is_no_fact_is_refused_by_name(core: Core, reason: str) -> None:
     graph = captured(attention_model(core))
     report = MatchAttention().run(graph)

@@ -14,6 +14,8 @@ from autodeploy.ops.attention import MaskFacts, visible_keys
 
 _LENGTHS = (37, 52)
 """two lengths without a common divisor, so that a window or chunk that fits one by chance does not fit the other"""
+_LONGEST = 6000
+"""longest sequence a mask is evaluated for, in tokens; its matrix has the square of that"""
 
 
 class MaskRefused(Exception):
@@ -26,17 +28,47 @@ def probe_mask(graph: ModelGraph, mask: fx.Node) -> MaskFacts:
     Raises:
         MaskRefused: it depends on token values or weights, differs between heads, or is no known shape.
     """
-    visible = [_visible(_evaluate(graph, mask, length), length) for length in _LENGTHS]
-    window = int(visible[0][-1].sum())
+    lengths = [*_LENGTHS, *_beyond_constants(graph, mask)]
+    visible = [_visible(_evaluate(graph, mask, length), length) for length in lengths]
+    window = int(visible[-1][-1].sum())
     for facts in (
         MaskFacts(causal=True),
         MaskFacts(),
         MaskFacts(causal=True, sliding_window=window),
-        MaskFacts(causal=True, chunk_size=_chunk(visible[0])),
+        MaskFacts(causal=True, chunk_size=_chunk(visible[-1])),
     ):
-        if all(torch.equal(seen, _expected(facts, length)) for seen, length in zip(visible, _LENGTHS, strict=True)):
+        if all(torch.equal(seen, _expected(facts, length)) for seen, length in zip(visible, lengths, strict=True)):
             return facts
     raise MaskRefused("its mask is none of causal, bidirectional, sliding window or chunked")
+
+
+def _beyond_constants(graph: ModelGraph, mask: fx.Node) -> list[int]:
+    """A length past every number in the mask's arithmetic, where a wide window shows; none if all are small."""
+    numbers = {number for node in _ancestors(mask) for number in _integers(node.args)}
+    largest = max((number for number in numbers if _LENGTHS[1] <= number < 2**31), default=None)
+    if largest is None:
+        return []
+    if largest > _LONGEST:
+        raise MaskRefused(f"its mask depends on the number {largest}, too large to evaluate what it does")
+    length = largest + _LENGTHS[0]
+    return [length if graph.max_length is None else min(length, graph.max_length)]
+
+
+def _integers(value: object) -> list[int]:
+    if isinstance(value, list | tuple):
+        return [number for part in value for number in _integers(part)]
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else []
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """The node and all it is computed from."""
+    found, pending = {node}, [node]
+    while pending:
+        for parent in pending.pop().all_input_nodes:
+            if parent not in found:
+                found.add(parent)
+                pending.append(parent)
+    return found
 
 
 def _expected(facts: MaskFacts, length: int) -> Tensor:
@@ -100,11 +132,5 @@ def _evaluate(graph: ModelGraph, target: fx.Node, length: int) -> Tensor:
 
 def _only_its_size(node: fx.Node, target: fx.Node) -> bool:
     """Among the ancestors of `target`, the node is used for its size only."""
-    ancestors: set[fx.Node] = set()
-    pending = [target]
-    while pending:
-        for parent in pending.pop().all_input_nodes:
-            if parent not in ancestors:
-                ancestors.add(parent)
-                pending.append(parent)
+    ancestors = _ancestors(target)
     return all(user.target == torch.ops.aten.sym_size.int for user in node.users if user in ancestors)
