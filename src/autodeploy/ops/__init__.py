@@ -4,12 +4,15 @@ op.py            Op and the op table
 state.py         what a cached op remembers between steps
 batch_inputs.py  what a step is told besides weights and states
 attention.py     softmax attention, whole and cached
+packed.py        recurrences over packed sequences
+causal_conv.py   short causal convolutions
 captured.py      what the capture hooks emit, before canonicalisation
 norm.py rope.py linear.py mlp.py   token-wise operations
 """
 
 from autodeploy.ops.attention import attention, cached_attention
 from autodeploy.ops.captured import captured_attention, captured_mask
+from autodeploy.ops.causal_conv import cached_causal_conv, causal_conv
 from autodeploy.ops.linear import linear
 from autodeploy.ops.mlp import gated_activation
 from autodeploy.ops.norm import add_rms_norm, layer_norm, rms_norm
@@ -23,8 +26,10 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "cached_attention",
+    "cached_causal_conv",
     "captured_attention",
     "captured_mask",
+    "causal_conv",
     "find_op",
     "gated_activation",
     "layer_norm",
