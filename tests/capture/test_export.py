@@ -18,7 +18,7 @@ def test_captured_graph_gives_the_models_logits(name: str) -> None:
     model = tiny.TINY[name]()
     graph = capture(model)
     verify(graph, Level.CAPTURED)
-    assert counts(graph)["captured_attention"] == graph.state_writes == model.config.num_hidden_layers
+    assert counts(graph)["captured_attention"] == graph.writes("attention") == model.config.num_hidden_layers
     ids = torch.randint(0, 32, (1, 11), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         expected = model(ids).logits

@@ -12,7 +12,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from autodeploy.capture.hooks import INTERFACE_NAME, Hooks, mask_facts
+from autodeploy.capture.hooks import INTERFACE_NAME, Hooks, MarkerCache, mask_facts
 from autodeploy.errors import CaptureError
 from autodeploy.ops.attention import MaskFacts
 from tests import tiny
@@ -56,3 +56,16 @@ def test_a_fact_no_op_expresses_is_refused_by_name() -> None:
     q = torch.zeros(1, 2, 3, 4)
     with pytest.raises(CaptureError, match="'position_bias'"):
         Hooks().attention(torch.nn.Identity(), q, q, q, None, position_bias=torch.zeros(1))
+
+
+def test_the_marker_cache_counts_by_kind_and_has_nothing() -> None:
+    hooks = Hooks()
+    cache = MarkerCache(hooks, 3)
+    x = torch.zeros(1, 4, 5)
+    assert cache.update_conv_state(x, 0, state_idx=1, conv_kernel_size=4) is x
+    assert cache.update_recurrent_state(x, 1) is x and cache.update_indexer(x, 2) is x
+    cache.set_linear_cache(1, x)
+    cache.update(x, x, 2)
+    assert hooks.state_writes == {"convolution": 1, "recurrence": 2, "indexer": 1, "attention": 1}
+    assert cache.get_conv_state(0, state_idx=1) is None and cache.get_recurrent_state(0) is None
+    assert not cache.has_previous_state(0) and not cache.is_recording_past(0) and cache.get_seq_length() == 0

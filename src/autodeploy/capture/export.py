@@ -10,8 +10,8 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from autodeploy.capture.hooks import Hooks, MarkerCache, packed_row
 from autodeploy.capture.probe import probed
@@ -48,9 +49,10 @@ class _PackedRow(nn.Module):
         kwargs: dict[str, Any] = {}
         if "position_ids" in parameters:
             kwargs["position_ids"] = position_ids
-        if isinstance(self.model, PreTrainedModel) and "past_key_values" in parameters:
+        cache = _cache_parameter(parameters)
+        if isinstance(self.model, PreTrainedModel) and cache is not None:
             layers = int(getattr(self.model.config.get_text_config(), "num_hidden_layers", 0))
-            kwargs |= {"past_key_values": MarkerCache(self.hooks, layers), "use_cache": True}
+            kwargs |= {cache: MarkerCache(self.hooks, layers), "use_cache": True}
         output = self.model(input_ids, **kwargs)
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if logits is None and isinstance(output, tuple | list):
@@ -61,6 +63,16 @@ class _PackedRow(nn.Module):
                 " tuple that starts with them"
             )
         return logits
+
+
+def _cache_parameter(parameters: Mapping[str, inspect.Parameter]) -> str | None:
+    """The parameter through which a model takes a Hugging Face cache; None for one with a cache class of its own."""
+    if "past_key_values" in parameters:
+        return "past_key_values"
+    parameter = parameters.get("cache_params")  # what models without any attention call it
+    if parameter is not None and Cache in (parameter.annotation, *get_args(parameter.annotation)):
+        return "cache_params"
+    return None
 
 
 def capture(model: nn.Module, *, name: str = "text") -> ModelGraph:
@@ -89,7 +101,7 @@ def capture(model: nn.Module, *, name: str = "text") -> ModelGraph:
         except Exception as error:
             raise CaptureError(_explain(model, hooks, error)) from error
     graph = _to_graph(name, exported)
-    graph.state_writes = hooks.state_writes if isinstance(model, PreTrainedModel) else None
+    graph.state_writes = dict(hooks.state_writes) if isinstance(model, PreTrainedModel) else None
     graph.max_length = _longest(graph)
     return graph
 

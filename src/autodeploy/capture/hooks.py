@@ -6,6 +6,7 @@ Models that bypass an interface are left as they are; canonicalisation then matc
 
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 
 from autodeploy.errors import CaptureError
+from autodeploy.graph.model_graph import ATTENTION, CONVOLUTION, INDEXER, RECURRENCE
 from autodeploy.ops.attention import MaskFacts
 from autodeploy.ops.captured import captured_attention, captured_mask
 
@@ -30,7 +32,8 @@ class Hooks:
     cu_seqlens: Tensor | None = None
     position_ids: Tensor | None = None
     attention_calls: int = 0
-    state_writes: int = 0
+    state_writes: Counter[str] = field(default_factory=Counter)
+    """by kind, how often the model wrote to its Hugging Face cache"""
     active_modules: list[str] = field(default_factory=list)
     """paths of the modules whose forward is running, outermost first"""
 
@@ -144,10 +147,11 @@ def _all_of(parts: list[MaskFacts]) -> MaskFacts:
 
 
 class MarkerCache(Cache):
-    """A Hugging Face cache that remembers nothing and counts what it is asked to remember.
+    """A Hugging Face cache that remembers nothing and counts what it is asked to remember, by kind.
 
     The cache protocol is where a model says that a layer has state; the count is what canonicalisation and cache
-    insertion must account for, also for models that bypass the attention interface.
+    insertion must account for, also for models that bypass the attention interface. Nothing is ever there already, so
+    that a model takes its path for a whole sequence.
     """
 
     is_compileable = False
@@ -172,8 +176,38 @@ class MarkerCache(Cache):
         return [False] * self._num_layers
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self._hooks.state_writes += 1
+        self._hooks.state_writes[ATTENTION] += 1
         return key_states, value_states
+
+    def update_indexer(self, indexer_key_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        self._hooks.state_writes[INDEXER] += 1
+        return indexer_key_states
+
+    def update_conv_state(self, conv_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        self._hooks.state_writes[CONVOLUTION] += 1
+        return conv_states
+
+    def update_recurrent_state(self, recurrent_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        self._hooks.state_writes[RECURRENCE] += 1
+        return recurrent_states
+
+    def set_linear_cache(self, *_: Any, **__: Any) -> None:
+        self._hooks.state_writes[RECURRENCE] += 1
+
+    def get_conv_state(self, *_: Any, **__: Any) -> None:
+        return None
+
+    def get_recurrent_state(self, *_: Any, **__: Any) -> None:
+        return None
+
+    def get_linear_cache(self, *_: Any, **__: Any) -> None:
+        return None
+
+    def is_recording_past(self, *_: Any, **__: Any) -> bool:
+        return False
+
+    def has_previous_state(self, *_: Any, **__: Any) -> bool:
+        return False
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
         return 0
@@ -187,8 +221,8 @@ class MarkerCache(Cache):
     def get_max_cache_shape(self, *_: Any, **__: Any) -> int:
         return -1
 
-    def has_previous_state(self, *_: Any, **__: Any) -> bool:
-        return False
+    def get_max_length(self, *_: Any, **__: Any) -> int:
+        return -1
 
 
 @contextlib.contextmanager

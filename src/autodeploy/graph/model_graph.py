@@ -15,6 +15,9 @@ from autodeploy.graph.levels import Level
 from autodeploy.ops.op import Op, find_op
 from autodeploy.ops.state import StateSpec
 
+ATTENTION, INDEXER, CONVOLUTION, RECURRENCE = "attention", "indexer", "convolution", "recurrence"
+"""Kinds of state that a model writes to its Hugging Face cache."""
+
 
 @dataclass
 class ModelGraph:
@@ -28,7 +31,8 @@ class ModelGraph:
         level: what is true of the graph at this point (see `levels.py`).
         states: specs of the states its cached ops read, each also an input of that name.
         max_length: longest sequence in tokens that the traced code allows, or None.
-        state_writes: how often the model wrote to its Hugging Face cache while it was traced, or None if it has none.
+        state_writes: how often the model wrote to its Hugging Face cache while it was traced, by kind (`attention`,
+            `indexer`, `convolution`, `recurrence`), or None if it has none.
     """
 
     name: str
@@ -38,7 +42,12 @@ class ModelGraph:
     level: Level = Level.CAPTURED
     states: list[StateSpec] = field(default_factory=list)
     max_length: int | None = None
-    state_writes: int | None = None
+    state_writes: dict[str, int] | None = None
+
+    def writes(self, *kinds: str) -> int:
+        """How often the model wrote state of these kinds while it was traced; of any kind when none is given."""
+        writes = self.state_writes or {}
+        return sum(count for kind, count in writes.items() if not kinds or kind in kinds)
 
     @property
     def graph(self) -> fx.Graph:

@@ -24,13 +24,16 @@ _EXAMPLE_SIZES = {"S": 6, "S+1": 7, "P": 11, "R": 5}
 
 @dataclass(frozen=True, kw_only=True)
 class InsertCachedOps(Transform):
-    """`attention(q, k, v, ...)`  becomes  `cached_attention(q, k, v, ..., seq_lens, page_table, ..., key_cache)`."""
+    """`attention(q, k, v, ...)`  becomes  `cached_attention(q, k, v, ..., seq_lens, page_table, ..., key_cache)`.
+
+    Expected are as many sites as the model itself wrote states to its cache, if it has one.
+    """
 
     def apply(self, graph: ModelGraph) -> TransformResult:
         sites = [(node, op) for node, op in graph.op_nodes() if op.states is not None]
         for node, op in sites:
             self._rewrite(graph, node, op)
-        return TransformResult(found=len(sites), rewritten=len(sites), expected=len(sites))
+        return TransformResult(found=len(sites), rewritten=len(sites), expected=max(len(sites), graph.writes()))
 
     def _rewrite(self, graph: ModelGraph, node: fx.Node, op: Op) -> None:
         assert op.states is not None and op.cached is not None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autodeploy.graph.model_graph import ModelGraph, module_path
+from autodeploy.graph.model_graph import ATTENTION, ModelGraph, module_path
 from autodeploy.graph.transform import Transform, TransformResult
 from autodeploy.ops.attention import MaskFacts, attention
 from autodeploy.ops.captured import captured_attention, captured_mask
@@ -71,7 +71,7 @@ class MatchAttention(Transform):
         return TransformResult(
             found=len(sites),
             rewritten=len(sites) - len(refused),
-            expected=max(len(sites), graph.state_writes or 0),
+            expected=max(len(sites), graph.writes(ATTENTION)),
             refused=tuple(refused),
         )
 
