@@ -6,6 +6,8 @@ batch_inputs.py  what a step is told besides weights and states
 attention.py     softmax attention, whole and cached
 packed.py        recurrences over packed sequences
 causal_conv.py   short causal convolutions
+ssm.py           selective state-space recurrences
+delta_rule.py    the delta rule, plain and gated
 captured.py      what the capture hooks emit, before canonicalisation
 norm.py rope.py linear.py mlp.py   token-wise operations
 """
@@ -13,11 +15,13 @@ norm.py rope.py linear.py mlp.py   token-wise operations
 from autodeploy.ops.attention import attention, cached_attention
 from autodeploy.ops.captured import captured_attention, captured_mask
 from autodeploy.ops.causal_conv import cached_causal_conv, causal_conv
+from autodeploy.ops.delta_rule import cached_delta_rule, delta_rule
 from autodeploy.ops.linear import linear
 from autodeploy.ops.mlp import gated_activation
 from autodeploy.ops.norm import add_rms_norm, layer_norm, rms_norm
 from autodeploy.ops.op import OPS, Kernel, Op, find_op, op
 from autodeploy.ops.rope import rope
+from autodeploy.ops.ssm import cached_selective_scan, cached_ssd, selective_scan, ssd
 
 __all__ = [
     "OPS",
@@ -27,9 +31,13 @@ __all__ = [
     "attention",
     "cached_attention",
     "cached_causal_conv",
+    "cached_delta_rule",
+    "cached_selective_scan",
+    "cached_ssd",
     "captured_attention",
     "captured_mask",
     "causal_conv",
+    "delta_rule",
     "find_op",
     "gated_activation",
     "layer_norm",
@@ -37,4 +45,6 @@ __all__ = [
     "op",
     "rms_norm",
     "rope",
+    "selective_scan",
+    "ssd",
 ]
