@@ -118,6 +118,13 @@ def starcoder2() -> PreTrainedModel:
     return _build("Starcoder2", **_DECODER, use_bias=True, sliding_window=None)
 
 
+def gpt_oss() -> PreTrainedModel:
+    """Experts with biases, interleaved transposed weights and clamped gates; sinks, alternating windows."""
+    experts = {"num_local_experts": 5, "num_experts_per_tok": 2}
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW, "head_dim": 16}
+    return _build("GptOss", **_DECODER | {"num_hidden_layers": 2}, **experts, **layers)
+
+
 TINY: dict[str, Callable[[], PreTrainedModel]] = {
     builder.__name__: builder
     for builder in (
@@ -133,6 +140,7 @@ TINY: dict[str, Callable[[], PreTrainedModel]] = {
         smollm3,
         cohere2,
         starcoder2,
+        gpt_oss,
     )
 }
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from autodeploy.checkpoint.recipe import Cast, Concat, Recipe, Slice, Source, Transpose, evaluate
+from autodeploy.checkpoint.recipe import Cast, Concat, Recipe, Reshape, Slice, Source, Transpose, evaluate
 from autodeploy.errors import CheckpointError, TransformError
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -22,7 +22,7 @@ def stored(name: str, shape: tuple[int, ...]) -> Tensor:
 def recipes(draw: st.DrawFn, shape: tuple[int, ...] | None = None, depth: int = 3) -> Recipe:
     """A random recipe of two dimensions, of a given shape if one is given."""
     rows, columns = shape or draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
-    kind = draw(st.sampled_from(["source", "slice", "concat", "cast", "transpose"])) if depth else "source"
+    kind = draw(st.sampled_from(["source", "slice", "concat", "cast", "transpose", "reshape"])) if depth else "source"
     if kind == "slice":
         before, after = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
         return Slice(draw(recipes((rows, columns + before + after), depth - 1)), 1, before, columns)
@@ -34,6 +34,8 @@ def recipes(draw: st.DrawFn, shape: tuple[int, ...] | None = None, depth: int = 
         return Cast(draw(recipes((rows, columns), depth - 1)), draw(st.sampled_from([F32, BF16, torch.float64])))
     if kind == "transpose":
         return Transpose(draw(recipes((columns, rows), depth - 1)), 0, 1)
+    if kind == "reshape":
+        return Reshape(draw(recipes((1, rows * columns), depth - 1)), (rows, columns))
     return Source(
         draw(st.sampled_from("abc")) + f"{rows}x{columns}", (rows, columns), draw(st.sampled_from([F32, BF16]))
     )
@@ -52,6 +54,8 @@ def expected(recipe: Recipe) -> Tensor:
             return expected(of).to(dtype)
         case Transpose(of, dim0, dim1):
             return expected(of).swapaxes(dim0, dim1)
+        case Reshape(of, shape):
+            return expected(of).reshape(shape)
 
 
 @given(recipes())
@@ -108,6 +112,25 @@ def test_a_concat_holds_one_source_at_a_time_and_writes_in_place(cast: bool) -> 
     assert max(allocated.numels) <= 12, "something as large as the whole was allocated"
 
 
+def test_stacked_parts_are_written_in_place() -> None:
+    parts = tuple(Source(f"{i}", (3, 4), F32) for i in range(5))
+    stacked = Reshape(Concat(parts, 0), (5, 3, 4))
+    out = torch.empty(stacked.shape)
+    with _Allocations() as allocated:
+        evaluate(stacked, lambda name: torch.full((3, 4), float(name)), out)
+    assert out[:, 1, 2].tolist() == [0, 1, 2, 3, 4] and max(allocated.numels) <= 12
+
+
+def test_interleaved_rows_come_apart_in_one_reading() -> None:
+    rows = Source("w", (2, 6, 4), F32)
+    apart = Reshape(Transpose(Reshape(rows, (2, 3, 2, 4)), 1, 2), (2, 6, 4))
+    weight = torch.arange(48.0).view(2, 6, 4)
+    expected = torch.cat((weight[:, ::2], weight[:, 1::2]), 1)
+    assert apart.sources() == ("w",)
+    assert torch.equal(evaluate(apart, lambda _: weight), expected)
+    assert torch.equal(evaluate(apart, lambda _: weight, torch.empty(2, 6, 4)), expected)
+
+
 def test_a_source_of_another_shape_is_named_with_both_shapes() -> None:
     with pytest.raises(CheckpointError, match=r"'w'.*\[2, 3\].*\[3, 2\]"):
         evaluate(Source("w", (3, 2), F32), lambda name: torch.zeros(2, 3))
@@ -122,6 +145,8 @@ def test_a_source_of_another_shape_is_named_with_both_shapes() -> None:
         lambda w: Slice(w, 2, 0, 1),
         lambda w: Slice(w, -1, 0, 1),
         lambda w: Transpose(w, 0, 2),
+        lambda w: Reshape(w, (3, 5)),
+        lambda w: Reshape(w, (-4, -3)),
         lambda w: Concat((), 0),
         lambda w: Concat((w, Source("v", (4, 4), F32)), 0),
         lambda w: Concat((w, Source("v", (4,), F32)), 0),
@@ -148,6 +173,6 @@ class _Allocations(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result._base is None and "copy_" not in func.__name__:
+        if isinstance(result, Tensor) and func._schema.returns[0].alias_info is None:
             self.numels.append(result.numel())
         return result

@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from autodeploy.capture.experts import experts_hooked
 from autodeploy.capture.hooks import Hooks, MarkerCache, packed_row
 from autodeploy.capture.probe import probed
 from autodeploy.checkpoint.recipe import Recipe, Source
@@ -88,7 +89,13 @@ def capture(model: nn.Module, *, name: str = "text") -> ModelGraph:
     hooks = Hooks()
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     row = _PackedRow(model, hooks)
-    with _fake_parameters(model, fake_mode), hooks.installed(model), probed(model), _quiet():
+    with (
+        experts_hooked(model),
+        _fake_parameters(model, fake_mode),
+        hooks.installed(model),
+        probed(model),
+        _quiet(),
+    ):
         try:
             with fake_mode:
                 inputs = packed_row(EXAMPLE_LENGTHS)

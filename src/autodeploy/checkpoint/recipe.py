@@ -5,6 +5,7 @@ tensors, so they may be compared, hashed and shared. A new kind is one frozen da
 added to the union and to `evaluate`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
@@ -117,7 +118,7 @@ class Cast:
 
 @dataclass(frozen=True)
 class Transpose:
-    """`of` with two dimensions exchanged, laid out contiguously."""
+    """`of` with two dimensions exchanged."""
 
     of: "Recipe"
     dim0: int
@@ -144,7 +145,31 @@ class Transpose:
         return f"transpose({self.of}, {self.dim0}, {self.dim1})"
 
 
-Recipe = Source | Slice | Concat | Cast | Transpose
+@dataclass(frozen=True)
+class Reshape:
+    """The elements of `of` in their order, as another shape. Parts stacked are a concatenation, reshaped."""
+
+    of: "Recipe"
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if math.prod(self.shape) != math.prod(self.of.shape) or min(self.shape, default=0) < 0:
+            raise TransformError(
+                f"reshape of {self.of} {list(self.of.shape)} to {list(self.shape)}; the number of elements must agree"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.of.dtype
+
+    def sources(self) -> tuple[str, ...]:
+        return self.of.sources()
+
+    def __str__(self) -> str:
+        return f"reshape({self.of}, {list(self.shape)})"
+
+
+Recipe = Source | Slice | Concat | Cast | Transpose | Reshape
 
 
 def evaluate(recipe: Recipe, read: ReadTensor, out: Tensor | None = None) -> Tensor:
@@ -171,7 +196,9 @@ def evaluate(recipe: Recipe, read: ReadTensor, out: Tensor | None = None) -> Ten
             evaluate(recipe.of, read, out.transpose(recipe.dim0, recipe.dim1))
             return out
         case Transpose():
-            return evaluate(recipe.of, read).transpose(recipe.dim0, recipe.dim1).contiguous()
+            return evaluate(recipe.of, read).transpose(recipe.dim0, recipe.dim1)
+        case Reshape():
+            return _reshape(recipe, read, out)
         case Cast(of=Concat(parts=parts, dim=dim)):  # cast part by part, so that the uncast whole never exists
             return evaluate(Concat(tuple(Cast(part, recipe.dtype) for part in parts), dim), read, out)
         case Cast():
@@ -200,6 +227,17 @@ def _concatenate(recipe: Concat, read: ReadTensor, out: Tensor | None) -> Tensor
         evaluate(part, read, whole.narrow(recipe.dim, start, length))
         start += length
     return whole
+
+
+def _reshape(recipe: Reshape, read: ReadTensor, out: Tensor | None) -> Tensor:
+    if out is None:
+        return evaluate(recipe.of, read).reshape(recipe.shape)
+    try:
+        place = out.view(recipe.of.shape)  # straight into place, where the strides of `out` let it be seen so
+    except RuntimeError:
+        return out.copy_(evaluate(recipe.of, read).reshape(recipe.shape))
+    evaluate(recipe.of, read, place)
+    return out
 
 
 def _written(tensor: Tensor, out: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autodeploy.checkpoint.recipe import Cast, Concat, Recipe, Slice, Source, Transpose
+from autodeploy.checkpoint.recipe import Cast, Concat, Recipe, Reshape, Slice, Source, Transpose
 from autodeploy.graph.levels import Level
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.ops.state import PagedState, SlotState
@@ -24,7 +24,7 @@ from autodeploy.ops.state import PagedState, SlotState
 GRAPH_FILE, CONSTANTS_FILE = "graph.json", "constants.safetensors"
 
 _RECORDS: dict[str, type[Any]] = {
-    cls.__name__: cls for cls in (Source, Slice, Concat, Cast, Transpose, PagedState, SlotState)
+    cls.__name__: cls for cls in (Source, Slice, Concat, Cast, Transpose, Reshape, PagedState, SlotState)
 }
 """Dataclasses that may stand in a file, by name."""
 

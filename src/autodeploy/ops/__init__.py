@@ -9,7 +9,7 @@ causal_conv.py   short causal convolutions
 ssm.py           selective state-space recurrences
 delta_rule.py    the delta rule, plain and gated
 captured.py      what the capture hooks emit, before canonicalisation
-norm.py rope.py linear.py mlp.py   token-wise operations
+norm.py rope.py linear.py mlp.py moe.py   token-wise operations
 """
 
 from autodeploy.ops.attention import attention, cached_attention
@@ -18,6 +18,7 @@ from autodeploy.ops.causal_conv import cached_causal_conv, causal_conv
 from autodeploy.ops.delta_rule import cached_delta_rule, delta_rule
 from autodeploy.ops.linear import linear
 from autodeploy.ops.mlp import gated_activation
+from autodeploy.ops.moe import expert_linear, moe
 from autodeploy.ops.norm import add_rms_norm, layer_norm, rms_norm
 from autodeploy.ops.op import OPS, Kernel, Op, find_op, op
 from autodeploy.ops.rope import rope
@@ -38,10 +39,12 @@ __all__ = [
     "captured_mask",
     "causal_conv",
     "delta_rule",
+    "expert_linear",
     "find_op",
     "gated_activation",
     "layer_norm",
     "linear",
+    "moe",
     "op",
     "rms_norm",
     "rope",

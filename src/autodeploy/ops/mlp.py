@@ -10,12 +10,23 @@ from torch import Tensor
 
 from autodeploy.ops.op import op
 
+
+def _squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "sigmoid": torch.sigmoid,
+    "relu2": _squared_relu,
+    "quick_gelu": _quick_gelu,
 }
 """Activation functions a gate may use, by name."""
 

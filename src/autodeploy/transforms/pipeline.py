@@ -13,6 +13,7 @@ from autodeploy.transforms.cache.gather_logits import GatherLogits
 from autodeploy.transforms.cache.insert_cached_ops import InsertCachedOps
 from autodeploy.transforms.canonicalize.bind_boundaries import BindBoundaries
 from autodeploy.transforms.canonicalize.drop_no_ops import DropNoOps
+from autodeploy.transforms.canonicalize.fold_weights import FoldWeights
 from autodeploy.transforms.canonicalize.match_attention import MatchAttention
 from autodeploy.transforms.canonicalize.match_linear import MatchLinear
 from autodeploy.transforms.canonicalize.match_norm import MatchNorm
@@ -36,7 +37,15 @@ def default_pipeline(device: torch.device, select_kernels: SelectKernels | None 
             # One node per token mixer, norm and product; masks become facts, positions come from position_ids.
             Stage(
                 "canonicalize",
-                (BindBoundaries(), MatchAttention(), UsePositionIds(), MatchLinear(), MatchNorm(), DropNoOps()),
+                (
+                    BindBoundaries(),
+                    MatchAttention(),
+                    UsePositionIds(),
+                    MatchLinear(),
+                    FoldWeights(),
+                    MatchNorm(),
+                    DropNoOps(),
+                ),
                 ensures=Level.CANONICAL,
             ),
             # Fewer, larger ops. Weight recipes change with the graph, before any weight is read.

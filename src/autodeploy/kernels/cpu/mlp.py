@@ -5,7 +5,7 @@ from torch import Tensor
 from autodeploy.kernels.cpu.native import INT, INT64, POINTER, NativeFunction, num_threads, why_refused
 from autodeploy.ops.mlp import gated_activation
 
-_NUMBERS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "sigmoid": 4}
+_NUMBERS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "sigmoid": 4, "relu2": 5, "quick_gelu": 6}
 """As `Activation` in csrc/mlp.cpp counts them."""
 
 _MIN_ELEMENTS_FOR_THREADS = 1 << 14

@@ -5,7 +5,7 @@
 namespace autodeploy {
 namespace {
 
-enum Activation { SILU, GELU, GELU_TANH, RELU, SIGMOID };  // the order that mlp.py numbers them in
+enum Activation { SILU, GELU, GELU_TANH, RELU, SIGMOID, RELU2, QUICK_GELU };  // the order that mlp.py numbers them in
 
 inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exp(-x)); }
 
@@ -29,6 +29,8 @@ inline Floats activate(Floats x) {
     if constexpr (A == GELU_TANH) return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
     if constexpr (A == RELU) return x < 0.0f ? splat(0.0f) : x;
     if constexpr (A == SIGMOID) return sigmoid(x);
+    if constexpr (A == RELU2) return x < 0.0f ? splat(0.0f) : x * x;
+    if constexpr (A == QUICK_GELU) return x * sigmoid(1.702f * x);
 }
 
 template <class T, Activation A>
@@ -52,6 +54,8 @@ void gated_activation(const T* gate_up, T* out, int64_t num_rows, int64_t width,
         case GELU_TANH: return gate_rows<T, GELU_TANH>(gate_up, out, num_rows, width, threads);
         case RELU: return gate_rows<T, RELU>(gate_up, out, num_rows, width, threads);
         case SIGMOID: return gate_rows<T, SIGMOID>(gate_up, out, num_rows, width, threads);
+        case RELU2: return gate_rows<T, RELU2>(gate_up, out, num_rows, width, threads);
+        case QUICK_GELU: return gate_rows<T, QUICK_GELU>(gate_up, out, num_rows, width, threads);
     }
 }
 
