@@ -82,7 +82,9 @@ def test_keeps_the_law_of_cached_ops(op: Op, kernel: Kernel, dtype: torch.dtype,
     torch.manual_seed(seed)
     assert op.cached is not None and op.samples is not None
     twin = dataclasses.replace(op.cached, overload=kernel.function)
-    for sample in op.samples():
+    samples = [sample for sample in op.samples() if kernel.supports(**_with_states(op, op.cached, sample)) is None]
+    assert len(samples) > len(op.samples()) // 2
+    for sample in samples:
         arguments = converted(sample, dtype)
         result = Replay(dataclasses.replace(op, cached=twin), arguments, seed).run()
         # Both against float32, so that the reference's own rounding is not held against the kernel.

@@ -27,6 +27,8 @@ def _inputs(num_heads: int = 4, num_kv_heads: int = 2) -> dict[str, Any]:
         "sliding_window": None,
         "chunk_size": None,
         "softcap": None,
+        "slopes": None,
+        "distance_logits": None,
     }
 
 
@@ -65,6 +67,23 @@ def test_softcap_bounds_the_scores() -> None:
     scores = 2.0 * torch.tanh(torch.einsum("qnh,knh->nqk", q, k) * 5.0 / 2.0)
     scores = scores.masked_fill(torch.ones(14, 14).triu(1).bool(), float("-inf"))
     torch.testing.assert_close(out[0, 10:b], torch.einsum("nqk,knh->qnh", scores.softmax(-1), v), rtol=1e-5, atol=1e-5)
+
+
+def test_slopes_and_distance_logits_are_biases_by_distance() -> None:
+    """Against a bias matrix handed to torch's attention, per head and query, distances past the table included."""
+    slopes, table = torch.tensor([0.5, 0.25, 0.125, 0.0]), torch.randn(1, 24, 4, 5)
+    inputs = _inputs() | {"slopes": slopes, "distance_logits": table}
+    outputs = []
+    for a, b in zip([0, 1, 10], [1, 10, 24], strict=True):
+        q, k, v = (inputs[name][:, a:b].transpose(1, 2) for name in ("query", "key", "value"))
+        bias = torch.full((1, 4, b - a, b - a), float("-inf"))
+        for head in range(4):
+            for i in range(b - a):
+                for j in range(i + 1):
+                    bias[0, head, i, j] = table[0, a + i, head, min(i - j, 4)] - slopes[head] * (i - j)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=inputs["scale"], enable_gqa=True)
+        outputs.append(out.transpose(1, 2))
+    torch.testing.assert_close(attention(**inputs), torch.cat(outputs, dim=1), rtol=1e-5, atol=1e-5)
 
 
 def test_a_sink_takes_probability_and_gives_nothing() -> None:

@@ -122,6 +122,17 @@ class ModelGraph:
             node.meta["val"] = torch.empty(recipe.shape, dtype=recipe.dtype)
         return node
 
+    def constant(self, name: str, value: torch.Tensor, *, before: fx.Node) -> fx.Node:
+        """A node for a tensor known now, stored with the graph; the name is made unique."""
+        unique, number = name, 1
+        while hasattr(self.module, unique):
+            unique, number = f"{name}_{number}", number + 1
+        self.module.register_buffer(unique, value, persistent=False)
+        with self.graph.inserting_before(before):
+            node = self.graph.get_attr(unique)
+        node.meta["val"] = self.fake_mode.from_tensor(value)
+        return node
+
     def recipe(self, node: object) -> Recipe | None:
         """The recipe behind a node that reads a weight; None for any other node."""
         if isinstance(node, fx.Node) and node.op == "get_attr":

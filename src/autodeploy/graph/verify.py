@@ -72,14 +72,14 @@ def _canonical_faults(graph: ModelGraph, level: Level) -> Iterator[str]:
     for op in (captured_attention, captured_mask):
         for node in graph.nodes(op):
             yield f"an attention call was left as it was captured: {_describe(node)}"
-    num_tokens = _token_symbol(graph)
+    num_tokens = token_symbol(graph)
     others = [node for node in graph.graph.nodes if node.op == "call_function" and find_op(node.target) is None]
     for node in others:
         if node.target in _MIXING_OPS and _runs_along_tokens(node, num_tokens):
             yield f"{node.target} mixes tokens and no transform knows it: {_describe(node)}"
     for node in others:
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and _count_dims(value, num_tokens) >= 2:
+        if isinstance(value, torch.Tensor) and count_token_dims(value, num_tokens) >= 2:
             yield f"a token-by-token matrix is left, attention or mask arithmetic not recognised: {_describe(node)}"
 
 
@@ -99,7 +99,7 @@ def _lowered_faults(graph: ModelGraph, level: Level) -> Iterator[str]:
             yield f"no provider was chosen for {_describe(node)}"
 
 
-def _token_symbol(graph: ModelGraph) -> object:
+def token_symbol(graph: ModelGraph) -> object:
     """The symbolic number of tokens T, as the size of input_ids' second dimension."""
     input_ids = graph.input("input_ids")
     if input_ids is None:
@@ -112,13 +112,15 @@ def _token_symbol(graph: ModelGraph) -> object:
     return size.node.expr
 
 
-def _count_dims(value: torch.Tensor, symbol: object) -> int:
+def count_token_dims(value: torch.Tensor, symbol: object) -> int:
     return sum(isinstance(size, torch.SymInt) and symbol in size.node.expr.free_symbols for size in value.shape)
 
 
 def _runs_along_tokens(node: fx.Node, symbol: object) -> bool:
     value = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
-    return isinstance(value, torch.Tensor) and _count_dims(value, symbol) >= 1 and not _other_dim(node, value, symbol)
+    return (
+        isinstance(value, torch.Tensor) and count_token_dims(value, symbol) >= 1 and not _other_dim(node, value, symbol)
+    )
 
 
 def _other_dim(node: fx.Node, value: torch.Tensor, symbol: object) -> bool:

@@ -2,7 +2,7 @@
 
 Shapes: T tokens in the packed row, N query heads, K key-value heads (N a multiple of K), H head dimension of query and
 key, V of value, S sequences. What a query may see is said by facts, never by a mask tensor: causal, sliding window,
-chunk, soft cap, sinks.
+chunk, soft cap, sinks, and a bias by distance: linear with one slope per head, or read from a table.
 """
 
 import itertools
@@ -39,6 +39,8 @@ def attend(
     sliding_window: int | None,
     chunk_size: int | None,
     softcap: float | None,
+    slopes: Tensor | None,
+    distance_logits: Tensor | None,
     offset: int = 0,
 ) -> Tensor:
     """Attention of one sequence's last tokens to its tokens, scores and softmax in float32.
@@ -50,6 +52,8 @@ def attend(
         sliding_window: tokens a query looks back on, itself included.
         chunk_size: queries see their own chunk of this many positions only.
         softcap: scores become softcap · tanh(score / softcap).
+        slopes: `[N]`; a score loses slope · distance, the distance from a key to its query (arXiv 2108.12409).
+        distance_logits: `[Tq, N, D]`; a score gains the entry of its distance, the last one from D - 1 on.
     Returns:
         `[Tq, N, V]`.
     """
@@ -59,6 +63,8 @@ def attend(
     scores = torch.einsum("qnh,knh->nqk", query.float(), key.float()) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
+    if slopes is not None or distance_logits is not None:
+        scores = scores + distance_bias(query.shape[0], key.shape[0], slopes, distance_logits, query.device)
     visible = visible_keys(query.shape[0], key.shape[0], causal, sliding_window, chunk_size, offset, query.device)
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:
@@ -92,6 +98,22 @@ def visible_keys(
     return visible
 
 
+def distance_bias(
+    num_queries: int, num_keys: int, slopes: Tensor | None, distance_logits: Tensor | None, device: torch.device
+) -> Tensor:
+    """What distance adds to the scores of a sequence's last tokens: float32 `[N, num_queries, num_keys]`."""
+    queries = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    distance = queries - torch.arange(num_keys, device=device)
+    bias = torch.zeros(1, num_queries, num_keys, device=device)
+    if slopes is not None:
+        bias = bias - slopes.float().reshape(-1, 1, 1) * distance
+    if distance_logits is not None:
+        logits = distance_logits.float().transpose(0, 1)
+        index = distance.clamp(0, logits.shape[-1] - 1).expand(logits.shape[0], -1, -1)
+        bias = bias + logits.gather(-1, index)
+    return bias
+
+
 def _attention_fake(
     query: Tensor,
     key: Tensor,
@@ -103,6 +125,8 @@ def _attention_fake(
     sliding_window: int | None,
     chunk_size: int | None,
     softcap: float | None,
+    slopes: Tensor | None,
+    distance_logits: Tensor | None,
 ) -> Tensor:
     return value.new_empty(*query.shape[:-1], value.shape[-1])
 
@@ -119,22 +143,25 @@ def attention(
     sliding_window: int | None,
     chunk_size: int | None,
     softcap: float | None,
+    slopes: Tensor | None,
+    distance_logits: Tensor | None,
 ) -> Tensor:
     """Attention within each of the packed sequences, each given whole (arXiv 1706.03762; facts as in `attend`).
 
     Args:
         query: `[1, T, N, H]`. key: `[1, T, K, H]`. value: `[1, T, K, V]`.
         cu_seqlens: int `[S+1]`, where each sequence starts in the row.
+        distance_logits: `[1, T, N, D]` or None; the other facts as in `attend`.
     Returns:
         `[1, T, N, V]`.
     """
-    facts = (sinks, scale, causal, sliding_window, chunk_size, softcap)
-    borders = cu_seqlens.tolist()
-    parts = [
-        attend(query[0, start:end], key[0, start:end], value[0, start:end], *facts)
-        for start, end in itertools.pairwise(borders)
-        if end > start
-    ]
+    facts = (sinks, scale, causal, sliding_window, chunk_size, softcap, slopes)
+    parts = []
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+        if end > start:
+            row = slice(start, end)
+            logits = None if distance_logits is None else distance_logits[0, row]
+            parts.append(attend(query[0, row], key[0, row], value[0, row], *facts, logits))
     return torch.cat(parts).unsqueeze(0)
 
 
@@ -149,6 +176,8 @@ def _cached_attention_fake(
     sliding_window: int | None,
     chunk_size: int | None,
     softcap: float | None,
+    slopes: Tensor | None,
+    distance_logits: Tensor | None,
     seq_lens: Tensor,
     page_table: Tensor,
     slot_mapping: Tensor,
@@ -170,6 +199,8 @@ def cached_attention(
     sliding_window: int | None,
     chunk_size: int | None,
     softcap: float | None,
+    slopes: Tensor | None,
+    distance_logits: Tensor | None,
     seq_lens: Tensor,
     page_table: Tensor,
     slot_mapping: Tensor,
@@ -208,6 +239,8 @@ def cached_attention(
             sliding_window,
             chunk_size,
             softcap,
+            slopes,
+            None if distance_logits is None else distance_logits[0, start:end],
             first * page_size,
         )
     return output
@@ -233,11 +266,14 @@ def _attend_fused(
     sliding_window: int | None,
     chunk_size: int | None,
     softcap: float | None,
+    slopes: Tensor | None,
+    distance_logits: Tensor | None,
     offset: int,
 ) -> Tensor:
     """`attend`, through torch's fused attention where that has the facts."""
-    if softcap is not None or sinks is not None:
-        return attend(query, key, value, sinks, scale, causal, sliding_window, chunk_size, softcap, offset)
+    if softcap is not None or sinks is not None or distance_logits is not None or slopes is not None:
+        facts = (sinks, scale, causal, sliding_window, chunk_size, softcap, slopes, distance_logits)
+        return attend(query, key, value, *facts, offset)
     num_queries, num_keys = query.shape[0], key.shape[0]
     plain = sliding_window is None and chunk_size is None
     mask = None
@@ -281,6 +317,8 @@ def _attention_samples() -> list[dict[str, Any]]:
         "sliding_window": None,
         "chunk_size": None,
         "softcap": None,
+        "slopes": None,
+        "distance_logits": None,
     }
     return [
         plain,
@@ -289,4 +327,6 @@ def _attention_samples() -> list[dict[str, Any]]:
         plain | {"softcap": 3.0, "sinks": torch.randn(4)},
         plain | {"softcap": 3.0, "chunk_size": 6},
         plain | {"value": torch.randn(1, 24, 2, 8), "key": torch.randn(1, 24, 2, 16)},
+        plain | {"slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])},
+        plain | {"distance_logits": torch.randn(1, 24, 4, 6), "sliding_window": 9},
     ]

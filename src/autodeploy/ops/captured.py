@@ -73,7 +73,7 @@ def captured_attention(
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if mask is None:
         output: Tensor = attention.reference(
-            query, key, value, cu_seqlens, sinks, scale, causal, sliding_window, None, softcap
+            query, key, value, cu_seqlens, sinks, scale, causal, sliding_window, None, softcap, None, None
         )
         return output
     return _masked_attention(query, key, value, mask, sinks, scale, softcap)

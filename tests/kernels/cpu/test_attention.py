@@ -55,6 +55,8 @@ class Case:
             "sliding_window": None,
             "chunk_size": None,
             "softcap": None,
+            "slopes": None,
+            "distance_logits": None,
         } | facts
         pages_each = max(-(-length // page_size) for length in lengths)
         numbers = list(range(1, len(lengths) * pages_each + 1))

@@ -60,13 +60,68 @@ def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def written_out_scaled_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = (q * 0.4) @ k.transpose(2, 3)
+    scores = (q * 0.4) @ k.transpose(2, 3)  # token-wise, so it may stay where it is
     scores = 5.0 * torch.tanh(scores / 5.0) + torch.full((q.shape[2], q.shape[2]), -1e9).triu(1)
     return F.dropout(scores.softmax(-1), p=0.1, training=False) @ v
 
 
 def written_out_softcap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.tanh((q @ k.transpose(2, 3) * 0.5) / 5.0) * 5.0
+    return (scores + torch.full((q.shape[2], q.shape[2]), -1e9).triu(1)).softmax(-1) @ v
+
+
+def _slopes() -> Tensor:
+    return torch.tensor([0.5, 0.25, 0.125, 0.0625])
+
+
+def sdpa_position_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])[None]
+    bias = torch.where(distance >= 0, -_slopes()[:, None, None] * distance, float("-inf"))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def three_dims_with_slopes_in_the_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Heads in the batch; a bias by the key's position, which softmax cannot tell from one by distance."""
+    q, k, v = (x.reshape(4, -1, 4) for x in (q, k, v))
+    bias = _slopes()[:, None, None] * torch.arange(q.shape[1])[None, None]
+    scores = bias.baddbmm(q, k.transpose(1, 2), beta=1.0, alpha=0.5).view(1, 4, q.shape[1], -1)
+    scores = scores + (~_mask(q.shape[1])).float() * torch.finfo(torch.float32).min
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype).view(4, q.shape[1], -1)
+    return torch.bmm(weights, v).view(1, 4, -1, 4)
+
+
+def einsum_with_tokens_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
+    scores = torch.where(_mask(q.shape[1]), scores / 2.0, torch.tensor(torch.finfo(scores.dtype).min))
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).transpose(1, 2)
+
+
+def multiplied_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keep = _mask(q.shape[2]).float()
+    scores = (q @ k.transpose(2, 3)) * 0.5
+    return (scores * keep - 1e4 * (1 - keep)).softmax(-1) @ v
+
+
+def clamped_from_below(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    smallest = torch.finfo(q.dtype).min
+    scores = (q @ k.transpose(2, 3)) * 0.5 + torch.full((q.shape[2], q.shape[2]), smallest).triu(1)
+    weights = torch.max(scores, torch.tensor(smallest)).softmax(-1)
+    return weights.masked_fill(~_mask(q.shape[2]), 0.0) @ v
+
+
+def in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(2, 3)
+    scores /= 2.0
+    scores += torch.full((q.shape[2], q.shape[2]), float("-inf")).triu(1)
+    return scores.softmax(-1) @ v
+
+
+def window_in_a_table(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    table = torch.tril(torch.ones(200, 200, dtype=torch.bool))
+    table = torch.bitwise_xor(table, torch.tril(table, -90))
+    scores = (q @ k.transpose(2, 3)) * 0.5
+    scores = torch.where(table[: q.shape[2], : q.shape[2]], scores, torch.finfo(q.dtype).min)
     return (scores + torch.full((q.shape[2], q.shape[2]), -1e9).triu(1)).softmax(-1) @ v
 
 
@@ -80,6 +135,14 @@ CORES: list[tuple[Core, dict[str, object]]] = [
     (sdpa_float_mask, {"causal": True}),
     (written_out, {"causal": True, "scale": 0.5}),
     (written_out_softcap, {"causal": True, "softcap": 5.0, "scale": 0.5}),
+    (written_out_scaled_query, {"causal": True, "softcap": 5.0, "scale": 1.0}),
+    (sdpa_position_bias, {"causal": True, "slopes": (0.5, 0.25, 0.125, 0.0625)}),
+    (three_dims_with_slopes_in_the_product, {"causal": True, "scale": 0.5, "slopes": (0.5, 0.25, 0.125, 0.0625)}),
+    (einsum_with_tokens_first, {"causal": True, "scale": 0.5}),
+    (multiplied_mask, {"causal": True, "scale": 0.5}),
+    (clamped_from_below, {"causal": True, "scale": 0.5}),
+    (in_place, {"causal": True, "scale": 0.5}),
+    (window_in_a_table, {"causal": True, "scale": 0.5, "sliding_window": 90}),
 ]
 
 
@@ -93,7 +156,11 @@ def test_fires_with_the_right_facts_and_numbers(core: Core, facts: dict[str, obj
     assert counts(graph) == {"attention": 1}
     (node,) = graph.nodes(attention)
     arguments = attention.arguments(node.args, node.kwargs)
-    absent = {"sliding_window": None, "chunk_size": None, "softcap": None}
+    absent = {"sliding_window": None, "chunk_size": None, "softcap": None, "slopes": None, "distance_logits": None}
+    if "slopes" in facts:
+        constant = getattr(graph.module, str(arguments["slopes"].target))
+        torch.testing.assert_close(constant, torch.tensor(facts["slopes"]), rtol=1e-5, atol=1e-6)
+        arguments["slopes"] = facts["slopes"]
     for name, value in (absent | facts).items():
         assert arguments[name] == (pytest.approx(value) if isinstance(value, float) else value), name
     verify(graph, Level.CANONICAL)
@@ -126,11 +193,46 @@ def test_repeated_heads_are_seen_through() -> None:
     torch.testing.assert_close(run(graph, model, [9]), before, rtol=1e-5, atol=1e-5)
 
 
-def position_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def test_shared_heads_may_be_broadcast_by_the_product() -> None:
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = q.view(1, 2, 2, -1, 4), k[:, :, None], v[:, :, None]
+        scores = (q @ k.transpose(-1, -2)) * 0.5 + torch.full((q.shape[3], q.shape[3]), -1e9).triu(1)
+        return (scores.softmax(-1) @ v).view(1, 4, -1, 4)
+
+    model = attention_model(core, kv_heads=2)
+    graph = captured(model)
+    before = run(graph, model, [9])
+    MatchAttention().run(graph)
+    (node,) = graph.nodes(attention)
+    assert node.args[1].meta["val"].shape[2] == 2  # type: ignore[union-attr]
+    torch.testing.assert_close(run(graph, model, [9]), before, rtol=1e-5, atol=1e-5)
+
+
+def squared_distance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])[None]
-    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])[:, None, None]
-    bias = torch.where(distance >= 0, -slopes * distance, float("-inf"))
+    bias = torch.where(distance >= 0, -0.01 * distance**2, float("-inf"))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def mask_per_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    windows = torch.tensor([3, 4, 5, 6])[:, None, None]
+    distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])[None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(distance >= 0) & (distance < windows))
+
+
+def rectified_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.transpose(2, 3)).relu() + torch.full((q.shape[2], q.shape[2]), -1e9).triu(1)
+    return scores.softmax(-1) @ v
+
+
+def weights_changed_after_the_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.transpose(2, 3)) + torch.full((q.shape[2], q.shape[2]), -1e9).triu(1)
+    return scores.softmax(-1).square() @ v
+
+
+def neighbouring_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.transpose(2, 3)).flip(1) + torch.full((q.shape[2], q.shape[2]), -1e9).triu(1)
+    return scores.softmax(-1) @ v
 
 
 def every_other_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -144,14 +246,22 @@ def window_too_wide_to_try(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("core", "reason"),
-    [(position_bias, "position bias"), (every_other_key, "none of causal"), (window_too_wide_to_try, "100000")],
+    [
+        (squared_distance, "not linear in the distance"),
+        (mask_per_head, "differs between heads"),
+        (every_other_key, "none of causal"),
+        (window_too_wide_to_try, "100000"),
+        (rectified_scores, "changed between product and softmax"),
+        (neighbouring_scores, "changed between product and softmax"),
+        (weights_changed_after_the_softmax, "changed between softmax and values"),
+    ],
 )
 def test_a_mask_that_is_no_fact_is_refused_by_name(core: Core, reason: str) -> None:
     graph = captured(attention_model(core))
     report = MatchAttention().run(graph)
     assert (report.found, report.rewritten) == (1, 0)
     assert reason in report.refused[0] and "layer" in report.refused[0]
-    with pytest.raises(GraphLevelError, match=r"scaled_dot_product_attention.*layer"):
+    with pytest.raises(GraphLevelError, match="layer"):
         verify(graph, Level.CANONICAL)
 
 
@@ -170,14 +280,3 @@ def test_near_miss_value_dependent_mask_is_refused() -> None:
 
     report = MatchAttention().run(captured(attention_model(core)))
     assert report.rewritten == 0 and "depends on" in report.refused[0]
-
-
-def test_written_out_forms_with_a_scaled_query() -> None:
-    model = attention_model(written_out_scaled_query)
-    graph = captured(model)
-    before = run(graph, model, [9])
-    MatchAttention().run(graph)
-    (node,) = graph.nodes(attention)
-    arguments = attention.arguments(node.args, node.kwargs)
-    assert arguments["scale"] == pytest.approx(0.4) and arguments["softcap"] == pytest.approx(5.0)
-    torch.testing.assert_close(run(graph, model, [9]), before, rtol=1e-5, atol=1e-5)

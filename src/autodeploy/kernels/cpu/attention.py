@@ -38,6 +38,8 @@ def _supports(
     sliding_window: int | None,
     chunk_size: int | None,
     softcap: float | None,
+    slopes: Tensor | None,
+    distance_logits: Tensor | None,
     seq_lens: Tensor,
     page_table: Tensor,
     slot_mapping: Tensor,
@@ -50,6 +52,8 @@ def _supports(
             return f"{name} is {tensor.dtype}, not torch.int32"
     if slot_mapping.dtype != torch.int64:
         return f"slot_mapping is {slot_mapping.dtype}, not torch.int64"
+    if slopes is not None or distance_logits is not None:
+        return "scores with a bias by distance are not written in it yet"
     if query.shape[2] % key.shape[2]:
         return f"{query.shape[2]} query heads do not divide among {key.shape[2]} key-value heads"
     return why_refused(query, key, value, key_cache, value_cache)
@@ -67,6 +71,8 @@ def cached_attention_cpu(
     sliding_window: int | None,
     chunk_size: int | None,
     softcap: float | None,
+    slopes: Tensor | None,
+    distance_logits: Tensor | None,
     seq_lens: Tensor,
     page_table: Tensor,
     slot_mapping: Tensor,
@@ -79,7 +85,7 @@ def cached_attention_cpu(
         IndexError: slots, pages or lengths outside the cache; nothing outside it was read or written.
     """
     if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
-        facts = (sinks, scale, causal, sliding_window, chunk_size, softcap)
+        facts = (sinks, scale, causal, sliding_window, chunk_size, softcap, slopes, distance_logits)
         tables = (seq_lens, page_table, slot_mapping)
         whole: Tensor = cached_attention.reference(
             query, key, value, cu_seqlens, *facts, *tables, key_cache, value_cache

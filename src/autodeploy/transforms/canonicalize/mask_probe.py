@@ -1,74 +1,133 @@
-"""Recognise a mask that a model builds itself: evaluate its part of the graph at two lengths, compare with the facts.
+"""Recognise what a model does to attention scores by its numbers: run that part of the graph, compare with the facts.
 
-Whatever arithmetic made it, a mask that depends on positions alone is a function of the length; if it equals causal,
-sliding window or chunked visibility at two lengths, those facts replace it. Anything else is refused with the reason.
+Whatever arithmetic made a mask or a bias, one that depends on positions alone is a function of the length. If it equals
+causal, sliding window or chunked visibility at several lengths, plus a bias that is linear in the distance, those facts
+replace it. Anything else is refused with the reason.
 """
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.ops.attention import MaskFacts, visible_keys
+from autodeploy.transforms.canonicalize.evaluate import NotEvaluable, ancestors, evaluate
 
-_LENGTHS = (37, 52)
+LENGTHS = (37, 52)
 """two lengths without a common divisor, so that a window or chunk that fits one by chance does not fit the other"""
 _LONGEST = 6000
 """longest sequence a mask is evaluated for, in tokens; its matrix has the square of that"""
+HIDDEN = -9e3
+"""a score that has lost this much is as good as hidden; models write -1e4, the smallest number, or -inf"""
 
 
 class MaskRefused(Exception):
     """The mask is not one of the facts; the message says why."""
 
 
-def probe_mask(graph: ModelGraph, mask: fx.Node) -> MaskFacts:
-    """The facts of a mask node, bool (True = visible) or additive float.
+@dataclass(frozen=True)
+class BiasFacts:
+    """What a model adds to the scores: visibility, and what each head loses per token of distance (float32 `[N]`)."""
+
+    mask: MaskFacts
+    slopes: Tensor | None = None
+
+
+def probe_mask(graph: ModelGraph, mask: fx.Node) -> BiasFacts:
+    """The facts of a mask node `[..., T, T]`, bool (True = visible) or additive float.
 
     Raises:
-        MaskRefused: it depends on token values or weights, differs between heads, or is no known shape.
+        MaskRefused: it depends on token values or weights, or is no known shape.
     """
-    lengths = [*_LENGTHS, *_beyond_constants(graph, mask)]
-    visible = [_visible(_evaluate(graph, mask, length), length) for length in lengths]
-    window = int(visible[-1][-1].sum())
+
+    def bias(length: int) -> Tensor:
+        value = _matrix(_run(graph, mask, length), length)
+        return torch.zeros(value.shape).masked_fill(~value, -torch.inf) if value.dtype == torch.bool else value
+
+    return classify(graph, bias, [mask])
+
+
+def classify(graph: ModelGraph, bias: Callable[[int], Tensor], masks: Iterable[fx.Node]) -> BiasFacts:
+    """The facts of `bias(length)`, `[heads or 1, length, length]`, to which the graph's nodes `masks` contribute.
+
+    Raises:
+        MaskRefused: it is not one of the known shapes.
+    """
+    masks = list(masks)
+    biases = {length: bias(length) for length in LENGTHS}
+    visible = {length: _visible(value) for length, value in biases.items()}
+    for length in _beyond_constants(graph, masks):
+        visible[length] = _joint_visibility(graph, masks, length)
+    longest = visible[max(visible)]
+    window = int(longest[-1].sum())
     for facts in (
         MaskFacts(causal=True),
         MaskFacts(),
         MaskFacts(causal=True, sliding_window=window),
-        MaskFacts(causal=True, chunk_size=_chunk(visible[-1])),
+        MaskFacts(causal=True, chunk_size=_chunk(longest)),
     ):
-        if all(torch.equal(seen, _expected(facts, length)) for seen, length in zip(visible, lengths, strict=True)):
-            return facts
+        if all(torch.equal(seen, _expected(facts, length)) for length, seen in visible.items()):
+            return BiasFacts(facts, _slopes(biases, visible))
     raise MaskRefused("its mask is none of causal, bidirectional, sliding window or chunked")
 
 
-def _beyond_constants(graph: ModelGraph, mask: fx.Node) -> list[int]:
-    """A length past every number in the mask's arithmetic, where a wide window shows; none if all are small."""
-    numbers = {number for node in _ancestors(mask) for number in _integers(node.args)}
-    largest = max((number for number in numbers if _LENGTHS[1] <= number < 2**31), default=None)
+def _slopes(biases: dict[int, Tensor], visible: dict[int, Tensor]) -> Tensor | None:
+    """What each head loses per token of distance; None when no visible score is biased.
+
+    Softmax does not see what is added to all scores of a query, so a bias counts relative to the query's own position.
+    """
+    slopes: Tensor | None = None
+    for length, bias in biases.items():
+        relative = (bias - bias.diagonal(dim1=1, dim2=2)[..., None]).masked_fill(~visible[length], 0.0)
+        if not bool(relative.any()):
+            return None
+        if slopes is None:
+            slopes = -relative[:, 1, 0]
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        expected = (-slopes[:, None, None] * distance).masked_fill(~visible[length], 0.0)
+        if not torch.allclose(relative, expected, rtol=1e-4, atol=1e-4):
+            raise MaskRefused("its mask adds a position bias that is not linear in the distance")
+    return slopes
+
+
+def _beyond_constants(graph: ModelGraph, masks: list[fx.Node]) -> list[int]:
+    """A length past every number in the masks' arithmetic, where a wide window shows; none if all are small."""
+    nodes = {node for mask in masks for node in ancestors(mask)}
+    numbers = {number for node in nodes for number in _integers(node.args)}
+    for node in nodes:
+        constant = getattr(graph.module, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(constant, Tensor) and constant.dim() >= 2:
+            numbers.update(constant.shape)  # a window may be written into a table
+    largest = max((number for number in numbers if LENGTHS[1] <= number < 2**31), default=None)
     if largest is None:
         return []
     if largest > _LONGEST:
         raise MaskRefused(f"its mask depends on the number {largest}, too large to evaluate what it does")
-    length = largest + _LENGTHS[0]
+    length = largest + LENGTHS[0]
     return [length if graph.max_length is None else min(length, graph.max_length)]
+
+
+def _joint_visibility(graph: ModelGraph, masks: list[fx.Node], length: int) -> Tensor:
+    """What all masks together leave visible: what they treat like a query's own position, or do not push far down."""
+    seen = torch.ones(length, length, dtype=torch.bool)
+    for mask in masks:
+        value = _run(graph, mask, length)
+        if value.dim() < 2 or value.shape[-2:] != (length, length):
+            continue
+        value = _matrix(value, length)
+        is_own = value == value[..., :1, :1]
+        others = value[~is_own]
+        two_valued = value.dtype == torch.bool or bool((others == others[:1]).all())
+        seen &= (is_own if two_valued else value > HIDDEN).all(0)
+    return seen
 
 
 def _integers(value: object) -> list[int]:
     if isinstance(value, list | tuple):
         return [number for part in value for number in _integers(part)]
     return [value] if isinstance(value, int) and not isinstance(value, bool) else []
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    """The node and all it is computed from."""
-    found, pending = {node}, [node]
-    while pending:
-        for parent in pending.pop().all_input_nodes:
-            if parent not in found:
-                found.add(parent)
-                pending.append(parent)
-    return found
 
 
 def _expected(facts: MaskFacts, length: int) -> Tensor:
@@ -82,55 +141,25 @@ def _chunk(visible: Tensor) -> int:
     return int(hidden[0]) if hidden.numel() else visible.shape[0]
 
 
-def _visible(mask: Tensor, length: int) -> Tensor:
-    mask = mask.reshape(-1, *mask.shape[-2:]) if mask.dim() > 2 else mask[None]
-    mask = mask.expand(mask.shape[0], length, length)
-    if not bool((mask == mask[:1]).all()):
-        raise MaskRefused("its mask differs between heads (a position bias), which no fact expresses yet")
-    mask = mask[0]
-    if mask.dtype == torch.bool:
-        return mask
-    seen, hidden = mask == 0, mask <= -1e4
-    if not bool((seen | hidden).all()):
-        raise MaskRefused("its additive mask holds values other than 0 and -inf (a position bias)")
-    return seen
+def _visible(bias: Tensor) -> Tensor:
+    seen = bias > HIDDEN
+    if not bool((seen == seen[:1]).all()):
+        raise MaskRefused("its mask differs between heads")
+    return seen[0]
 
 
-def _evaluate(graph: ModelGraph, target: fx.Node, length: int) -> Tensor:
-    """The value of a node for one sequence of this length, from inputs and constants alone."""
-    inputs: dict[str, Any] = {
-        "input_ids": torch.zeros(1, length, dtype=torch.int64),
-        "position_ids": torch.arange(length)[None],
-        "cu_seqlens": torch.tensor([0, length], dtype=torch.int32),
-    }
-    values: dict[fx.Node, Any] = {}
-
-    def value_of(node: fx.Node) -> Any:
-        if node not in values:
-            values[node] = compute(node)
-        return values[node]
-
-    def compute(node: fx.Node) -> Any:
-        if node.op == "placeholder":
-            if node.target == "input_ids" and not _only_its_size(node, target):
-                raise MaskRefused("its mask depends on the token ids")
-            return inputs[str(node.target)]
-        if node.op == "get_attr":
-            if str(node.target) in graph.weights:
-                raise MaskRefused("its mask depends on a weight")
-            return getattr(graph.module, str(node.target))
-        args = fx.map_arg(node.args, value_of)
-        kwargs = fx.map_arg(node.kwargs, value_of)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
-
-    result = value_of(target)
-    if not isinstance(result, Tensor) or result.dim() < 2:
+def _run(graph: ModelGraph, mask: fx.Node, length: int) -> Tensor:
+    try:
+        value = evaluate(graph, mask, length)
+    except NotEvaluable as error:
+        raise MaskRefused(f"its mask {error}") from error
+    if not isinstance(value, Tensor):
         raise MaskRefused("its mask is no matrix of queries by keys")
-    return result
+    return value
 
 
-def _only_its_size(node: fx.Node, target: fx.Node) -> bool:
-    """Among the ancestors of `target`, the node is used for its size only."""
-    ancestors = _ancestors(target)
-    return all(user.target == torch.ops.aten.sym_size.int for user in node.users if user in ancestors)
+def _matrix(mask: Tensor, length: int) -> Tensor:
+    if mask.dim() < 2:
+        raise MaskRefused("its mask is no matrix of queries by keys")
+    mask = mask.reshape(-1, *mask.shape[-2:]) if mask.dim() > 2 else mask[None]
+    return mask.expand(mask.shape[0], length, length)
