@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from autodeploy.compile.program import Program
-from autodeploy.debug.packed_run import fresh_states, packed_batch, run_packed
+from autodeploy.debug.packed_run import Span, fresh_states, run_packed, step_batch
 from autodeploy.errors import TokenMixingError
 from autodeploy.graph.model_graph import ModelGraph, module_path, source_line
 
@@ -82,7 +82,9 @@ def _first_difference(graph: ModelGraph, program: Program, rows: list[Tensor], t
     """The first node whose rows of the second sequence differ between packed and alone."""
     recorders = []
     for case in (rows, rows[1:]):
-        values = packed_batch(program, case) | fresh_states(program, case)
+        spans = [Span(index, 0, len(row)) for index, row in enumerate(case)]
+        values = step_batch(program.states, case, spans, program.device)
+        values |= fresh_states(program.states, case, program.device)
         recorder = _Recorder(graph.module)
         recorder.run(*[values[str(node.target)] for node in graph.inputs()])
         recorders.append(recorder.values)

@@ -1,12 +1,29 @@
-"""One step by hand: a program and some sequences go in, all their logits come out, without a scheduler."""
+"""Steps by hand: a program or state specs and some sequences go in; batches, states and logits come out.
+
+No scheduler takes part: which tokens a step takes is said outright, as spans of the sequences.
+"""
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from autodeploy.compile.program import Program
-from autodeploy.ops.state import PagedState
+from autodeploy.ops.state import PagedState, StateSpec
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens `start:end` of one sequence, by its index."""
+
+    sequence: int
+    start: int
+    end: int
+
+
+Step = list[Span]
 
 
 def run_packed(program: Program, rows: list[Tensor], first: Tensor | None = None) -> Tensor:
@@ -16,45 +33,66 @@ def run_packed(program: Program, rows: list[Tensor], first: Tensor | None = None
         rows: token ids `[length]` of each sequence.
         first: leading tokens of the only sequence that an earlier step takes; the result covers the rest.
     """
-    states = fresh_states(program, rows)
-    if first is not None:
-        program.run(packed_batch(program, [first], page_size=len(rows[0])), states)
+    states = fresh_states(program.states, rows, program.device)
     computed = 0 if first is None else len(first)
-    return program.run(packed_batch(program, rows, computed), states).float().cpu()
+    if first is not None:
+        program.run(step_batch(program.states, rows, [Span(0, 0, computed)], program.device), states)
+    spans = [Span(index, computed, len(row)) for index, row in enumerate(rows)]
+    return program.run(step_batch(program.states, rows, spans, program.device), states).float().cpu()
 
 
-def packed_batch(
-    program: Program, rows: list[Tensor], computed: int = 0, page_size: int | None = None
+def step_batch(
+    states: Sequence[StateSpec],
+    rows: list[Tensor],
+    step: Step,
+    device: torch.device,
+    page_size: int | None = None,
 ) -> dict[str, Tensor]:
-    """Batch inputs for sequences of which `computed` tokens are done; sequence s has page and slot s + 1."""
-    page_size = page_size or max(len(row) for row in rows)
-    lengths = [len(row) - computed for row in rows]
-    positions = [torch.arange(computed, len(row)) for row in rows]
-    pages = torch.arange(1, len(rows) + 1, dtype=torch.int32)
-    slots = torch.cat([(s + 1) * page_size + position for s, position in enumerate(positions)])
+    """Batch inputs of a step that takes these spans, logits wanted for each of its tokens.
+
+    Sequence s has slot s + 1 and as many consecutive pages as the longest sequence needs.
+
+    Args:
+        states: the specs whose page tables are wanted.
+        page_size: tokens per page; default: one page holds the longest sequence.
+    """
+    page_size = page_size or max(map(len, rows))
+    width = _pages_per_sequence(rows, page_size)
+    first_pages = [1 + span.sequence * width for span in step]
+    pages = torch.tensor([list(range(first, first + width)) for first in first_pages], dtype=torch.int32)
+    positions = [torch.arange(span.start, span.end) for span in step]
+    slots = [first * page_size + position for first, position in zip(first_pages, positions, strict=True)]
+    lengths = [span.end - span.start for span in step]
     batch: dict[str, Tensor] = {
-        "input_ids": torch.cat([row[computed:] for row in rows])[None],
+        "input_ids": torch.cat([rows[span.sequence][span.start : span.end] for span in step])[None],
         "position_ids": torch.cat(positions)[None],
         "cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
-        "seq_lens": torch.tensor([len(row) for row in rows], dtype=torch.int32),
+        "seq_lens": torch.tensor([span.end for span in step], dtype=torch.int32),
         "logits_indices": torch.arange(sum(lengths)),
-        "state_slots": pages,
+        "state_slots": torch.tensor([span.sequence + 1 for span in step], dtype=torch.int32),
     }
-    for spec in program.states:
+    for spec in states:
         if isinstance(spec, PagedState):
-            batch |= {f"page_table_{spec.group}": pages[:, None], f"slot_mapping_{spec.group}": slots}
-    return {name: value.to(program.device) for name, value in batch.items()}
+            batch |= {f"page_table_{spec.group}": pages, f"slot_mapping_{spec.group}": torch.cat(slots)}
+    return {name: value.to(device) for name, value in batch.items()}
 
 
-def fresh_states(program: Program, rows: list[Tensor]) -> dict[str, Tensor]:
-    """Zeroed states for these sequences: one page as long as the longest and one slot each, and scratch."""
-    count, page_size = len(rows) + 1, max(len(row) for row in rows)
+def fresh_states(
+    states: Sequence[StateSpec], rows: list[Tensor], device: torch.device, page_size: int | None = None
+) -> dict[str, Tensor]:
+    """Zeroed states for these sequences: the pages and the slot that `step_batch` gives each, and scratch."""
+    page_size = page_size or max(map(len, rows))
+    pages = 1 + len(rows) * _pages_per_sequence(rows, page_size)
     return {
         spec.name: torch.zeros(
-            *((count, page_size) if isinstance(spec, PagedState) else (count,)),
+            *((pages, page_size) if isinstance(spec, PagedState) else (1 + len(rows),)),
             *spec.shape,
             dtype=spec.dtype,
-            device=program.device,
+            device=device,
         )
-        for spec in program.states
+        for spec in states
     }
+
+
+def _pages_per_sequence(rows: list[Tensor], page_size: int) -> int:
+    return -(-max(map(len, rows)) // page_size)
