@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from autodeploy.config import ModelOptions
+from autodeploy.debug.shrink import shrink, tiny_model
 from autodeploy.errors import ConfigError
 from autodeploy.models.instantiate import instantiate
 from autodeploy.models.resolve import resolve_model
@@ -47,14 +48,16 @@ def tiny_clone(model: str | nn.Module, options: ModelOptions) -> Clone:
     Raises:
         ConfigError: a module without floating-point parameters. As `resolve_model` for a name.
     """
+    exact: nn.Module
     if isinstance(model, str):
         resolved = resolve_model(model, dataclasses.replace(options, load_format="dummy"))
-        exact, name = _shrunken(resolved.config), resolved.name
+        exact, name = tiny_model(shrink(resolved.config)), resolved.name
+    elif (
+        isinstance(model, PreTrainedModel) and sum(parameter.numel() for parameter in model.parameters()) > SMALL_NUMEL
+    ):
+        exact, name = tiny_model(shrink(model.config)), type(model).__name__
     else:
-        name = type(model).__name__
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        is_large = isinstance(model, PreTrainedModel) and num_parameters > SMALL_NUMEL
-        exact = _shrunken(model.config) if is_large else copy.deepcopy(model)
+        exact, name = copy.deepcopy(model), type(model).__name__
     if not any(parameter.is_floating_point() for parameter in exact.parameters()):
         raise ConfigError(f"{name} has no floating-point parameters; a language model has some")
     exact = exact.float().eval().requires_grad_(False)
@@ -72,12 +75,6 @@ def tiny_clone(model: str | nn.Module, options: ModelOptions) -> Clone:
             "dtype": str(dtype).removeprefix("torch."),
         },
     )
-
-
-def _shrunken(config: PreTrainedConfig) -> nn.Module:
-    from autodeploy.debug.shrink import shrink, tiny_model
-
-    return tiny_model(shrink(config))
 
 
 def _vocab_size(module: nn.Module) -> int | None:

@@ -4,6 +4,7 @@ A transform keeps the nodes it does not touch, by name. The first untouched node
 reads, directly or through nodes that the transform made, what the transform got wrong.
 """
 
+import operator
 from collections.abc import Collection
 
 from torch import fx
@@ -24,7 +25,7 @@ def first_difference(graph: ModelGraph, found: GraphRun, expected: GraphRun, tol
         if mine is None or other is None or mine.shape != other.shape:
             continue
         if relative_error(mine, other) > threshold:
-            return node
+            return node.all_input_nodes[0] if node.target is operator.getitem else node
     return nodes[-1]
 
 

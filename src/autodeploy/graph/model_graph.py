@@ -172,8 +172,8 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """Where in the model's source a node comes from: `file:line code` of its innermost frame outside torch itself."""
+    """Where in the model's source a node comes from: `file:line code`, its innermost frame outside torch and hooks."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
     frames = [" ".join(lines[i : i + 2]) for i, line in enumerate(lines) if line.startswith("File ")]
-    own = [frame for frame in frames if "/torch/" not in frame]
+    own = [frame for frame in frames if "/torch/" not in frame and "/autodeploy/capture/" not in frame]
     return (own or frames or ["unknown source"])[-1]
