@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 
 from autodeploy import cli, config
+from autodeploy.debug.check_report import FAILED, PASSED, CheckReport, CheckRow
 from autodeploy.errors import ConfigError, ModelNotFoundError
 from autodeploy.graph.report import BuildReport, TransformReport
 from autodeploy.outputs import OutputCollector, RequestOutput
@@ -95,7 +96,7 @@ def test_help_is_instant_and_loads_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - start < 10.0  # a quarter of a second on an idle machine
-    for command in ("generate", "chat", "serve", "bench", "inspect"):
+    for command in ("generate", "chat", "serve", "bench", "check", "inspect"):
         assert command in done.stdout
 
 
@@ -284,3 +285,23 @@ def test_options_and_flags_have_the_same_names() -> None:
     with pytest.raises(ConfigError, match="memory_fraction"):
         cli._options(cli.ModelFlags(memory_fraction=3.0), None)
     assert json.loads("{}") == dict(config.Options().model.model_kwargs)
+
+
+@pytest.mark.parametrize("verdict", [PASSED, FAILED])
+def test_check_prints_its_table_and_tells_by_its_status(
+    verdict: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def check(model: str, options: config.Options, progress: Any) -> CheckReport:
+        progress("capture")
+        seen.append((model, options.model.dtype, options.compile.compile_backend))
+        return CheckReport([CheckRow(stage="fuse", name="fuse_qkv", verdict=verdict, note="why and where")])
+
+    monkeypatch.setattr("autodeploy.debug.check.check", check)
+    status = run_cli("check", "m", "--dtype", "bfloat16", "--compile-backend", "torch-compile")
+    assert status == (0 if verdict == PASSED else 1)
+    assert seen == [("m", "bfloat16", "torch-compile")]
+    captured = capsys.readouterr()
+    assert "fuse_qkv" in captured.out and verdict in captured.out and "why and where" in captured.out
+    assert "capture" in captured.err

@@ -22,6 +22,8 @@ _HOMES = {
     "RequestOutput": "autodeploy.outputs",
     "CompletionOutput": "autodeploy.outputs",
     "build": "autodeploy.build",
+    "check": "autodeploy.debug.check",
+    "CheckReport": "autodeploy.debug.check_report",
     "Program": "autodeploy.compile.program",
     "BuildReport": "autodeploy.graph.report",
     "Options": "autodeploy.config",

@@ -14,6 +14,8 @@ from autodeploy.config import (
 from autodeploy.config import (
     Options as Options,
 )
+from autodeploy.debug.check import check as check
+from autodeploy.debug.check_report import CheckReport as CheckReport
 from autodeploy.errors import (
     AutoDeployError as AutoDeployError,
 )

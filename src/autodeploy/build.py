@@ -244,7 +244,7 @@ def _finish(
         states=len(graph.states),
     )
     with clock.stage("compile", f"compiling ({backend})"):
-        function = _compile(graph, backend)
+        function = compile_graph(graph, backend)
     state_names = tuple(spec.name for spec in graph.states)
     batch_inputs = tuple(str(node.target) for node in graph.inputs() if str(node.target) not in state_names)
     program = Program(
@@ -290,7 +290,8 @@ def _lookup_bytes(graph: ModelGraph) -> int:
     return sum(weight_bytes(graph.weights[name]) for name in tables if name in graph.weights)
 
 
-def _compile(graph: ModelGraph, backend: str) -> GraphFunction:
+def compile_graph(graph: ModelGraph, backend: str) -> GraphFunction:
+    """A function of a lowered graph's inputs in order, by a backend's name; the graph holds its weights."""
     if backend == "torch-simple":
         return compile_eager(graph)
     # Importing Inductor takes a second that others need not pay.

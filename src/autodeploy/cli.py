@@ -224,6 +224,25 @@ def inspect(model: str, *, graph: str | None = None, config: ConfigFile = None, 
     print_report(program.report, Console(highlight=False))
 
 
+@app.command
+def check(model: str, *, config: ConfigFile = None, flags: Flags = NO_FLAGS) -> int:
+    """Compare every step of a build with the model's own code, on a tiny clone; exit status 1 if one is wrong.
+
+    Args:
+        model: a checkpoint folder, a GGUF file, or a hub id; only its config is read.
+        config: YAML file with options by the same names; flags go before it.
+    """
+    options = _options(flags, config)
+    with _progress(quiet=False) as report_step:
+        report_step("loading libraries")
+        from autodeploy.debug.check import check as check_model
+        from autodeploy.debug.check_table import print_check
+
+        report = check_model(_local_model(model), options, progress=report_step)
+    print_check(report, Console(highlight=False))
+    return 0 if report.passed else 1
+
+
 @bench.command
 def latency(
     model: str,
@@ -293,7 +312,7 @@ def throughput(
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status. One clear line for an error of our own, unless debugging."""
     try:
-        app(arguments, result_action="return_value")
+        status = app(arguments, result_action="return_value")
     except AutoDeployError as error:
         if env.is_debugging():
             raise
@@ -304,7 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
+    return status if isinstance(status, int) else 0
 
 
 def print_report(report: Any, console: Console) -> None:

@@ -1,5 +1,11 @@
-"""Looking inside: checks of a finished program, and graphs as text at any level.
+"""Looking inside: checks of models and programs, and graphs as text at any level.
 
-isolation.py  packed sequences must give what each gives alone
-inspect.py    the graph of a model at any level
+check.py             every step of a build against the model's own code, on a tiny clone (clone.py)
+shrink.py            the tiny config and the random model of it (shrink_layers.py, shrink_sizes.py)
+isolation.py         packed sequences must give what each gives alone
+inspect.py           the graph of a model at any level
+graph_run.py         a graph at any level, run with its weights, every node's value kept
+packed_run.py        single steps by hand, without a scheduler
+compare.py first_difference.py    how far two results are apart, and where they part
+check_report.py check_table.py    what a check found, as data and as a table
 """

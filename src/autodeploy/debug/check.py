@@ -62,9 +62,20 @@ def check(model: str | nn.Module, options: Options | None = None, *, progress: P
     progress("making a tiny clone")
     clone = tiny_clone(model, options.model)
     report = CheckReport(facts=dict(clone.facts))
-    with contextlib.suppress(_Stopped):
+    with _one_thread(), contextlib.suppress(_Stopped):
         _Check(clone, options, report, progress).run()
     return report
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors of a tiny model are not worth a second thread, which costs much where other processes compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Stopped(Exception):
@@ -197,8 +208,8 @@ class _Check:
         node = first_difference(self.graph, found, self.before, tolerance)
         made = new_inputs(node, self.known)
         changed = [self.made_by[other.name] for other in (node, *made)]
-        by = f"; last changed by {changed[-1]}" if changed[-1] != "capture" else ""
-        return f"first seen at {describe(node, made)}{by}"
+        by = "as the model wrote it" if changed[-1] == "capture" else f"last changed by {changed[-1]}"
+        return f"first seen at {describe(node, made)}; {by}"
 
     def _track(self, transform: str) -> None:
         """Note which nodes a transform made or changed."""

@@ -11,18 +11,17 @@ COLOURS = {PASSED: "green", INCONCLUSIVE: "yellow", FAILED: "bold red"}
 
 def print_check(report: CheckReport, console: Console) -> None:
     """Print a report; every line that did not pass is explained below the table."""
-    facts = ", ".join(f"{name} {value}" for name, value in report.facts.items())
-    table = Table(title=facts, title_justify="left", title_style="dim", row_styles=None)
-    for column in ("stage", "transform"):
-        table.add_column(column)
-    for column in ("expected", "found", "rewritten", "refused", "error", "at most"):
-        table.add_column(column, justify="right")
-    table.add_column("verdict")
+    console.print(", ".join(f"{name} {value}" for name, value in report.facts.items()), markup=False)
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    table.add_column("transform", no_wrap=True)
+    for column in ("expected", "found", "rewrote", "refused", "error", "limit"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
     previous = ""
     for row in report.rows:
-        if previous and row.stage != previous:
-            table.add_section()
-        table.add_row(row.stage if row.stage != previous else "", *_cells(row))
+        if row.stage != previous:
+            table.add_row(Text(row.stage, style="dim italic"))
+        table.add_row(*_cells(row))
         previous = row.stage
     console.print(table)
     for row in report.rows:
@@ -40,9 +39,13 @@ def _cells(row: CheckRow) -> list[str | Text]:
         entry = row.transform
         expected = "" if entry.expected is None else str(entry.expected)
         counts = [expected, str(entry.found), str(entry.rewritten), str(len(entry.refused))]
-    error = "" if row.error is None else f"{row.error:.1e}"
-    tolerance = "" if row.tolerance is None else f"{row.tolerance:.0e}"
-    return [row.name, *counts, error, tolerance, Text(row.verdict, style=COLOURS[row.verdict])]
+    error = "" if row.error is None else _short(row.error)
+    tolerance = "" if row.tolerance is None else _short(row.tolerance)
+    return [f"  {row.name}", *counts, error, tolerance, Text(row.verdict, style=COLOURS[row.verdict])]
+
+
+def _short(value: float) -> str:
+    return f"{value:.0e}" if value else "0"
 
 
 def _summary(report: CheckReport) -> Text:

@@ -7,9 +7,11 @@ it left the others. Timing, clean-up, dumping and strictness live here; a subcla
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import final
+from typing import ClassVar, final
+
+import torch
 
 from autodeploy.errors import AutoDeployError, GraphLevelError, TransformError
 from autodeploy.graph.levels import Level
@@ -37,6 +39,13 @@ class Transform(ABC):
     """
 
     enabled: bool = True
+
+    tolerance: ClassVar[Mapping[torch.dtype, float]] = {
+        torch.float32: 2e-5,
+        torch.bfloat16: 8e-2,
+        torch.float16: 2e-2,
+    }
+    """How far logits may move, as a share of the largest: sums in another order. `check` holds a transform to it."""
 
     @classmethod
     def name(cls) -> str:
