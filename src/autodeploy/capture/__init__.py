@@ -4,4 +4,5 @@ export.py  trace a model over one packed row of tokens, no weight materialised
 hooks.py   Hugging Face's own interfaces (attention, masks, cache) -> captured ops, and what was seen on the way
 experts.py Hugging Face's experts interface -> canonical ops over stacked weights
 probe.py   norms and rotary functions recognised by their numbers -> canonical ops
+mixers.py  convolutions, scans and delta rules recognised by their numbers -> canonical ops
 """

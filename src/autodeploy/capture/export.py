@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache
 
 from autodeploy.capture.experts import experts_hooked
 from autodeploy.capture.hooks import Hooks, MarkerCache, packed_row
+from autodeploy.capture.mixers import mixers_recognised
 from autodeploy.capture.probe import probed
 from autodeploy.checkpoint.recipe import Recipe, Source
 from autodeploy.errors import AutoDeployError, CaptureError
@@ -94,6 +95,7 @@ def capture(model: nn.Module, *, name: str = "text") -> ModelGraph:
         _fake_parameters(model, fake_mode),
         hooks.installed(model),
         probed(model),
+        mixers_recognised(model),
         _quiet(),
     ):
         try:

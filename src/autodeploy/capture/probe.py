@@ -49,10 +49,10 @@ def probed(model: nn.Module) -> Iterator[int]:
             if found is not None:
                 norms += 1
                 stack.enter_context(_forward(module, _norm_forward(module, found)))
-        for namespace in {id(vars(m)): vars(m) for m in _modeling_modules(model)}.values():
+        for namespace in {id(vars(m)): vars(m) for m in modeling_modules(model)}.values():
             function = namespace.get(ROTARY_FUNCTION)
             if function is not None and probe_rotary(function):
-                stack.enter_context(_replaced(namespace, ROTARY_FUNCTION, _rotary(function)))
+                stack.enter_context(replaced(namespace, ROTARY_FUNCTION, _rotary(function)))
         yield norms
 
 
@@ -160,7 +160,8 @@ def _rotary(original: Callable[..., Any]) -> Callable[..., Any]:
     return rotate
 
 
-def _modeling_modules(model: nn.Module) -> list[Any]:
+def modeling_modules(model: nn.Module) -> list[Any]:
+    """The Python modules that define a model's classes."""
     names = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
     return [sys.modules[name] for name in sorted(names) if name in sys.modules]
 
@@ -175,7 +176,8 @@ def _forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replaced(namespace: dict[str, Any], name: str, value: object) -> Iterator[None]:
+def replaced(namespace: dict[str, Any], name: str, value: object) -> Iterator[None]:
+    """While open, a name in a namespace means something else."""
     before = namespace[name]
     namespace[name] = value
     try:

@@ -9,7 +9,7 @@ from autodeploy.errors import GraphLevelError
 from autodeploy.graph.levels import Level
 from autodeploy.graph.model_graph import ModelGraph, module_path, source_line
 from autodeploy.ops.batch_inputs import lookup
-from autodeploy.ops.captured import captured_attention, captured_mask
+from autodeploy.ops.captured import captured_attention, captured_mask, captured_state
 from autodeploy.ops.op import find_op
 
 aten = torch.ops.aten
@@ -72,6 +72,8 @@ def _canonical_faults(graph: ModelGraph, level: Level) -> Iterator[str]:
     for op in (captured_attention, captured_mask):
         for node in graph.nodes(op):
             yield f"an attention call was left as it was captured: {_describe(node)}"
+    for node in graph.nodes(captured_state):
+        yield f"the state after the last token is read by the model itself: {_describe(node)}"
     num_tokens = token_symbol(graph)
     others = [node for node in graph.graph.nodes if node.op == "call_function" and find_op(node.target) is None]
     for node in others:

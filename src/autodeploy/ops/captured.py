@@ -94,3 +94,12 @@ def _masked_attention(
     else:
         weights = torch.softmax(scores, dim=-1)
     return torch.einsum("bnqk,bknv->bqnv", weights.to(value.dtype), value)
+
+
+@op(fake=lambda x, shape: x.new_empty(shape, dtype=torch.float32))
+def captured_state(x: Tensor, shape: list[int]) -> Tensor:
+    """The state after the last token, `[1, ...]`, of a mixer that returns it: a model hands it to its cache.
+
+    The mixer's cached twin keeps the state itself, so that nothing may read this one.
+    """
+    raise RuntimeError("a graph reads the final state of a token mixer; verify() refuses such a graph")
