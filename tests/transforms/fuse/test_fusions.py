@@ -87,6 +87,19 @@ def test_gate_up_becomes_one_product(activation: object, swapped: bool) -> None:
     torch.testing.assert_close(run(graph, model), before, rtol=1e-5, atol=1e-6)
 
 
+def test_gate_up_with_the_up_projection_first() -> None:
+    def body(self: nn.Module, x: Tensor) -> Tensor:
+        up = self.up(x)
+        return x + self.down(up * F.silu(self.gate(x)))
+
+    model = _mlp(F.silu)
+    model.body = body
+    graph = _canonical(model)
+    before = run(graph, model)
+    assert FuseGateUp().run(graph).rewritten == 1
+    torch.testing.assert_close(run(graph, model), before, rtol=1e-5, atol=1e-6)
+
+
 def test_gate_up_of_a_weight_stored_as_one() -> None:
     def body(self: nn.Module, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)

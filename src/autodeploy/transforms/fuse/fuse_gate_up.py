@@ -44,10 +44,7 @@ class FuseGateUp(Transform):
                 if reason is not None or gate.meta["val"].shape[-1] != up.meta["val"].shape[-1]:
                     refused.append(f"gated MLP in {module_path(node) or '(top)'}: {reason or 'widths differ'}")
                     continue
-                first, second = sorted((gate, up))
                 gate_up = fuse_linears(graph, [gate, up], f"{gate.args[1]}_up")
-                if second is gate:  # the fused product stands where the gate stood; its input is there already
-                    first.append(gate_up)
             node.replace_all_uses_with(graph.call(gated_activation, gate_up, activation, before=node))
         return TransformResult(found=found, rewritten=found - len(refused), expected=found, refused=tuple(refused))
 
