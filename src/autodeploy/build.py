@@ -215,7 +215,7 @@ def _capture(module: nn.Module, clock: _Clock) -> ModelGraph:
 
         graph = capture(module)
         verify(graph, Level.CAPTURED)
-        clock.report.facts["captured_nodes"] = len(graph.graph.nodes)
+        clock.report.facts.update(captured_nodes=len(graph.graph.nodes), layers=graph.repetition)
     return graph
 
 

@@ -9,6 +9,7 @@ checkpoint become constants of the graph.
 import contextlib
 import inspect
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
@@ -27,6 +28,8 @@ from autodeploy.capture.experts import experts_hooked
 from autodeploy.capture.hooks import Hooks, MarkerCache, packed_row
 from autodeploy.capture.mixers import mixers_recognised
 from autodeploy.capture.probe import probed
+from autodeploy.capture.repeated_layers import NotAlike, RepeatedLayers
+from autodeploy.capture.write_out import require_closed, write_out
 from autodeploy.checkpoint.recipe import Recipe, Source
 from autodeploy.errors import AutoDeployError, CaptureError
 from autodeploy.graph.model_graph import ModelGraph
@@ -41,12 +44,15 @@ _DYNAMIC = ({1: Dim.AUTO}, {1: Dim.AUTO}, {0: Dim.AUTO})
 class _PackedRow(nn.Module):
     """The function that is traced: a model as a map from one packed row to logits."""
 
-    def __init__(self, model: nn.Module, hooks: Hooks):
+    def __init__(self, model: nn.Module, hooks: Hooks, layers: RepeatedLayers | None):
         super().__init__()
-        self.model, self.hooks = model, hooks
+        self.model, self.hooks, self.layers = model, hooks, layers
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        torch._check(input_ids.shape[1] == position_ids.shape[1])  # one symbol for T, from the first node on
         self.hooks.cu_seqlens, self.hooks.position_ids = cu_seqlens, position_ids
+        if self.layers is not None:
+            self.layers.begin()
         parameters = inspect.signature(self.model.forward).parameters
         kwargs: dict[str, Any] = {}
         if "position_ids" in parameters:
@@ -77,25 +83,41 @@ def _cache_parameter(parameters: Mapping[str, inspect.Parameter]) -> str | None:
     return None
 
 
-def capture(model: nn.Module, *, name: str = "text") -> ModelGraph:
+def capture(model: nn.Module, *, name: str = "text", repeat_layers: bool = True) -> ModelGraph:
     """Trace a model into a graph at level CAPTURED.
 
     Args:
         model: maps token ids `[1, T]` to logits `[1, T, V]`, with `position_ids` as keyword if it takes any. Left as
             it was found.
         name: the graph's name in its program.
+        repeat_layers: trace layers that are alike a few times only; the graph is the same.
     Raises:
         CaptureError: torch.export could not trace it; the message names the module and the line.
     """
+    if not repeat_layers:
+        return _capture(model, name, None)
+    layers = RepeatedLayers(model)
+    try:
+        graph = _capture(model, name, layers)
+        graph.repetition = layers.summary()
+    except Exception as reason:  # an error is raised again by the full trace, which names its place in the model
+        graph = _capture(model, name, None)
+        graph.repetition = f"every layer was traced: {reason}"
+    return graph
+
+
+def _capture(model: nn.Module, name: str, layers: RepeatedLayers | None) -> ModelGraph:
     hooks = Hooks()
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    row = _PackedRow(model, hooks)
+    row = _PackedRow(model, hooks, layers)
+    repeating = contextlib.nullcontext() if layers is None else layers.installed(hooks)
     with (
         experts_hooked(model),
         _fake_parameters(model, fake_mode),
         hooks.installed(model),
         probed(model),
         mixers_recognised(model),
+        repeating,
         _quiet(),
     ):
         try:
@@ -103,8 +125,9 @@ def capture(model: nn.Module, *, name: str = "text") -> ModelGraph:
                 inputs = packed_row(EXAMPLE_LENGTHS)
             with torch.no_grad():
                 exported = torch.export.export(row, inputs, dynamic_shapes=_DYNAMIC, strict=False)
-                if any(_updates_in_place(node) for node in exported.graph.nodes):
-                    exported = exported.run_decompositions({})  # the same ops, each giving a new tensor
+                exported = _written_out(exported, layers)
+        except NotAlike:
+            raise
         except AutoDeployError as error:
             raise CaptureError(f"cannot capture {type(model).__name__}{_where(hooks)}: {error}") from error
         except Exception as error:
@@ -113,6 +136,17 @@ def capture(model: nn.Module, *, name: str = "text") -> ModelGraph:
     graph.state_writes = dict(hooks.state_writes) if isinstance(model, PreTrainedModel) else None
     graph.max_length = _longest(graph)
     return graph
+
+
+def _written_out(exported: ExportedProgram, layers: RepeatedLayers | None) -> ExportedProgram:
+    """The program without in-place updates, every layer in full."""
+    if layers is not None:
+        require_closed(exported, layers.calls)
+    if any(_updates_in_place(node) for node in exported.graph.nodes):
+        exported = exported.run_decompositions({})  # the same ops, each giving a new tensor
+    if layers is not None:
+        write_out(exported, layers.calls)
+    return exported
 
 
 def _updates_in_place(node: fx.Node) -> bool:
@@ -194,7 +228,7 @@ def _to_graph(name: str, exported: ExportedProgram) -> ModelGraph:
                 f"the model updates its own buffer {spec.target!r} while it runs; state must live in a cache"
                 " (docs/adding-an-op.md)"
             )
-    module = fx.GraphModule({}, exported.graph_module.graph)
+    module = fx.GraphModule({}, _renamed(exported.graph_module.graph))
     _adopt_submodules(module, exported.graph_module)
     weights: dict[str, Recipe] = {}
     nodes = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
@@ -228,6 +262,17 @@ def _to_graph(name: str, exported: ExportedProgram) -> ModelGraph:
     graph = ModelGraph(name, module, input_ids.meta["val"].fake_mode, weights)
     graph.clean()
     return graph
+
+
+def _renamed(graph: fx.Graph) -> fx.Graph:
+    """A copy whose nodes are numbered in order, so that a graph's text does not tell how it was made."""
+    copy, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in graph.nodes:
+        name = re.sub(r"(_\d+)+$", "", node.name) if node.op == "call_function" else node.name
+        args, kwargs = fx.map_arg((node.args, node.kwargs), nodes.__getitem__)
+        nodes[node] = copy.create_node(node.op, node.target, args, kwargs, name)
+        nodes[node].meta = node.meta
+    return copy
 
 
 def _adopt_submodules(module: fx.GraphModule, source: fx.GraphModule) -> None:

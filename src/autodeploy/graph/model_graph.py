@@ -33,6 +33,7 @@ class ModelGraph:
         max_length: longest sequence in tokens that the traced code allows, or None.
         state_writes: how often the model wrote to its Hugging Face cache while it was traced, by kind (`attention`,
             `indexer`, `convolution`, `recurrence`), or None if it has none.
+        repetition: how many layers were written out from others when it was captured, and why not more.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ModelGraph:
     states: list[StateSpec] = field(default_factory=list)
     max_length: int | None = None
     state_writes: dict[str, int] | None = None
+    repetition: str = ""
 
     def writes(self, *kinds: str) -> int:
         """How often the model wrote state of these kinds while it was traced; of any kind when none is given."""
