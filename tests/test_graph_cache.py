@@ -1,5 +1,8 @@
 """The graph cache: a second start skips capture and gives the same program; what matters makes another entry."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from autodeploy.build import build
 from autodeploy.compile.program import Program
 from autodeploy.config import parse_options
 from autodeploy.debug.packed_run import run_packed
+from autodeploy.errors import CheckpointError, ConfigError
 from tests import tiny
 
 
@@ -42,6 +46,32 @@ def test_a_second_start_is_restored_and_the_same(folder: Path) -> None:
     assert first.report.rewrites() == second.report.rewrites()
     assert first.report.kernels == second.report.kernels
     assert second.report.facts["isolation"] == "passed"
+
+
+def test_a_second_start_needs_neither_transformers_nor_the_module(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTODEPLOY_NATIVE", "0")  # this cache directory has no compiled kernels
+    _build(folder)
+    code = (
+        "import sys; from autodeploy import LLM, SamplingParams;"
+        f"llm = LLM({str(folder)!r}, skip_tokenizer_init=True);"
+        "llm.generate([[3, 1, 4]], SamplingParams(max_tokens=2), use_tqdm=False); llm.shutdown();"
+        "print([name for name in ('transformers', 'torch._dynamo', 'sympy') if name in sys.modules])"
+    )
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=paths, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_kept_start_refuses_what_a_first_one_refuses(folder: Path) -> None:
+    _build(folder)
+    with pytest.raises(ConfigError, match="is more than the"):
+        _build(folder, max_model_len=10**6)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    with pytest.raises(CheckpointError, match="cut short"):
+        _build(folder)
 
 
 def test_other_weights_of_the_same_config_are_read(folder: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from autodeploy.compile.program import Program
 from autodeploy.config import Options
 from autodeploy.errors import CheckpointError, ConfigError, EngineDeadError, InvalidRequestError
 from autodeploy.llm import LLM
-from autodeploy.models.resolve import ResolvedModel
+from autodeploy.models.locate import LocatedModel
 from autodeploy.runtime.request import SamplingParams
 from tests.runtime.fake_engine import FakeEngine
 from tests.runtime.tiny_tokenizers import byte_level
@@ -42,14 +42,7 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
         fake: FakeEngine | None = None, model: Any = "checkpoint", defaults: Mapping[str, Any] = {}, **options: Any
     ) -> LLM:
         engine = fake or FakeEngine(ANSWER_IDS, eos_id=EOS)
-        resolved = ResolvedModel(
-            name="checkpoint",
-            folder=folder,
-            config=None,  # type: ignore[arg-type]
-            weight_files=(),
-            dtype=torch.float32,
-            generation_defaults=dict(defaults),
-        )
+        located = LocatedModel(name="checkpoint", folder=folder, weight_files=(), config={}, generation=dict(defaults))
 
         def build(model: Any, options: Options, *, progress: Any = None) -> Program:
             return Program(
@@ -61,7 +54,7 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
             return engine
 
         monkeypatch.setattr("autodeploy.llm.build", build)
-        monkeypatch.setattr("autodeploy.llm.resolve_model", lambda model, options: resolved)
+        monkeypatch.setattr("autodeploy.llm.locate_model", lambda model, options: located)
         monkeypatch.setattr("autodeploy.llm.Engine", make_engine)
         made.append(LLM(model, **options))
         return made[-1]

@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
-from autodeploy.checkpoint.index import CheckpointIndex, DummyReader, ModuleReader
+from autodeploy.checkpoint.files import StoredTensors
 from autodeploy.checkpoint.load import load_weights, weight_bytes
 from autodeploy.checkpoint.recipe import ReadTensor
 from autodeploy.compile.eager import compile_eager
@@ -33,20 +32,26 @@ from autodeploy.graph.report import BuildReport
 from autodeploy.graph.verify import verify
 from autodeploy.graph_cache import GraphCache
 from autodeploy.kernels.provider import is_prepared, mixer_priority, prepare, priority
-from autodeploy.models.instantiate import instantiate
-from autodeploy.models.resolve import ResolvedModel, eos_token_ids, max_model_len, resolve_model
+from autodeploy.models.limits import longest_context
+from autodeploy.models.locate import LocatedModel, locate_model
 from autodeploy.ops.linear import linear
 from autodeploy.transforms.lower.select_kernels import SelectKernels
 from autodeploy.transforms.pipeline import configure, default_pipeline
 
+# Importing transformers, and torch.export, takes longer than the whole start of a model whose graph was kept. So the
+# steps that need them import them.
+
 Progress = Callable[[str], None]
 
 
-def build(model: str | nn.Module, options: Options | None = None, *, progress: Progress | None = None) -> Program:
+def build(
+    model: str | LocatedModel | nn.Module, options: Options | None = None, *, progress: Progress | None = None
+) -> Program:
     """Turn a model into a program.
 
     Args:
-        model: a checkpoint folder, GGUF file or hub id, or a module that maps token ids `[1, T]` to logits `[1, T, V]`.
+        model: a checkpoint folder, GGUF file or hub id (or where `locate_model` found it), or a module that maps token
+            ids `[1, T]` to logits `[1, T, V]`.
         options: default: all defaults.
         progress: called with one line when a stage begins.
     Raises:
@@ -55,25 +60,27 @@ def build(model: str | nn.Module, options: Options | None = None, *, progress: P
     options = options or Options()
     clock = _Clock(BuildReport(), progress or (lambda _: None))
     device = resolve_device(options.compile.device)
+    if isinstance(model, nn.Module):
+        subject = _subject_of_module(model, options)
+        return _finish(_lower(subject, options.compile, device, clock), subject, options.compile, device, clock)
     with clock.stage("resolve", "finding the model"):
-        subject = _resolve(model, options)
-    captured = None
-    if not is_prepared(device):  # the compiler of kernels and the capture of the graph keep a core each busy
-        with ThreadPoolExecutor(1) as background:
-            background.submit(prepare, device, clock.progress)
-            captured = _capture(subject.module, clock)
-    cache = GraphCache.of(subject.config, subject.dtype, device, options.compile)
-    graph = cache.restore(clock.report) if cache is not None and captured is None else None
-    if graph is None:
-        graph = captured or _capture(subject.module, clock)
-        transform(graph, options.compile, device, clock)
-        if cache is not None:
-            cache.describe(graph)
-    with clock.stage("load", "reading weights"):
-        _load(graph, subject.read, device)
+        located = locate_model(model, options.model) if isinstance(model, str) else model
+        stored = StoredTensors(located.weight_files)
+    # Where kernels are still to be compiled, nothing can have been kept for them.
+    cache = GraphCache.of(located, stored.fingerprint(), device, options) if is_prepared(device) else None
+    kept = cache.restore(clock.report) if cache is not None else None
+    if kept is not None:
+        graph, facts = kept
+        subject = _kept_subject(facts, located, stored, options)
+        return _finish(graph, subject, options.compile, device, clock)
+    subject = _subject_of_model(located, stored, options)
+    graph = _lower(subject, options.compile, device, clock)
+    cache = GraphCache.of(located, stored.fingerprint(), device, options)
+    if cache is not None:
+        cache.describe(graph)
     program = _finish(graph, subject, options.compile, device, clock)
     if cache is not None:
-        cache.save(graph, clock.report)
+        cache.save(graph, clock.report, subject.to_keep(graph))
     return program
 
 
@@ -102,14 +109,28 @@ def resolve_device(wanted: str) -> torch.device:
 class _Subject:
     """What is to be built: the module to trace, where its weights come from, and what is known of it."""
 
-    module: nn.Module
-    config: PreTrainedConfig | None = None
-    """what the module was made from; None for a user's own module and for remote code, whose code no config tells"""
+    module: nn.Module | None
+    """None where a kept graph makes it unnecessary"""
     read: ReadTensor
     dtype: torch.dtype
+    made_for: int | None
+    """longest context in tokens that its config names"""
     max_model_len: int | None
     eos_token_ids: tuple[int, ...] = ()
     facts: dict[str, Any]
+    stored_names: Callable[[list[str]], dict[str, str] | None] = lambda _: None
+    """module names -> stored names, where each is one stored tensor as it is"""
+
+    def to_keep(self, graph: ModelGraph) -> dict[str, Any]:
+        """What `_kept_subject` makes a subject of, as JSON values."""
+        sources = sorted({name for recipe in graph.weights.values() for name in recipe.sources()})
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "made_for": self.made_for,
+            "eos_token_ids": list(self.eos_token_ids),
+            "facts": self.facts,
+            "stored_names": self.stored_names(sources),
+        }
 
 
 @dataclass(frozen=True)
@@ -127,25 +148,42 @@ class _Clock:
         self.report.seconds[name] = time.perf_counter() - start
 
 
-def _resolve(model: str | nn.Module, options: Options) -> _Subject:
-    if isinstance(model, nn.Module):
-        return _subject_of_module(model, options)
-    resolved: ResolvedModel = resolve_model(model, options.model)
+def _subject_of_model(located: LocatedModel, stored: StoredTensors, options: Options) -> _Subject:
+    from autodeploy.checkpoint.index import CheckpointIndex, DummyReader
+    from autodeploy.models.instantiate import instantiate
+    from autodeploy.models.resolve import resolve_model
+
+    resolved = resolve_model(located, options.model)
     module = instantiate(resolved.config, dtype=resolved.dtype, trust_remote_code=options.model.trust_remote_code)
+    facts = {"model": located.name, "architecture": type(module).__name__, "unexpected_tensors": list[str]()}
+    known: dict[str, Any] = {
+        "module": module,
+        "dtype": resolved.dtype,
+        "made_for": resolved.made_for,
+        "max_model_len": resolved.max_model_len,
+        "eos_token_ids": resolved.eos_token_ids,
+        "facts": facts,
+    }
     if options.model.load_format == "dummy":
-        read: ReadTensor = DummyReader(module).read
-        unexpected: tuple[str, ...] = ()
-    else:
-        index = CheckpointIndex(resolved.weight_files, module)
-        unexpected, read = index.check(), index.read
+        return _Subject(read=DummyReader(module).read, **known)
+    index = CheckpointIndex(stored, module)
+    facts["unexpected_tensors"] = list(index.check())
+    return _Subject(read=index.read, stored_names=index.stored_names, **known)
+
+
+def _kept_subject(kept: dict[str, Any], located: LocatedModel, stored: StoredTensors, options: Options) -> _Subject:
+    """The subject of a kept graph; its module is made anew only where weights are not read as they are stored."""
+    names = kept["stored_names"]
+    if names is None:
+        return _subject_of_model(located, stored, options)
     return _Subject(
-        module=module,
-        config=None if options.model.trust_remote_code else resolved.config,
-        read=read,
-        dtype=resolved.dtype,
-        max_model_len=resolved.max_model_len,
-        eos_token_ids=resolved.eos_token_ids,
-        facts={"model": resolved.name, "architecture": type(module).__name__, "unexpected_tensors": list(unexpected)},
+        module=None,
+        read=lambda name: stored.read(names[name]),
+        dtype=getattr(torch, kept["dtype"]),
+        made_for=kept["made_for"],
+        max_model_len=longest_context(kept["made_for"], options.model.max_model_len),
+        eos_token_ids=tuple(kept["eos_token_ids"]),
+        facts=kept["facts"] | {"model": located.name},
     )
 
 
@@ -159,17 +197,23 @@ def _subject_of_module(module: nn.Module, options: Options) -> _Subject:
             f"dtype={wanted!r}, but the module's parameters are {floating[0]};"
             f" convert it first: module.to(torch.{wanted})"
         )
+    from transformers import PreTrainedModel
+
+    from autodeploy.checkpoint.index import ModuleReader
+    from autodeploy.models.resolve import eos_token_ids, length_made_for
+
     module.eval()
-    longest = options.model.max_model_len
+    made_for: int | None = None
     ends: tuple[int, ...] = ()
     if isinstance(module, PreTrainedModel):
         generation = module.generation_config.to_dict() if module.generation_config is not None else {}
-        longest, ends = max_model_len(module.config, longest), eos_token_ids(module.config, generation)
+        made_for, ends = length_made_for(module.config), eos_token_ids(module.config, generation)
     return _Subject(
         module=module,
         read=ModuleReader(module).read,
         dtype=floating[0],
-        max_model_len=longest,
+        made_for=made_for,
+        max_model_len=longest_context(made_for, options.model.max_model_len),
         eos_token_ids=ends,
         facts={"model": type(module).__name__, "architecture": type(module).__name__},
     )
@@ -208,14 +252,19 @@ def kernel_choice(device: torch.device, options: CompileOptions) -> SelectKernel
     )
 
 
-def _capture(module: nn.Module, clock: _Clock) -> ModelGraph:
-    with clock.stage("capture", "capturing the graph"):
-        # torch.export takes seconds to import, and a graph that is restored does without.
-        from autodeploy.capture.export import capture
+def _lower(subject: _Subject, options: CompileOptions, device: torch.device, clock: _Clock) -> ModelGraph:
+    """The subject's module as a graph at level LOWERED."""
+    assert subject.module is not None
+    with ThreadPoolExecutor(1) as background:  # the compiler of kernels keeps another core busy
+        compiling = background.submit(prepare, device, clock.progress)
+        with clock.stage("capture", "capturing the graph"):
+            from autodeploy.capture.export import capture
 
-        graph = capture(module)
-        verify(graph, Level.CAPTURED)
-        clock.report.facts.update(captured_nodes=len(graph.graph.nodes), layers=graph.repetition)
+            graph = capture(subject.module)
+            verify(graph, Level.CAPTURED)
+            clock.report.facts.update(captured_nodes=len(graph.graph.nodes), layers=graph.repetition)
+        compiling.result()
+    transform(graph, options, device, clock)
     return graph
 
 
@@ -228,6 +277,8 @@ def _load(graph: ModelGraph, read: ReadTensor, device: torch.device) -> None:
 def _finish(
     graph: ModelGraph, subject: _Subject, options: CompileOptions, device: torch.device, clock: _Clock
 ) -> Program:
+    with clock.stage("load", "reading weights"):
+        _load(graph, subject.read, device)
     backend = "torch-simple" if options.compile_backend == "auto" else options.compile_backend
     (logits,) = graph.graph.output_node().args
     flops, head_flops = _count_flops(graph)

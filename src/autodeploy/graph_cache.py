@@ -1,8 +1,9 @@
 """GraphCache: lowered graphs kept between starts, under everything they depend on.
 
-A key holds the model's config, the dtype, the device, the compile options, the versions of torch and transformers, the
-kernels that can run here and the text of this package's compiler half. What is kept has been checked for isolation when
-it was built; the check looks at structure, which the key pins, and is not repeated.
+A key holds the model's stored config, names, shapes and dtypes of its weights, the options, the versions of torch and
+transformers, the kernels that can run here and the text of this package's compiler half. What is kept has been checked
+for isolation when it was built; the check looks at structure, which the key pins, and is not repeated. What the runtime
+must know of the model is kept beside the graph, so that a later start needs neither transformers nor the module.
 """
 
 import dataclasses
@@ -10,24 +11,27 @@ import hashlib
 import logging
 import shutil
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import PreTrainedConfig
 
 from autodeploy.cache_dir import entry, fill
-from autodeploy.config import CompileOptions
+from autodeploy.config import Options
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport, TransformReport
 from autodeploy.graph.saved import NotSavable, describe, restore, save
 from autodeploy.kernels.provider import unavailable
+from autodeploy.models.locate import LocatedModel
 
 logger = logging.getLogger(__name__)
 
 COMPILER_HALF = ("capture", "checkpoint", "graph", "kernels", "models", "ops", "transforms", "build.py")
 """Parts of the package whose text decides what a lowered graph looks like."""
+
+KEPT_FACTS = ("captured_nodes", "layers", "isolation")
+"""Facts of the report that only the first build can find."""
 
 
 @dataclass
@@ -40,25 +44,33 @@ class GraphCache:
 
     @classmethod
     def of(
-        cls, config: PreTrainedConfig | None, dtype: torch.dtype, device: torch.device, options: CompileOptions
+        cls, model: LocatedModel, fingerprint: str | None, device: torch.device, options: Options
     ) -> "GraphCache | None":
-        """The entry for a model; None where graphs are not kept: no config to go by, Inductor, or not wanted."""
-        if config is None or not options.graph_cache or options.compile_backend == "torch-compile":
+        """The entry for a model whose weight files have this fingerprint; None where graphs are not kept.
+
+        They are not kept for remote code, whose text no config tells, nor for Inductor, which has a cache of its own.
+        """
+        is_kept = options.compile.graph_cache and not options.model.trust_remote_code
+        if not is_kept or options.compile.compile_backend == "torch-compile":
             return None
         key = {
-            "config": config.to_json_string(use_diff=False),
-            "class": type(config).__qualname__,
-            "dtype": str(dtype),
+            "config": model.config,
+            "weights": fingerprint,
+            "dtype": options.model.dtype,
+            "model_kwargs": repr(sorted(options.model.model_kwargs.items())),
             "device": str(device),
-            "options": {name: repr(value) for name, value in sorted(dataclasses.asdict(options).items())},
-            "versions": [torch.__version__, transformers.__version__],
+            "options": {name: repr(value) for name, value in sorted(dataclasses.asdict(options.compile).items())},
+            "versions": [torch.__version__, version("transformers")],
             "unavailable": unavailable(device),
             "code": _code_hash(),
         }
         return cls(entry("graphs", key))
 
-    def restore(self, report: BuildReport) -> ModelGraph | None:
-        """The kept graph, with what its build reported; None when there is none or it cannot be read."""
+    def restore(self, report: BuildReport) -> tuple[ModelGraph, dict[str, Any]] | None:
+        """The kept graph and what was kept with it; its build's report goes into `report`.
+
+        None when there is none or it cannot be read.
+        """
         if not self.path.is_dir():
             return None
         try:
@@ -72,7 +84,7 @@ class GraphCache:
         report.kernels.update(extra["kernels"])
         report.kernel_reasons.update(extra["kernel_reasons"])
         report.facts.update(extra["facts"], graph="restored")
-        return graph
+        return graph, extra["model"]
 
     def describe(self, graph: ModelGraph) -> None:
         """Take down a graph that was just lowered, before a backend changes it."""
@@ -82,15 +94,16 @@ class GraphCache:
         except NotSavable as reason:
             logger.info("the lowered graph is not kept: %s", reason)
 
-    def save(self, graph: ModelGraph, report: BuildReport) -> None:
-        """Keep what was taken down, with the report; nothing when the graph came from here."""
+    def save(self, graph: ModelGraph, report: BuildReport, model: dict[str, Any]) -> None:
+        """Keep what was taken down, with the report and JSON values about the model; nothing if it came from here."""
         if not self.is_savable:
             return
         extra = {
             "transforms": [dataclasses.asdict(entry) for entry in report.transforms],
             "kernels": report.kernels,
             "kernel_reasons": report.kernel_reasons,
-            "facts": {name: report.facts[name] for name in ("captured_nodes", "isolation") if name in report.facts},
+            "model": model,
+            "facts": {name: report.facts[name] for name in KEPT_FACTS if name in report.facts},
         }
         fill(self.path, lambda folder: save(self._description, graph, folder, extra))
 

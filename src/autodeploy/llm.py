@@ -10,24 +10,26 @@ from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequenc
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from autodeploy.build import build
 from autodeploy.compile.program import Program
 from autodeploy.config import ModelOptions, Options, parse_options
 from autodeploy.errors import AutoDeployError, EngineDeadError, InvalidRequestError
 from autodeploy.graph.report import BuildReport
-from autodeploy.models.resolve import ResolvedModel, resolve_model
+from autodeploy.models.locate import LocatedModel, locate_model
 from autodeploy.outputs import OutputCollector, RequestOutput
 from autodeploy.runtime.async_engine import AsyncEngine, Delivery
 from autodeploy.runtime.demo import DemoEngine
 from autodeploy.runtime.engine import Engine, EngineStats
 from autodeploy.runtime.request import Limits, Request, SamplingParams, new_sequences
 from autodeploy.runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # importing it takes longer than a start
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -76,17 +78,17 @@ class LLM:
         **options: Any,
     ):
         parsed = parse_options(options)
-        resolved = None if isinstance(model, nn.Module) else resolve_model(os.fspath(model), parsed.model)
+        subject = model if isinstance(model, nn.Module) else locate_model(os.fspath(model), parsed.model)
+        located = subject if isinstance(subject, LocatedModel) else None
         # Before the build, which takes longer: a missing tokenizer should be known at once.
-        self.tokenizer = _load_tokenizer(resolved, parsed.model)
-        subject = model if isinstance(model, nn.Module) else os.fspath(model)
+        self.tokenizer = _load_tokenizer(located, parsed.model)
         self.program: Program = build(subject, parsed, progress=progress)
         engine_type = DemoEngine if parsed.engine.runtime == "demollm" else Engine
         engine = engine_type(self.program, parsed.engine, parsed.model.max_model_len)
-        self.name = type(model).__name__ if resolved is None else resolved.name
+        self.name = type(model).__name__ if located is None else located.name
         self.options: Options = parsed
         self.max_model_len: int = engine.max_model_len
-        self.generation_defaults: dict[str, Any] = {} if resolved is None else dict(resolved.generation_defaults)
+        self.generation_defaults: dict[str, Any] = {} if located is None else located.generation_defaults
         self._limits = Limits(self.program.vocab_size, engine.max_model_len)
         self._warned_of_default_length = False
         self.async_engine = AsyncEngine(engine)
@@ -102,7 +104,7 @@ class LLM:
         """The engine's counters as of its latest step."""
         return self.async_engine.stats()
 
-    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+    def get_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The Hugging Face tokenizer. Raises InvalidRequestError when there is none."""
         return self._require_tokenizer("nothing to return").hf
 
@@ -390,14 +392,14 @@ class PendingOutput:
         self._llm.warn_of_default_length(collector.snapshot())
 
 
-def _load_tokenizer(resolved: ResolvedModel | None, options: ModelOptions) -> Tokenizer | None:
+def _load_tokenizer(located: LocatedModel | None, options: ModelOptions) -> Tokenizer | None:
     if options.skip_tokenizer_init:
         return None
     if options.tokenizer is not None:
         return Tokenizer.from_folder(options.tokenizer, trust_remote_code=options.trust_remote_code)
-    if resolved is None:
+    if located is None:
         return None
-    return Tokenizer.from_folder(resolved.folder, trust_remote_code=options.trust_remote_code)
+    return Tokenizer.from_folder(located.folder, trust_remote_code=options.trust_remote_code)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:

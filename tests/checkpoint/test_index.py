@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from autodeploy.checkpoint.files import find_weight_files
+from autodeploy.checkpoint.files import StoredTensors, find_weight_files
 from autodeploy.checkpoint.index import CheckpointIndex, DummyReader, ModuleReader
 from autodeploy.errors import CheckpointError
 from autodeploy.models.instantiate import instantiate
@@ -56,7 +56,9 @@ def _quiet_transformers() -> None:
 
 
 def open_index(folder: Path, dtype: torch.dtype = torch.float32) -> CheckpointIndex:
-    return CheckpointIndex(find_weight_files(folder), instantiate(AutoConfig.from_pretrained(folder), dtype=dtype))
+    return CheckpointIndex(
+        StoredTensors(find_weight_files(folder)), instantiate(AutoConfig.from_pretrained(folder), dtype=dtype)
+    )
 
 
 def assert_reads_what_transformers_loads(folder: Path, dtype: torch.dtype = torch.float32) -> CheckpointIndex:
@@ -137,12 +139,19 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path, monkeypatch: pyt
     TINY["llama"]().save_pretrained(tmp_path)
     index = open_index(tmp_path)
     read: list[str] = []
-    real_read = CheckpointIndex._read_stored
-    monkeypatch.setattr(CheckpointIndex, "_read_stored", lambda self, name: read.append(name) or real_read(self, name))
+    real_read = StoredTensors.read
+    monkeypatch.setattr(StoredTensors, "read", lambda self, name: read.append(name) or real_read(self, name))
     index.check()
     assert read == []
     index.read("model.norm.weight")
     assert read == ["model.norm.weight"]
+
+
+def test_names_of_tensors_that_are_stored_as_they_are(tmp_path: Path) -> None:
+    TINY["llama"]().save_pretrained(tmp_path)
+    names = ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"]
+    assert open_index(tmp_path).stored_names(names) == {name: name for name in names}
+    assert open_index(tmp_path).stored_names([*names, "a buffer that is not stored"]) is None
 
 
 def test_extra_tensors_are_reported(tmp_path: Path) -> None:
@@ -204,7 +213,7 @@ def test_a_plain_module_reads_a_checkpoint_by_its_own_names(tmp_path: Path) -> N
     module = Plain()
     stored = {"embed.weight": torch.randn(5, 4), "norm.weight": torch.ones(4), "norm.bias": torch.zeros(4)}
     save_file(stored, tmp_path / "model.safetensors")
-    index = CheckpointIndex(find_weight_files(tmp_path), module)
+    index = CheckpointIndex(StoredTensors(find_weight_files(tmp_path)), module)
     assert index.check() == ()
     assert torch.equal(index.read("head.weight"), stored["embed.weight"])
     assert index.read("scale") is module.scale  # a buffer that is not stored is the module's own

@@ -2,14 +2,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from autodeploy.config import ModelOptions
-from autodeploy.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedModelError
-from autodeploy.models import resolve
+from autodeploy.errors import CheckpointError, ConfigError, UnsupportedModelError
 from autodeploy.models.resolve import resolve_model
 from tests import tiny
 
@@ -27,74 +24,10 @@ def change_json(path: Path, **fields: Any) -> None:
 
 def test_a_folder(folder: Path) -> None:
     resolved = resolve_model(str(folder), ModelOptions())
-    assert (resolved.name, resolved.folder, resolved.config.model_type) == ("tiny-model", folder, "llama")
-    assert resolved.weight_files == (folder / "model.safetensors",)
+    assert (resolved.folder, resolved.config.model_type) == (folder, "llama")
     assert resolved.dtype == torch.float32
     assert resolved.eos_token_ids == (tiny.EOS,)
     assert resolved.max_model_len == tiny.MAX_LENGTH
-    assert resolved.generation_defaults == {}
-
-
-def test_a_gguf_file_becomes_a_folder_in_bfloat16(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "tiny.GGUF").write_bytes(b"GGUF")
-    asked: list[tuple[Path, torch.dtype]] = []
-    monkeypatch.setattr(resolve, "transcribe_gguf", lambda path, dtype: asked.append((path, dtype)) or folder)
-    assert resolve_model(str(tmp_path / "tiny.GGUF"), ModelOptions()).folder == folder
-    resolve_model(str(tmp_path / "tiny.GGUF"), ModelOptions(dtype="float32"))
-    assert asked == [(tmp_path / "tiny.GGUF", torch.bfloat16), (tmp_path / "tiny.GGUF", torch.float32)]
-
-
-def test_a_hub_id_is_downloaded_at_its_revision_without_code(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    calls: list[tuple[str, dict[str, Any]]] = []
-    monkeypatch.setattr(resolve, "snapshot_download", lambda repo, **given: calls.append((repo, given)) or str(folder))
-    resolved = resolve_model("owner/name", ModelOptions(revision="v1"))
-    assert (resolved.name, resolved.folder) == ("owner/name", folder)
-    assert (calls[0][0], calls[0][1]["revision"]) == ("owner/name", "v1")
-    assert not any("*.py" in pattern or "bin" in pattern for pattern in calls[0][1]["allow_patterns"])
-    resolve_model("owner/name", ModelOptions(trust_remote_code=True))
-    assert "*.py" in calls[1][1]["allow_patterns"]
-
-
-def _no_network(*args: object, **given: object) -> str:
-    raise LocalEntryNotFoundError("no connection and not in the cache")
-
-
-def _no_such_repository(*args: object, **given: object) -> str:
-    response = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co"))
-    raise RepositoryNotFoundError("404 Client Error", response=response)
-
-
-@pytest.mark.parametrize("download", [_no_network, _no_such_repository])
-def test_a_hub_id_that_cannot_be_had_says_what_was_tried(monkeypatch: pytest.MonkeyPatch, download: Any) -> None:
-    monkeypatch.setattr(resolve, "snapshot_download", download)
-    with pytest.raises(ModelNotFoundError, match=r"'owner/name' is not a folder.*hub at revision 'v1'.*network"):
-        resolve_model("owner/name", ModelOptions(revision="v1"))
-
-
-@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing here", "gone.gguf", "owner/gone.gguf", "a/b/c", ""])
-def test_a_path_that_does_not_exist_is_never_looked_up(
-    monkeypatch: pytest.MonkeyPatch, name: str, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(resolve, "snapshot_download", lambda *args, **given: pytest.fail("asked the hub"))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises((ModelNotFoundError, CheckpointError)):
-        resolve_model(name, ModelOptions())
-
-
-def test_a_file_that_is_no_gguf_points_to_its_folder(folder: Path) -> None:
-    with pytest.raises(ModelNotFoundError, match="give the checkpoint folder"):
-        resolve_model(str(folder / "config.json"), ModelOptions())
-
-
-def test_a_folder_without_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no config\.json; is it the folder of a checkpoint"):
-        resolve_model(str(folder), ModelOptions())
-    (folder / "some.gguf").touch()
-    with pytest.raises(CheckpointError, match=r"give the file itself.*some\.gguf"):
-        resolve_model(str(folder), ModelOptions())
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "llama", "num_hidden_layers": "three"}'])
@@ -102,13 +35,6 @@ def test_a_damaged_config_is_named(folder: Path, content: str) -> None:
     (folder / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         resolve_model(str(folder), ModelOptions())
-
-
-def test_a_config_without_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"has a config but no weights.*load_format='dummy'"):
-        resolve_model(str(folder), ModelOptions())
-    assert resolve_model(str(folder), ModelOptions(load_format="dummy")).weight_files == ()
 
 
 @pytest.mark.parametrize("model_type", ["never-heard-of", None])
@@ -174,7 +100,7 @@ def test_ids_and_sampling_come_from_the_generation_config(folder: Path) -> None:
     change_json(folder / "generation_config.json", eos_token_id=[5, 6], temperature=0.6, top_p=0.9, max_length=20)
     resolved = resolve_model(str(folder), ModelOptions())
     assert resolved.eos_token_ids == (5, 6)
-    assert resolved.generation_defaults == {"temperature": 0.6, "top_p": 0.9}
+    assert resolved.located.generation_defaults == {"temperature": 0.6, "top_p": 0.9}
     (folder / "generation_config.json").unlink()
     assert resolve_model(str(folder), ModelOptions()).eos_token_ids == (tiny.EOS,)
     change_json(folder / "config.json", eos_token_id=None)

@@ -4,17 +4,19 @@ Safetensors files are memory-mapped. Pickle files (`.bin`, `.pt`, `.pth`) are re
 only, which runs no code out of the file.
 """
 
+import hashlib
 import json
 import pickle
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub.constants import PYTORCH_WEIGHTS_NAME, SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from autodeploy.errors import CheckpointError
 
@@ -37,7 +39,13 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 
+PYTORCH_INDEX_FILE = f"{PYTORCH_WEIGHTS_NAME}.index.json"
+
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+
+
+NAMES = ((SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE), (PYTORCH_INDEX_FILE, PYTORCH_WEIGHTS_NAME))
+"""(index of several files, single file), in the order they are looked for"""
 
 
 class WeightFile(Protocol):
@@ -142,13 +150,38 @@ class PickleFile:
         return state
 
 
+class StoredTensors:
+    """The tensors of several weight files by their stored names. At most one file is kept open."""
+
+    def __init__(self, weight_files: Sequence[Path]) -> None:
+        """Read names, shapes and dtypes. Raises CheckpointError for a damaged file."""
+        self.files = [open_weight_file(path) for path in weight_files]
+        self.file_of = {name: file for file in self.files for name in file.tensors}
+        self._open: WeightFile | None = None
+
+    def read(self, name: str) -> Tensor:
+        """The data of a stored tensor, on the CPU, in the stored dtype."""
+        file = self.file_of[name]
+        if self._open is not None and self._open is not file:
+            self._open.close()  # unmaps what has been read, so that the process holds one file at a time
+        self._open = file
+        return file.read(name)
+
+    def fingerprint(self) -> str:
+        """A hash of every tensor's name, shape and dtype: what a graph can depend on, values left out."""
+        described = sorted(
+            (name, list(file.tensors[name].shape), str(file.tensors[name].dtype)) for name, file in self.file_of.items()
+        )
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
 def find_weight_files(folder: Path) -> tuple[Path, ...]:
     """The weight files of a checkpoint folder, safetensors before pickle, sharded or single; empty when it has none.
 
     Raises:
         CheckpointError: an index file that is damaged, or names a file that is missing or outside the folder.
     """
-    for index_name, single_name in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
+    for index_name, single_name in NAMES:
         if (folder / index_name).is_file():
             return _sharded_files(folder / index_name)
         if (folder / single_name).is_file():
@@ -158,7 +191,7 @@ def find_weight_files(folder: Path) -> tuple[Path, ...]:
         if len(candidates) > 1:
             names = ", ".join(path.name for path in candidates)
             raise CheckpointError(
-                f"{folder} holds {names} and no {SAFE_WEIGHTS_INDEX_NAME} saying which belong together"
+                f"{folder} holds {names} and no {SAFETENSORS_INDEX_FILE} saying which belong together"
             )
         if candidates:
             return (candidates[0],)

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodeploy import cache_dir
 from autodeploy.errors import CheckpointError
@@ -41,7 +39,7 @@ def transcribe_gguf(path: Path, dtype: torch.dtype) -> Path:
         "bytes": status.st_size,
         "modified_ns": status.st_mtime_ns,
         "dtype": str(dtype),
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
         "gguf": version("gguf"),
     }
     folder = cache_dir.entry("gguf", key)
@@ -52,6 +50,8 @@ def transcribe_gguf(path: Path, dtype: torch.dtype) -> Path:
 
 
 def _transcribe(path: Path, dtype: torch.dtype, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # a later start does without
+
     try:
         with warnings.catch_warnings():
             # numpy warns on the reader's views of the mapped, read-only file
@@ -62,7 +62,7 @@ def _transcribe(path: Path, dtype: torch.dtype, folder: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # the reader raises whatever it stumbles over, and the file is the user's
         raise CheckpointError(
-            f"{path} could not be read as GGUF by transformers {transformers.__version__}: "
+            f"{path} could not be read as GGUF by transformers {version('transformers')}: "
             f"{type(error).__name__}: {error}; use the model's safetensors checkpoint instead"
         ) from error
     model.save_pretrained(folder)
@@ -72,6 +72,8 @@ def _transcribe(path: Path, dtype: torch.dtype, folder: Path) -> None:
 
 def _dequantised() -> dict[str, Any]:
     """Ask for plain weights. Needed where transformers can keep GGUF blocks (from 5.19 on), unknown before."""
+    import transformers
+
     if not hasattr(transformers, "GgufConfig"):
         return {}
     return {"quantization_config": transformers.GgufConfig(dequantize=True)}

@@ -12,7 +12,6 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from autodeploy.checkpoint.files import WeightFile, open_weight_file
+from autodeploy.checkpoint.files import StoredTensors
 from autodeploy.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -52,19 +51,17 @@ class CheckpointIndex:
     """Weight files, seen through the state-dict names of `model`; no tensor is read before it is asked for.
 
     Tied weights read whichever of their names the checkpoint holds, and buffers that it does not hold are the module's.
-    At most one file is kept open.
     """
 
-    def __init__(self, weight_files: Sequence[Path], model: nn.Module) -> None:
-        """Read the names and shapes of all files and find what each becomes in `model` (parameters may be meta).
+    def __init__(self, stored: StoredTensors, model: nn.Module) -> None:
+        """Find what each stored tensor becomes in `model` (parameters may be meta).
 
         Raises:
-            CheckpointError: a damaged file, or stored tensors that do not convert to what the model wants.
+            CheckpointError: stored tensors that do not convert to what the model wants.
         """
         self._model = model
-        self._files = [open_weight_file(path) for path in weight_files]
-        self._file_of = {name: file for file in self._files for name in file.tensors}
-        self._open_file: WeightFile | None = None
+        self._stored = stored
+        self._file_of = stored.file_of
         self._expected: dict[str, Tensor] = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
         self._buffers = dict(model.named_buffers(remove_duplicate=False))
         self._tied = _tied_names(model)
@@ -90,7 +87,7 @@ class CheckpointIndex:
         absent = [name for name in self._expected if self._held_name(name) is None]
         missing = [name for name in absent if name not in self._buffers]
         if missing:
-            files = ", ".join(str(file.path) for file in self._files)
+            files = ", ".join(str(file.path) for file in self._stored.files)
             raise CheckpointError(
                 f"{len(missing)} of the model's {len(self._expected)} weights are missing, the first is {missing[0]!r} "
                 f"{list(self._expected[missing[0]].shape)}, not found in {files}; the files are incomplete or belong "
@@ -117,23 +114,28 @@ class CheckpointIndex:
         if held is None:
             if name in self._buffers:
                 return self._buffers[name]
-            raise CheckpointError(f"no weight {name!r} in {', '.join(str(file.path) for file in self._files)}")
+            raise CheckpointError(f"no weight {name!r} in {', '.join(str(file.path) for file in self._stored.files)}")
         if held not in self._converted:
             self._converted = {}
-            self._converted = self._plan[held].run(self._read_stored, self._model)
+            self._converted = self._plan[held].run(self._stored.read, self._model)
         return self._converted.pop(held)
+
+    def stored_names(self, names: Iterable[str]) -> dict[str, str] | None:
+        """Module name -> stored name, when each of them is one stored tensor as it is; else None."""
+        if any(name in self._plan and other in self._plan for name, tied in self._tied.items() for other in tied):
+            return None  # whether both hold the same values must be looked at anew
+        found: dict[str, str] = {}
+        for name in names:
+            held = self._held_name(name)
+            if held is None or self._plan[held].converter is not None:
+                return None
+            found[name] = self._plan[held].stored[0][1]
+        return found
 
     def _held_name(self, name: str) -> str | None:
         """`name`, or the name it is tied to that the checkpoint holds, or None."""
         candidates = (name, *self._tied.get(name, ()))
         return next((candidate for candidate in candidates if candidate in self._plan), None)
-
-    def _read_stored(self, name: str) -> Tensor:
-        file = self._file_of[name]
-        if self._open_file not in (None, file):
-            self._open_file.close()  # unmaps what has been read, so that the process holds one file at a time
-        self._open_file = file
-        return file.read(name)
 
     def _run_on_meta(self, conversion: _Conversion) -> dict[str, Tensor]:
         try:

@@ -4,13 +4,13 @@ Each weight is read once and written straight into its final tensor, so that the
 sources of one recipe part.
 """
 
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import dot_natural_key
 
 from autodeploy.checkpoint.recipe import ReadTensor, Recipe, evaluate
 from autodeploy.errors import OutOfMemoryError
@@ -37,7 +37,7 @@ def load_weights(
         OutOfMemoryError: the weights do not fit the device's free memory; nothing has been read then.
         CheckpointError: from `read`, or for a source of the wrong shape.
     """
-    distinct = sorted(set(recipes.values()), key=lambda recipe: dot_natural_key(recipe.sources()[0]))
+    distinct = sorted(set(recipes.values()), key=lambda recipe: _natural_key(recipe.sources()[0]))
     total_bytes = sum(weight_bytes(recipe) for recipe in distinct)
     _check_fits(total_bytes, device)
     loaded = _allocate(distinct, device)
@@ -78,6 +78,11 @@ def _allocate(recipes: Sequence[Recipe], device: torch.device) -> dict[Recipe, T
         recipe: block[start : start + weight_bytes(recipe)].view(recipe.dtype).view(recipe.shape)
         for recipe, start in zip(recipes, starts, strict=True)
     }
+
+
+def _natural_key(name: str) -> list[tuple[int, str]]:
+    """Sorts `layers.9` before `layers.10`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def weight_bytes(recipe: Recipe) -> int:

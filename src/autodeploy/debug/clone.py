@@ -51,7 +51,7 @@ def tiny_clone(model: str | nn.Module, options: ModelOptions) -> Clone:
     exact: nn.Module
     if isinstance(model, str):
         resolved = resolve_model(model, dataclasses.replace(options, load_format="dummy"))
-        exact, name = tiny_model(shrink(resolved.config)), resolved.name
+        exact, name = tiny_model(shrink(resolved.config)), resolved.located.name
     elif (
         isinstance(model, PreTrainedModel) and sum(parameter.numel() for parameter in model.parameters()) > SMALL_NUMEL
     ):

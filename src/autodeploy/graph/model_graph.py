@@ -11,6 +11,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autodeploy.checkpoint.recipe import Recipe
+from autodeploy.errors import TransformError
 from autodeploy.graph.levels import Level
 from autodeploy.ops.op import Op, find_op
 from autodeploy.ops.state import StateSpec
@@ -26,7 +27,7 @@ class ModelGraph:
     Attributes:
         name: the graph's name in its program, e.g. `text`.
         module: the graph as an FX module; every node that yields a value carries a fake one in `meta["val"]`.
-        fake_mode: the mode those fake values belong to.
+        mode: the mode those fake values belong to; None for a graph restored from files, which is not changed further.
         weights: attribute name -> recipe, for every parameter; read at the end, once.
         level: what is true of the graph at this point (see `levels.py`).
         states: specs of the states its cached ops read, each also an input of that name.
@@ -38,7 +39,7 @@ class ModelGraph:
 
     name: str
     module: fx.GraphModule
-    fake_mode: FakeTensorMode
+    mode: FakeTensorMode | None
     weights: dict[str, Recipe]
     level: Level = Level.CAPTURED
     states: list[StateSpec] = field(default_factory=list)
@@ -50,6 +51,15 @@ class ModelGraph:
         """How often the model wrote state of these kinds while it was traced; of any kind when none is given."""
         writes = self.state_writes or {}
         return sum(count for kind, count in writes.items() if not kinds or kind in kinds)
+
+    @property
+    def fake_mode(self) -> FakeTensorMode:
+        """The mode in which fake values are computed. Raises TransformError for a restored graph."""
+        if self.mode is None:
+            raise TransformError(
+                f"graph {self.name!r} was restored from files and cannot be transformed; capture it anew"
+            )
+        return self.mode
 
     @property
     def graph(self) -> fx.Graph:

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import fx, nn
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autodeploy.checkpoint.recipe import Cast, Concat, Recipe, Reshape, Slice, Source, Transpose
 from autodeploy.graph.levels import Level
@@ -64,7 +63,7 @@ def restore(folder: Path) -> tuple[ModelGraph, dict[str, Any]]:
     graph = ModelGraph(
         document["name"],
         module,
-        FakeTensorMode(),
+        None,  # making one imports the tracer, which takes longer than the rest
         weights,
         level=Level.LOWERED,
         states=[_decode(state, {}) for state in document["states"]],

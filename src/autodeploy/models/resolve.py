@@ -1,150 +1,97 @@
-"""Resolving: what the user calls a model goes in, its config, files and facts come out, before anything is built.
+"""Resolving: a located model goes in, its config and facts come out, every `auto` turned into a fact.
 
-A model is a checkpoint folder, a `.gguf` file or a hub id. Code that ships inside a checkpoint runs only with
-`trust_remote_code=True`, and this file and `instantiate.py` are the only places that could run it.
+Code that ships inside a checkpoint runs only with `trust_remote_code=True`, and this file and `instantiate.py` are the
+only places that could run it.
 """
 
-import json
-import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.constants import CONFIG_NAME
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from autodeploy.checkpoint.files import find_weight_files, open_weight_file
-from autodeploy.checkpoint.gguf import transcribe_gguf
+from autodeploy.checkpoint.files import open_weight_file
 from autodeploy.config import ModelOptions
-from autodeploy.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedModelError
+from autodeploy.errors import CheckpointError, UnsupportedModelError
 from autodeploy.models.config_overrides import apply_overrides
-
-HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*")
-HUB_FILES_LEFT = ("original/*", "consolidated*", "onnx/*", "runs/*", "optimizer*", "training_args*")
-"""second copies of the weights in another layout, and traces of training"""
-
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+from autodeploy.models.limits import longest_context
+from autodeploy.models.locate import LocatedModel, locate_model
 
 LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 """What configs call the longest context, most common first."""
 
-SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedModel:
-    """A model that exists, with every `auto` turned into a fact.
+    """A model of which everything is known that must be known to build it.
 
     Attributes:
-        name: hub id, folder name or file name, for people.
-        folder: checkpoint folder with config and tokenizer; for a GGUF file its transcript in the cache.
+        located: where its files are.
         config: the Hugging Face config, `model_kwargs` applied.
-        weight_files: safetensors or pickle files; empty with `load_format="dummy"`.
         dtype: of weights and activations.
         eos_token_ids: ids that end a generation; empty when neither config says.
+        made_for: longest context in tokens that the config says the model was made for, or None.
         max_model_len: longest context in tokens, the user's or the config's; None when neither says.
-        generation_defaults: sampling fields of `generation_config.json`, as far as it has them.
     """
 
-    name: str
-    folder: Path
+    located: LocatedModel
     config: PreTrainedConfig
-    weight_files: tuple[Path, ...]
     dtype: torch.dtype
     eos_token_ids: tuple[int, ...] = ()
+    made_for: int | None = None
     max_model_len: int | None = None
-    generation_defaults: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return self.located.folder
 
 
-def resolve_model(model: str, options: ModelOptions) -> ResolvedModel:
-    """Find a model and what must be known to build it; reads no weights (a GGUF file's first use excepted).
+def resolve_model(model: str | LocatedModel, options: ModelOptions) -> ResolvedModel:
+    """Read a model's config and what follows from it; reads no weights.
 
     Args:
-        model: a checkpoint folder, a `.gguf` file, or a hub id, looked for in this order.
+        model: what `locate_model` takes or gives.
 
     Raises:
-        ModelNotFoundError: nothing of that name, with what was tried.
-        CheckpointError: a folder without config, weights where they are wanted, or with damaged files.
+        ModelNotFoundError, CheckpointError: from locating it.
         UnsupportedModelError: a model type that transformers does not know, or quantised weights.
         ConfigError: `model_kwargs` or `max_model_len` that do not go with the model.
     """
-    folder = _find_folder(model, options)
-    config = _load_config(folder, options)
-    weight_files = () if options.load_format == "dummy" else find_weight_files(folder)
-    if not weight_files and options.load_format != "dummy":
-        raise CheckpointError(
-            f"{folder} has a config but no weights (*.safetensors; in a local folder also *.bin); complete it, or pass "
-            "load_format='dummy' to run with random weights"
-        )
-    generation = _read_json(folder / GENERATION_CONFIG_NAME) if (folder / GENERATION_CONFIG_NAME).is_file() else {}
+    located = locate_model(model, options) if isinstance(model, str) else model
+    config = _load_config(located, options)
+    made_for = length_made_for(config)
     return ResolvedModel(
-        name=Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model,
-        folder=folder,
+        located=located,
         config=config,
-        weight_files=weight_files,
-        dtype=_resolve_dtype(config, weight_files, options.dtype),
-        eos_token_ids=eos_token_ids(config, generation),
-        max_model_len=max_model_len(config, options.max_model_len),
-        generation_defaults={k: generation[k] for k in SAMPLING_FIELDS if generation.get(k) is not None},
+        dtype=_resolve_dtype(config, located.weight_files, options.dtype),
+        eos_token_ids=eos_token_ids(config, located.generation),
+        made_for=made_for,
+        max_model_len=longest_context(made_for, options.max_model_len),
     )
 
 
-def _find_folder(model: str, options: ModelOptions) -> Path:
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise ModelNotFoundError(f"{path} is a file but not a .gguf file; give the checkpoint folder it lies in")
-        return transcribe_gguf(path, torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype))
-    if not HUB_ID.fullmatch(model) or path.suffix.lower() == ".gguf":
-        raise ModelNotFoundError(
-            f"no such model: {model!r} is neither a folder nor a file here, and cannot be a hub id (owner/name); "
-            "check the path"
-        )
-    return _download(model, options)
-
-
-def _download(model: str, options: ModelOptions) -> Path:
-    patterns = [*HUB_FILES, *(["*.py"] if options.trust_remote_code else [])]
-    try:
-        folder = snapshot_download(
-            model, revision=options.revision, allow_patterns=patterns, ignore_patterns=list(HUB_FILES_LEFT)
-        )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:  # OSError: no network and nothing in the hub's cache
-        at = f" at revision {options.revision!r}" if options.revision else ""
-        raise ModelNotFoundError(
-            f"no such model: {model!r} is not a folder or file here (looked in {Path.cwd()}), and could not be had "
-            f"from the Hugging Face hub{at}: {error}; check the name and the network, or log in for a gated model"
-        ) from error
-    return Path(folder)
-
-
-def _load_config(folder: Path, options: ModelOptions) -> PreTrainedConfig:
-    if not (folder / CONFIG_NAME).is_file():
-        ggufs = sorted(path.name for path in folder.glob("*.gguf"))
-        hint = f"; give the file itself, e.g. {folder / ggufs[0]}" if ggufs else "; is it the folder of a checkpoint?"
-        raise CheckpointError(f"{folder} has no {CONFIG_NAME}{hint}")
-    stored = _read_json(folder / CONFIG_NAME)
+def _load_config(located: LocatedModel, options: ModelOptions) -> PreTrainedConfig:
+    path, stored = located.folder / CONFIG_NAME, located.config
     model_type = stored.get("model_type")
     is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
     if not is_known and not options.trust_remote_code:
         advice = "use a newer transformers"
         if "auto_map" in stored:
             advice = "it brings its own code: read that, and pass trust_remote_code=True to run it"
-        raise UnsupportedModelError(f"{folder / CONFIG_NAME} has the unknown model_type {model_type!r}; {advice}")
+        raise UnsupportedModelError(f"{path} has the unknown model_type {model_type!r}; {advice}")
     if stored.get("quantization_config") and options.load_format != "dummy":
         raise UnsupportedModelError(
-            f"{folder} holds quantised weights ({stored['quantization_config']}); use the unquantised checkpoint"
+            f"{located.folder} holds quantised weights ({stored['quantization_config']}); "
+            "use the unquantised checkpoint"
         )
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+        config = AutoConfig.from_pretrained(located.folder, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # a config class, possibly the checkpoint's own, refuses in its own ways
-        raise CheckpointError(f"{folder / CONFIG_NAME} is not a valid {model_type} config: {error}") from error
+        raise CheckpointError(f"{path} is not a valid {model_type} config: {error}") from error
     return apply_overrides(config, options.model_kwargs)
 
 
@@ -163,7 +110,7 @@ def _resolve_dtype(config: PreTrainedConfig, weight_files: tuple[Path, ...], wan
     return torch.float32
 
 
-def eos_token_ids(config: PreTrainedConfig, generation: dict[str, Any]) -> tuple[int, ...]:
+def eos_token_ids(config: PreTrainedConfig, generation: Mapping[str, Any]) -> tuple[int, ...]:
     """Ids that end a generation: what the generation config says, else the model's config; empty when neither does."""
     for source in (generation, config.to_dict(), config.get_text_config().to_dict()):
         ids = source.get("eos_token_id")
@@ -172,29 +119,7 @@ def eos_token_ids(config: PreTrainedConfig, generation: dict[str, Any]) -> tuple
     return ()
 
 
-def max_model_len(config: PreTrainedConfig, wanted: int | None) -> int | None:
-    """Longest context in tokens: what is wanted, else what the model was made for; None when neither says.
-
-    Raises:
-        ConfigError: more is wanted than the model was made for.
-    """
+def length_made_for(config: PreTrainedConfig) -> int | None:
+    """Longest context in tokens that a model was made for, as its config says; None when it does not."""
     values = config.get_text_config().to_dict()
-    made_for = next((values[name] for name in LENGTH_FIELDS if isinstance(values.get(name), int)), None)
-    if wanted is None or made_for is None:
-        return wanted or made_for
-    if wanted > made_for:
-        raise ConfigError(
-            f"max_model_len={wanted} is more than the {made_for} tokens this model was made for; lower it, or set "
-            "the rope scaling you want through model_kwargs"
-        )
-    return wanted
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); copy or download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object")
-    return value
+    return next((values[name] for name in LENGTH_FIELDS if isinstance(values.get(name), int)), None)

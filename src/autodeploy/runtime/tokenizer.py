@@ -4,11 +4,12 @@ import inspect
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from autodeploy.errors import CheckpointError, InvalidRequestError
+
+if TYPE_CHECKING:  # importing transformers takes longer than a start without it
+    from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are not (yet) a character."""
@@ -26,7 +27,7 @@ UNDECIDED_TOKENS = 4
 class Tokenizer:
     """A Hugging Face tokenizer, narrowed to what serving needs. Safe to call from several threads."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self.hf = tokenizer
         marked = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special_ids = frozenset(marked | set(tokenizer.all_special_ids))
@@ -47,6 +48,8 @@ class Tokenizer:
         Raises:
             CheckpointError: there are no usable tokenizer files.
         """
+        from transformers import AutoTokenizer
+
         try:
             found = AutoTokenizer.from_pretrained(str(folder), revision=revision, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:

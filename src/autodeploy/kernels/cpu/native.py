@@ -93,7 +93,7 @@ def why_refused(*tensors: Tensor | None) -> str | None:
 
 def is_compiled() -> bool:
     """True when asking for a kernel will not first compile the library."""
-    if _library.cache_info().currsize:
+    if _library.cache_info().currsize or not env.is_native_enabled():
         return True
     compiler = _compiler()
     return compiler is None or any(_entry(compiler, threads=threads).is_dir() for threads in (True, False))

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from autodeploy.kernels.cpu.native import FLOAT, INT, INT64, POINTER, NativeFunction, num_threads, why_refused
 from autodeploy.ops.norm import add_rms_norm, rms_norm
@@ -20,6 +19,8 @@ def _supports(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float
 def _add_supports(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, scale_in_float32: bool
 ) -> str | None:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, unused by kept graphs
+
     same = x.dim() == residual.dim() and all(
         statically_known_true(mine == other) for mine, other in zip(x.shape, residual.shape, strict=True)
     )

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from autodeploy.graph.model_graph import ModelGraph, module_path
 from autodeploy.graph.transform import Transform, TransformResult
@@ -78,6 +77,9 @@ def _example(graph: ModelGraph, declared: BatchInput) -> Tensor:
 
 def symbolic(graph: ModelGraph, example: Tensor, *, dynamic: int) -> Tensor:
     """A fake CPU tensor like the example whose first `dynamic` dimensions are symbolic."""
+    # slow to import, and a graph that was kept does without
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
     dims = [DimDynamic.DYNAMIC] * dynamic + [DimDynamic.STATIC] * (example.dim() - dynamic)
     context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=dims)
     real = torch.empty(example.shape, dtype=example.dtype)
