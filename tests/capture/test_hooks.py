@@ -54,8 +54,24 @@ def test_registries_and_model_are_put_back() -> None:
 
 def test_a_fact_no_op_expresses_is_refused_by_name() -> None:
     q = torch.zeros(1, 2, 3, 4)
-    with pytest.raises(CaptureError, match="'position_bias'"):
-        Hooks().attention(torch.nn.Identity(), q, q, q, None, position_bias=torch.zeros(1))
+    with pytest.raises(CaptureError, match="'head_mask'"):
+        Hooks().attention(torch.nn.Identity(), q, q, q, None, head_mask=torch.zeros(1))
+    with pytest.raises(CaptureError, match=r"sinks of shape \[2, 3\]"):
+        Hooks(torch.tensor([0, 3])).attention(torch.nn.Identity(), q, q, q, None, sinks=torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("spelling", ["s_aux", "sinks"])
+def test_sinks_in_every_spelling(spelling: str) -> None:
+    q, k, v = torch.randn(3, 1, 2, 5, 4)
+    hooks = Hooks(torch.tensor([0, 5], dtype=torch.int32))
+    per_head = torch.tensor([0.5, -1.0])
+    expected, _ = hooks.attention(torch.nn.Identity(), q, k, v, None, s_aux=per_head)
+    result, _ = hooks.attention(
+        torch.nn.Identity(), q, k, v, None, **{spelling: per_head[None, :, None, None].expand(1, 2, 5, 1)}
+    )
+    torch.testing.assert_close(result, expected)
+    without, _ = hooks.attention(torch.nn.Identity(), q, k, v, None)
+    assert not torch.allclose(without, expected)
 
 
 def test_the_marker_cache_counts_by_kind_and_has_nothing() -> None:

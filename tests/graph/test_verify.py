@@ -37,7 +37,12 @@ def test_mixing_that_no_transform_knows_is_named(body, what: str) -> None:  # ty
         verify(graph, Level.CANONICAL)
 
 
-@pytest.mark.parametrize("body", [lambda self, x: x.cumsum(2), lambda self, x: x.flip(-1)])
+def _attends_within_a_token(self: nn.Module, x: Tensor) -> Tensor:
+    parts = x.view(*x.shape[:2], 4, 4)
+    return torch.nn.functional.scaled_dot_product_attention(parts, parts, parts).flatten(2)
+
+
+@pytest.mark.parametrize("body", [lambda self, x: x.cumsum(2), lambda self, x: x.flip(-1), _attends_within_a_token])
 def test_near_miss_the_same_ops_along_features(body) -> None:  # type: ignore[no-untyped-def]
     verify(captured(Sketch(body)), Level.CANONICAL)
 

@@ -93,6 +93,14 @@ def test_a_sink_takes_probability_and_gives_nothing() -> None:
     torch.testing.assert_close(attention(**inputs), attention(**(inputs | {"sinks": None})))
 
 
+def test_a_sink_per_token_is_one_per_head_where_all_tokens_agree() -> None:
+    per_head = torch.randn(4)
+    expected = attention(**(_inputs() | {"sinks": per_head}))
+    torch.testing.assert_close(attention(**(_inputs() | {"sinks": per_head.expand(1, 24, 4)})), expected)
+    other = attention(**(_inputs() | {"sinks": torch.randn(1, 24, 4)}))
+    assert not torch.allclose(other, expected)
+
+
 def test_sequences_do_not_see_each_other() -> None:
     inputs = _inputs()
     before = attention(**inputs)[:, 10:].clone()

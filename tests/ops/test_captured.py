@@ -15,7 +15,7 @@ def test_masked_call_equals_attention_with_the_same_facts(facts: tuple[bool, int
     positions = torch.zeros(1, 24, dtype=torch.int64)
     mask = captured_mask(sample["cu_seqlens"], positions, causal, window, chunk)
     q, k, v = (sample[name].transpose(1, 2) for name in ("query", "key", "value"))
-    result = captured_attention(q, k, v, mask, sample["cu_seqlens"], None, 0.25, True, None, None)
+    result = captured_attention(q, k, v, mask, sample["cu_seqlens"], None, 0.25, True, None, None, None)
     expected = attention(**(sample | {"causal": causal, "sliding_window": window, "chunk_size": chunk}))
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
@@ -23,7 +23,7 @@ def test_masked_call_equals_attention_with_the_same_facts(facts: tuple[bool, int
 def test_call_without_a_mask_takes_its_own_facts() -> None:
     sample = attention.samples()[0]
     q, k, v = (sample[name].transpose(1, 2) for name in ("query", "key", "value"))
-    result = captured_attention(q, k, v, None, sample["cu_seqlens"], torch.ones(4), 0.25, True, 5, 2.0)
+    result = captured_attention(q, k, v, None, sample["cu_seqlens"], torch.ones(4), 0.25, True, 5, 2.0, None)
     expected = attention(**(sample | {"sinks": torch.ones(4), "sliding_window": 5, "softcap": 2.0}))
     torch.testing.assert_close(result, expected)
 
@@ -34,3 +34,15 @@ def test_mask_is_block_diagonal_over_packed_sequences() -> None:
     )
     assert mask.shape == (1, 1, 5, 5)
     assert torch.equal(mask[0, 0], torch.block_diag(torch.ones(2, 2), torch.ones(3, 3)).bool())
+
+
+def test_an_additive_mask_and_a_bias_add_up() -> None:
+    sample = attention.samples()[0]
+    q, k, v = (sample[name].transpose(1, 2) for name in ("query", "key", "value"))
+    borders, bias = sample["cu_seqlens"], torch.randn(1, 4, 24, 24)
+    mask = captured_mask(borders, torch.zeros(1, 24, dtype=torch.int64), True, None, None)
+    expected = captured_attention(q, k, v, mask, borders, None, 0.25, True, None, None, bias)
+    added = bias.masked_fill(~mask, torch.finfo(torch.float32).min)
+    result = captured_attention(q, k, v, added, borders, None, 0.25, True, None, None, None)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(captured_attention(q, k, v, None, borders, None, 0.25, True, None, None, bias), expected)

@@ -61,10 +61,12 @@ class Hooks:
         sliding_window: int | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
+        sinks: Tensor | None = None,
+        position_bias: Tensor | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
         """Stands in for an attention function: one captured op, or a refusal by name of what it cannot express."""
-        for fact in ("position_bias", "indices", "block_indices", "head_mask", "sinks"):
+        for fact in ("indices", "block_indices", "head_mask"):
             if others.get(fact) is not None:
                 raise CaptureError(
                     f"attention in {type(module).__name__} uses {fact!r}, which no canonical op expresses yet;"
@@ -79,11 +81,12 @@ class Hooks:
             value,
             attention_mask,
             self.cu_seqlens,
-            s_aux,
+            _sinks(s_aux if s_aux is not None else sinks),
             float(scaling if scaling is not None else query.shape[-1] ** -0.5),
             causal,
             sliding_window or None,
             softcap or None,
+            position_bias,
         )
         return output, None
 
@@ -104,6 +107,15 @@ class Hooks:
             self.cu_seqlens, self.position_ids, facts.causal, facts.sliding_window, facts.chunk_size
         )
         return mask
+
+
+def _sinks(sinks: Tensor | None) -> Tensor | None:
+    """Sinks in the layout of the op, from one number per head or a column of scores `[1, N, T, 1]`."""
+    if sinks is None or sinks.dim() == 1:
+        return sinks
+    if sinks.dim() == 4 and sinks.shape[0] == 1 and sinks.shape[3] == 1:
+        return sinks[..., 0].transpose(1, 2)
+    raise CaptureError(f"attention sinks of shape {list(sinks.shape)}; expected [heads] or [1, heads, T, 1]")
 
 
 def mask_facts(function: Callable[..., Any] | None) -> MaskFacts:

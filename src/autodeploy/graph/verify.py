@@ -77,7 +77,7 @@ def _canonical_faults(graph: ModelGraph, level: Level) -> Iterator[str]:
     num_tokens = token_symbol(graph)
     others = [node for node in graph.graph.nodes if node.op == "call_function" and find_op(node.target) is None]
     for node in others:
-        if node.target in _MIXING_OPS and _runs_along_tokens(node, num_tokens):
+        if node.target in _MIXING_OPS and runs_along_tokens(node, num_tokens):
             yield f"{node.target} mixes tokens and no transform knows it: {_describe(node)}"
     for node in others:
         value = node.meta.get("val")
@@ -115,10 +115,18 @@ def token_symbol(graph: ModelGraph) -> object:
 
 
 def count_token_dims(value: torch.Tensor, symbol: object) -> int:
-    return sum(isinstance(size, torch.SymInt) and symbol in size.node.expr.free_symbols for size in value.shape)
+    """How many of a value's dimensions grow with the number of tokens."""
+    return sum(_is_token_size(size, symbol) for size in value.shape)
 
 
-def _runs_along_tokens(node: fx.Node, symbol: object) -> bool:
+def _is_token_size(size: int | torch.SymInt, symbol: object) -> bool:
+    return isinstance(size, torch.SymInt) and symbol in size.node.expr.free_symbols
+
+
+def runs_along_tokens(node: fx.Node, symbol: object) -> bool:
+    """True when an op that mixes along a dimension mixes along tokens; attention does along its keys' rows."""
+    if node.target == aten.scaled_dot_product_attention.default:
+        return _is_token_size(node.args[1].meta["val"].shape[-2], symbol)  # type: ignore[union-attr]
     value = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
     return (
         isinstance(value, torch.Tensor) and count_token_dims(value, symbol) >= 1 and not _other_dim(node, value, symbol)
@@ -133,4 +141,4 @@ def _other_dim(node: fx.Node, value: torch.Tensor, symbol: object) -> bool:
     if not isinstance(dims, list | tuple) or node.target in _CONVOLUTIONS:
         return False
     sizes = [value.shape[dim] for dim in dims if isinstance(dim, int)]
-    return not any(isinstance(size, torch.SymInt) and symbol in size.node.expr.free_symbols for size in sizes)
+    return not any(_is_token_size(size, symbol) for size in sizes)

@@ -48,7 +48,7 @@ def attend(
     Args:
         query: `[Tq, N, H]`, the sequence's last Tq tokens.
         key, value: `[Tk, K, H]` and `[Tk, K, V]`, the sequence's tokens from position `offset` to its end.
-        sinks: `[N]` logits that take part in the softmax and are then dropped, or None.
+        sinks: `[N]` or `[Tq, N]` logits that take part in the softmax and are then dropped, or None.
         sliding_window: tokens a query looks back on, itself included.
         chunk_size: queries see their own chunk of this many positions only.
         softcap: scores become softcap · tanh(score / softcap).
@@ -68,7 +68,7 @@ def attend(
     visible = visible_keys(query.shape[0], key.shape[0], causal, sliding_window, chunk_size, offset, query.device)
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:
-        column = sinks.float().reshape(-1, 1, 1).expand(-1, query.shape[0], 1)
+        column = sinks.float().expand(query.shape[0], -1).transpose(0, 1).unsqueeze(-1)
         weights = torch.softmax(torch.cat((scores, column), dim=-1), dim=-1)[..., :-1]
     else:
         weights = torch.softmax(scores, dim=-1)
@@ -151,18 +151,23 @@ def attention(
     Args:
         query: `[1, T, N, H]`. key: `[1, T, K, H]`. value: `[1, T, K, V]`.
         cu_seqlens: int `[S+1]`, where each sequence starts in the row.
-        distance_logits: `[1, T, N, D]` or None; the other facts as in `attend`.
+        sinks: `[N]`, `[1, T, N]` or None. distance_logits: `[1, T, N, D]` or None. The other facts as in `attend`.
     Returns:
         `[1, T, N, V]`.
     """
-    facts = (sinks, scale, causal, sliding_window, chunk_size, softcap, slopes)
+    facts = (scale, causal, sliding_window, chunk_size, softcap, slopes)
     parts = []
     for start, end in itertools.pairwise(cu_seqlens.tolist()):
         if end > start:
             row = slice(start, end)
             logits = None if distance_logits is None else distance_logits[0, row]
-            parts.append(attend(query[0, row], key[0, row], value[0, row], *facts, logits))
+            parts.append(attend(query[0, row], key[0, row], value[0, row], _of_row(sinks, row), *facts, logits))
     return torch.cat(parts).unsqueeze(0)
+
+
+def _of_row(sinks: Tensor | None, row: slice) -> Tensor | None:
+    """The sinks of some tokens of the packed row."""
+    return sinks[0, row] if sinks is not None and sinks.dim() == 3 else sinks
 
 
 def _cached_attention_fake(
@@ -233,7 +238,7 @@ def cached_attention(
             query[0, start:end],
             key_cache.index_select(0, pages).flatten(0, 1)[seen].to(query.dtype),
             value_cache.index_select(0, pages).flatten(0, 1)[seen].to(query.dtype),
-            sinks,
+            _of_row(sinks, slice(start, end)),
             scale,
             causal,
             sliding_window,
@@ -328,5 +333,6 @@ def _attention_samples() -> list[dict[str, Any]]:
         plain | {"softcap": 3.0, "chunk_size": 6},
         plain | {"value": torch.randn(1, 24, 2, 8), "key": torch.randn(1, 24, 2, 16)},
         plain | {"slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])},
+        plain | {"sinks": torch.randn(1, 24, 4)},
         plain | {"distance_logits": torch.randn(1, 24, 4, 6), "sliding_window": 9},
     ]

@@ -45,6 +45,7 @@ def _captured_attention_fake(
     causal: bool,
     sliding_window: int | None,
     softcap: float | None,
+    bias: Tensor | None,
 ) -> Tensor:
     return value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
@@ -61,36 +62,51 @@ def captured_attention(
     causal: bool,
     sliding_window: int | None,
     softcap: float | None,
+    bias: Tensor | None,
 ) -> Tensor:
     """One call of the attention interface.
 
     Args:
         query: `[1, N, T, H]`. key: `[1, K, T, H]`. value: `[1, K, T, V]`.
-        mask: bool `[1, 1, T, T]`, or None when `causal` and `sliding_window` alone decide.
+        mask: `[1, 1 or N, T, T]`, bool or added to the scores; None when `causal` and `sliding_window` alone decide.
+        sinks: `[N]`, or `[1, T, N]` where they depend on the token.
+        bias: `[1, 1 or N, T, T]`, added to the scores, or None.
     Returns:
         `[1, T, N, V]`.
     """
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if mask is None:
+    if mask is None and bias is None:
         output: Tensor = attention.reference(
             query, key, value, cu_seqlens, sinks, scale, causal, sliding_window, None, softcap, None, None
         )
         return output
-    return _masked_attention(query, key, value, mask, sinks, scale, softcap)
+    if mask is None:
+        mask = captured_mask.reference(cu_seqlens, query[..., 0, 0], causal, sliding_window, None)
+    return _masked_attention(query, key, value, mask, sinks, scale, softcap, bias)
 
 
 def _masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sinks: Tensor | None, scale: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None,
 ) -> Tensor:
     groups = query.shape[2] // key.shape[2]
     key, value = key.repeat_interleave(groups, 2), value.repeat_interleave(groups, 2)
     scores = torch.einsum("bqnh,bknh->bnqk", query.float(), key.float()) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~mask, float("-inf"))
+    if bias is not None:
+        scores = scores + bias
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     if sinks is not None:
-        column = sinks.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
-        weights = torch.softmax(torch.cat((scores, column), dim=-1), dim=-1)[..., :-1]
+        per_token = sinks if sinks.dim() == 3 else sinks.reshape(1, 1, -1).expand(1, scores.shape[2], -1)
+        weights = torch.softmax(torch.cat((scores, per_token.float().transpose(1, 2)[..., None]), dim=-1), dim=-1)
+        weights = weights[..., :-1]
     else:
         weights = torch.softmax(scores, dim=-1)
     return torch.einsum("bnqk,bknv->bqnv", weights.to(value.dtype), value)

@@ -54,6 +54,8 @@ def _supports(
         return f"slot_mapping is {slot_mapping.dtype}, not torch.int64"
     if slopes is not None or distance_logits is not None:
         return "scores with a bias by distance are not written in it yet"
+    if sinks is not None and sinks.dim() != 1:
+        return "sinks that depend on the token are not written in it yet"
     if query.shape[2] % key.shape[2]:
         return f"{query.shape[2]} query heads do not divide among {key.shape[2]} key-value heads"
     return why_refused(query, key, value, key_cache, value_cache)

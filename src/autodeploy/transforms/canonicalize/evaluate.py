@@ -48,6 +48,16 @@ def evaluate(graph: ModelGraph, target: fx.Node, length: int, given: Mapping[fx.
     return values[target]
 
 
+def is_evaluable(graph: ModelGraph, target: fx.Node) -> bool:
+    """Whether positions, lengths and constants alone decide a node's value."""
+    inputs = [node for node in ancestors(target) if not isinstance(node.meta.get("val"), torch.SymInt)]
+    return not any(
+        node.target == "input_ids" if node.op == "placeholder" else str(node.target) in graph.weights
+        for node in inputs
+        if node.op in ("placeholder", "get_attr")
+    )
+
+
 def shape_at(graph: ModelGraph, value: Tensor, length: int) -> tuple[int, ...]:
     """The shape of a fake tensor when the row has `length` tokens."""
     return tuple(_size(graph, size, length) for size in value.shape)

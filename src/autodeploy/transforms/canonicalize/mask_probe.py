@@ -68,7 +68,7 @@ def classify(graph: ModelGraph, bias: Callable[[int], Tensor], masks: Iterable[f
         MaskFacts(causal=True, sliding_window=window),
         MaskFacts(causal=True, chunk_size=_chunk(longest)),
     ):
-        if all(torch.equal(seen, _expected(facts, length)) for length, seen in visible.items()):
+        if all(torch.equal(seen, expected_visibility(facts, length)) for length, seen in visible.items()):
             return BiasFacts(facts, _slopes(biases, visible))
     raise MaskRefused("its mask is none of causal, bidirectional, sliding window or chunked")
 
@@ -95,12 +95,12 @@ def _slopes(biases: dict[int, Tensor], visible: dict[int, Tensor]) -> Tensor | N
 def _beyond_constants(graph: ModelGraph, masks: list[fx.Node]) -> list[int]:
     """A length past every number in the masks' arithmetic, where a wide window shows; none if all are small."""
     nodes = {node for mask in masks for node in ancestors(mask)}
-    numbers = {number for node in nodes for number in _integers(node.args)}
+    numbers = {number for node in nodes for number in integers(node.args)}
     for node in nodes:
         constant = getattr(graph.module, str(node.target), None) if node.op == "get_attr" else None
         if isinstance(constant, Tensor) and constant.dim() >= 2:
             numbers.update(constant.shape)  # a window may be written into a table
-    largest = max((number for number in numbers if LENGTHS[1] <= number < 2**31), default=None)
+    largest = max((number for number in numbers if number >= LENGTHS[1]), default=None)
     if largest is None:
         return []
     if largest > _LONGEST:
@@ -124,13 +124,15 @@ def _joint_visibility(graph: ModelGraph, masks: list[fx.Node], length: int) -> T
     return seen
 
 
-def _integers(value: object) -> list[int]:
+def integers(value: object) -> list[int]:
+    """The whole numbers among a node's arguments, sizes without end left out."""
     if isinstance(value, list | tuple):
-        return [number for part in value for number in _integers(part)]
-    return [value] if isinstance(value, int) and not isinstance(value, bool) else []
+        return [number for part in value for number in integers(part)]
+    return [value] if isinstance(value, int) and not isinstance(value, bool) and value < 2**31 else []
 
 
-def _expected(facts: MaskFacts, length: int) -> Tensor:
+def expected_visibility(facts: MaskFacts, length: int) -> Tensor:
+    """What one sequence of this length may see under the facts: bool `[length, length]`."""
     device = torch.device("cpu")
     return visible_keys(length, length, facts.causal, facts.sliding_window, facts.chunk_size, 0, device)
 

@@ -16,10 +16,12 @@ from torch import fx
 
 from autodeploy.graph.model_graph import ATTENTION, ModelGraph, module_path
 from autodeploy.graph.transform import Transform, TransformResult
+from autodeploy.graph.verify import runs_along_tokens, token_symbol
 from autodeploy.ops.attention import MaskFacts, attention
 from autodeploy.ops.captured import captured_attention, captured_mask
 from autodeploy.transforms.canonicalize.contraction import rearranged
-from autodeploy.transforms.canonicalize.mask_probe import BiasFacts, MaskRefused, probe_mask
+from autodeploy.transforms.canonicalize.mask_probe import BiasFacts, MaskRefused
+from autodeploy.transforms.canonicalize.score_bias import BiasRows, read_bias
 from autodeploy.transforms.canonicalize.written_out import WrittenOut, find_written_out, read_scores
 
 aten = torch.ops.aten
@@ -53,6 +55,7 @@ class _Site:
     softcap: float | None = None
     sinks: fx.Node | None = None
     sliding_window: int | None = None
+    bias: fx.Node | None = None
     tokens_first: bool = False
     """the node's own result is `[1, T, N, V]` rather than `[..., N, T, V]`"""
 
@@ -62,9 +65,11 @@ class MatchAttention(Transform):
     """`captured_attention`, `scaled_dot_product_attention`, `softmax(q @ k.T * s + mask) @ v`  become  `attention`."""
 
     def apply(self, graph: ModelGraph) -> TransformResult:
+        symbol = token_symbol(graph)
+        fused = [n for n in graph.nodes(aten.scaled_dot_product_attention.default) if runs_along_tokens(n, symbol)]
         calls = [
             *(_captured_site(node) for node in graph.nodes(captured_attention)),
-            *(_fused_site(node) for node in graph.nodes(aten.scaled_dot_product_attention.default)),
+            *(_fused_site(node) for node in fused),
         ]
         written_out = find_written_out(graph)
         rewrites = [
@@ -90,6 +95,8 @@ def _rewrite_call(graph: ModelGraph, site: _Site) -> None:
     """A call of attention with separate arguments."""
     bias = _facts(graph, site)
     rows = [_four_dims(graph, _without_repeat(node), site.node) for node in (site.query, site.key, site.value)]
+    if bias.by_key is not None:
+        rows[:2] = _with_key_bias(graph, rows[0], rows[1], bias.by_key, site)
     output = _attention(graph, rows, bias, site.scale, site.softcap, site.sinks, site.node)
     if not site.tokens_first:
         output = graph.call(aten.transpose.int, output, 1, 2, before=site.node)
@@ -108,7 +115,7 @@ def _rewrite_written_out(graph: ModelGraph, site: WrittenOut) -> None:
     key = rearranged(graph, scores.right, scores.letters[1], site.heads + site.key + site.dim, before)
     value = rearranged(graph, output.right, output.letters[1], heads + weights[-1] + width, before)
     rows = [_four_dims(graph, _grouped(graph, node, head_sizes, before), before) for node in (query, key, value)]
-    result = _attention(graph, rows, facts.bias, facts.scale, facts.softcap, None, before)
+    result = _attention(graph, rows, BiasRows(facts.bias), facts.scale, facts.softcap, None, before)
     result = graph.call(aten.transpose.int, result, 1, 2, before=before)
     shape = [output.node.meta["val"].shape[out.index(letter)] for letter in heads + weights[-2] + width]
     result = _reshaped(graph, result, shape, before)
@@ -118,18 +125,36 @@ def _rewrite_written_out(graph: ModelGraph, site: WrittenOut) -> None:
 def _attention(
     graph: ModelGraph,
     rows: list[fx.Node],
-    bias: BiasFacts,
+    bias: BiasRows,
     scale: float,
     softcap: float | None,
     sinks: fx.Node | None,
     node: fx.Node,
 ) -> fx.Node:
     """The canonical op in place of `node`, from query, key and value `[1, heads, T, ...]`."""
-    slopes = None if bias.slopes is None else graph.constant("slopes", bias.slopes, before=node)
+    mask, slopes = bias.facts.mask, bias.facts.slopes
+    slopes_node = None if slopes is None else graph.constant("slopes", slopes, before=node)
     query, key, value = (graph.call(aten.transpose.int, row, 1, 2, before=node) for row in rows)
-    facts = (scale, bias.mask.causal, bias.mask.sliding_window, bias.mask.chunk_size, softcap, slopes, None)
+    facts = (scale, mask.causal, mask.sliding_window, mask.chunk_size, softcap, slopes_node, bias.by_distance)
     boundaries = graph.input("cu_seqlens")
     return graph.call(attention, query, key, value, boundaries, sinks, *facts, before=node, like=node)
+
+
+def _with_key_bias(
+    graph: ModelGraph, query: fx.Node, key: fx.Node, by_key: fx.Node, site: _Site
+) -> tuple[fx.Node, fx.Node]:
+    """`q · k * scale + b`  as  `[q, 1 / scale] · [k, b] * scale`: the bias is remembered with its key."""
+    if site.softcap is not None or by_key.meta["val"].shape[2] != key.meta["val"].shape[1]:
+        raise MaskRefused("it adds a bias by key that its keys have no room for")
+    column = graph.call(aten.slice.Tensor, query, 3, 0, 1, before=site.node)
+    column = graph.call(aten.full_like.default, column, 1.0 / site.scale, before=site.node)
+    bias = graph.call(aten.transpose.int, by_key, 1, 2, before=site.node)
+    bias = graph.call(aten.unsqueeze.default, bias, 3, before=site.node)
+    bias = graph.call(aten.to.dtype, bias, key.meta["val"].dtype, before=site.node)
+    return (
+        graph.call(aten.cat.default, [query, column], 3, before=site.node),
+        graph.call(aten.cat.default, [key, bias], 3, before=site.node),
+    )
 
 
 def _four_dims(graph: ModelGraph, node: fx.Node, before: fx.Node) -> fx.Node:
@@ -158,19 +183,29 @@ def _grouped(graph: ModelGraph, node: fx.Node, head_sizes: list[Any], before: fx
     return graph.call(aten.expand.default, node, [*head_sizes, -1, -1], before=before)
 
 
-def _facts(graph: ModelGraph, site: _Site) -> BiasFacts:
-    """A mask, where there is one, says all there is; without one the call's own flags do."""
+def _facts(graph: ModelGraph, site: _Site) -> BiasRows:
+    """A mask, where there is one, says all there is; without one the call's own flags do. A bias comes on top."""
     if site.mask is None:
-        return BiasFacts(MaskFacts(causal=site.causal, sliding_window=site.sliding_window))
-    mask = _through_layout(site.mask)
+        rows = BiasRows(BiasFacts(MaskFacts(causal=site.causal, sliding_window=site.sliding_window)))
+    else:
+        rows = _read_mask(graph, site.mask, site.node)
+        if site.causal and not site.tokens_first:
+            rows = replace(rows, facts=replace(rows.facts, mask=replace(rows.facts.mask, causal=True)))
+    if site.bias is None:
+        return rows
+    bias = read_bias(graph, site.bias, site.node)
+    if bias.facts.mask != MaskFacts() or (rows.facts.slopes is not None and bias.facts.slopes is not None):
+        raise MaskRefused("its position bias hides keys, or is one of two")
+    slopes = bias.facts.slopes if rows.facts.slopes is None else rows.facts.slopes
+    return BiasRows(replace(rows.facts, slopes=slopes), rows.by_key or bias.by_key, bias.by_distance)
+
+
+def _read_mask(graph: ModelGraph, node: fx.Node, before: fx.Node) -> BiasRows:
+    mask = _through_layout(node)
     if mask.target == captured_mask.overload:
         causal, sliding_window, chunk_size = mask.args[2:5]
-        facts = BiasFacts(MaskFacts(bool(causal), sliding_window, chunk_size))  # type: ignore[arg-type]
-    else:
-        facts = probe_mask(graph, site.mask)
-    if site.causal and not site.tokens_first:
-        facts = replace(facts, mask=replace(facts.mask, causal=True))
-    return facts
+        return BiasRows(BiasFacts(MaskFacts(bool(causal), sliding_window, chunk_size)))  # type: ignore[arg-type]
+    return read_bias(graph, node, before)
 
 
 def _captured_site(node: fx.Node) -> _Site:
