@@ -1,5 +1,8 @@
 """build: Hugging Face models and users' own modules become programs that generate what the original does."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,7 @@ from autodeploy.config import EngineOptions, parse_options
 from autodeploy.errors import CaptureError, ConfigError, GraphLevelError
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams
+from autodeploy.runtime.states import StatePlan, plan_states
 from tests import tiny
 from tests.graphs import Sketch, attention_model, causal_sdpa
 from tests.ops.mixers import decaying_sum
@@ -18,7 +22,10 @@ CROWDED = EngineOptions(max_num_batched_tokens=16, page_size=4, max_num_seqs=6)
 
 
 def _generate(program: Program, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    engine = Engine(program, CROWDED, max_model_len=96)
+    return _run(Engine(program, CROWDED, max_model_len=96), prompts, num_tokens)
+
+
+def _run(engine: Engine, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
     for index, prompt in enumerate(prompts):
         engine.add_request(str(index), prompt, SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True))
     tokens: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
@@ -42,6 +49,29 @@ def test_generates_what_transformers_generates(name: str) -> None:
             for prompt in prompts
         ]
     assert _generate(program, prompts, 10) == expected
+
+
+@pytest.mark.parametrize("name", tiny.HYBRID)
+def test_recurrent_states_survive_chunks_and_preemption(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.HYBRID[name]()
+    program = build(model)
+    assert program.report.facts["isolation"] == "passed"
+    cached = next(report for report in program.report.transforms if report.name == "insert_cached_ops")
+    assert cached.rewritten == cached.expected and {spec.group for spec in program.states} >= {"slots", "full"}
+    prompts = tiny.prompts(6, seed=3, longest=20)
+    options = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD}
+    with torch.no_grad():
+        expected = [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in prompts]
+
+    def few_pages(*args: Any, **kwargs: Any) -> StatePlan:
+        plan = plan_states(*args, **kwargs)
+        groups = tuple(dataclasses.replace(group, num_pages=1 + 96 // CROWDED.page_size) for group in plan.groups)
+        return dataclasses.replace(plan, groups=groups)
+
+    monkeypatch.setattr("autodeploy.runtime.engine.plan_states", few_pages)
+    engine = Engine(program, CROWDED, max_model_len=96)
+    assert _run(engine, prompts, 14) == expected
+    assert engine.stats().num_preemptions > 0
 
 
 def _whole_sequence_greedy(model: nn.Module, prompt: list[int], num_tokens: int) -> list[int]:

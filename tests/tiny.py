@@ -1,8 +1,9 @@
 """Tiny random models of many architectures, and a tokenizer for them: what tests use in place of a real checkpoint.
 
-Each builder in `TINY` returns a float32 model in eval mode on the CPU, the same one every time. Weights are drawn
-wider than an initialiser would draw them, so that attention attends, norms scale and logits are far from flat: with
-the usual 0.02 a model that ignores its context altogether would pass most comparisons.
+Each builder in `TINY` returns a float32 model in eval mode on the CPU, the same one every time, and so does each in
+`HYBRID`, whose models have other token mixers beside attention. Weights are drawn wider than an initialiser would draw
+them, so that attention attends, norms scale and logits are far from flat: with the usual 0.02 a model that ignores its
+context altogether would pass most comparisons.
 """
 
 from collections.abc import Callable
@@ -124,6 +125,50 @@ def gpt_oss() -> PreTrainedModel:
     layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW, "head_dim": 16}
     return _build("GptOss", **_DECODER | {"num_hidden_layers": 2}, **experts, **layers)
 
+
+_HYBRID: dict[str, Any] = _DECODER | {"num_hidden_layers": 4}
+
+
+def jamba() -> PreTrainedModel:
+    """Selective scans with norms on their inputs, and attention without positions."""
+    layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1}
+    return _build("Jamba", **_HYBRID, **layers, mamba_d_state=8, mamba_dt_rank=6)
+
+
+def bamba() -> PreTrainedModel:
+    """Structured scans in groups of heads with a gated norm, and attention."""
+    mixer = {"mamba_n_heads": 8, "mamba_d_head": 12, "mamba_n_groups": 2, "mamba_d_state": 8, "mamba_chunk_size": 8}
+    return _build("Bamba", **_HYBRID, attn_layer_indices=[1, 3], **mixer)
+
+
+def qwen3_next() -> PreTrainedModel:
+    """Gated delta rule with fewer key heads than value heads, and gated attention; no experts."""
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 16, "full_attention_interval": 2}
+    dims = {"linear_key_head_dim": 12, "linear_value_head_dim": 8}
+    return _build("Qwen3Next", **_HYBRID, **heads, **dims, mlp_only_layers=[0, 1, 2, 3])
+
+
+def kimi_linear() -> PreTrainedModel:
+    """Delta rule with a decay per channel, and latent attention; no experts."""
+    latent = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 12}
+    layers = {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "mlp_layer_types": ["dense"] * 4,
+        "linear_num_heads": 4,
+        "linear_head_dim": 12,
+    }
+    return _build("KimiLinear", **(_HYBRID | {"num_key_value_heads": 4}), **layers, **latent)
+
+
+def lfm3() -> PreTrainedModel:
+    """Short convolutions, sliding windows and full attention: states of every kind in one model."""
+    layers = ["conv", "sliding_attention", "conv", "full_attention"]
+    return _build("Lfm3", **_HYBRID, layer_types=layers, sliding_window=WINDOW)
+
+
+HYBRID: dict[str, Callable[[], PreTrainedModel]] = {
+    builder.__name__: builder for builder in (jamba, bamba, qwen3_next, kimi_linear, lfm3)
+}
 
 TINY: dict[str, Callable[[], PreTrainedModel]] = {
     builder.__name__: builder
