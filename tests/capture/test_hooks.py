@@ -6,6 +6,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
+    blockwise_overlay,
     causal_mask_function,
     chunked_causal_mask_function,
     or_masks,
@@ -41,6 +42,19 @@ def test_unknown_masks_are_refused_never_assumed_causal() -> None:
         mask_facts(or_masks(causal_mask_function, bidirectional_mask_function))
     with pytest.raises(CaptureError, match="refused rather than assumed causal"):
         mask_facts(lambda b, h, q, k: q > k)
+
+
+def test_an_unknown_mask_function_is_run_over_all_queries_and_keys() -> None:
+    """Such as blocks of tokens that see each other: recognised by value later, or refused there."""
+    blocks = torch.tensor([[-1, 0, 0, -1, 1, 1]])
+    function = or_masks(causal_mask_function, blockwise_overlay(blocks))
+    hooks = Hooks(torch.tensor([0, 6], dtype=torch.int32), torch.arange(6)[None])
+    mask = hooks.mask(1, 6, 6, mask_function=function)
+    expected = torch.ones(6, 6).tril().bool()
+    expected[1, 2] = expected[4, 5] = True
+    assert torch.equal(mask, expected[None, None])
+    with pytest.raises(CaptureError, match="or_masks"):
+        hooks.mask(1, 6, 6, q_offset=2, mask_function=function)
 
 
 def test_registries_and_model_are_put_back() -> None:

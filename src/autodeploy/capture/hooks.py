@@ -100,13 +100,29 @@ class Hooks:
         mask_function: Callable[..., Any] | None = None,
         **_: Any,
     ) -> Tensor:
-        """Stands in for a mask function: the facts as one captured op instead of mask arithmetic."""
-        facts = mask_facts(mask_function)
+        """Stands in for a mask function: the facts as one captured op instead of mask arithmetic.
+
+        A function that is none of the known ones is run over all queries and keys, as transformers would: what it does
+        is then recognised by its values, or refused, where the mask is used.
+        """
         assert self.cu_seqlens is not None and self.position_ids is not None
+        try:
+            facts = mask_facts(mask_function)
+        except CaptureError:
+            if mask_function is None or q_offset or kv_offset:
+                raise
+            return _whole_mask(mask_function, batch_size, q_length, kv_length)
         mask: Tensor = captured_mask(
             self.cu_seqlens, self.position_ids, facts.causal, facts.sliding_window, facts.chunk_size
         )
         return mask
+
+
+def _whole_mask(function: Callable[..., Any], batch_size: int, q_length: int, kv_length: int) -> Tensor:
+    """A mask function's values, bool `[batch, 1, queries, keys]`; it is made to be called with indices that broadcast."""
+    batch, queries, keys = torch.arange(batch_size), torch.arange(q_length), torch.arange(kv_length)
+    visible: Tensor = function(batch[:, None, None, None], batch.new_zeros(1), queries[:, None], keys[None])
+    return visible.expand(batch_size, 1, q_length, kv_length)
 
 
 def _sinks(sinks: Tensor | None) -> Tensor | None:

@@ -51,6 +51,13 @@ def by_distance(layer: Biased, x: Tensor, distance: Tensor) -> Tensor:
     return read.masked_fill((distance < 0) | (distance >= 3), 0.0)
 
 
+def by_long_distance(layer: Biased, x: Tensor, distance: Tensor) -> Tensor:
+    """A table longer than the lengths that are tried first."""
+    logits = torch.cat((layer.by_key(x), layer.by_key(x).tanh().repeat(1, 1, 79)), -1)
+    read = logits.view(1, -1, 4, 80).transpose(1, 2).gather(-1, distance.clamp(0, 79).expand(1, 4, -1, -1))
+    return read.masked_fill((distance < 0) | (distance >= 80), 0.0)
+
+
 def by_query_and_key(layer: Biased, x: Tensor, distance: Tensor) -> Tensor:
     rows = layer.by_key(x).transpose(1, 2)
     return rows[:, :, None] * rows[..., None]
@@ -64,7 +71,7 @@ def by_far_distance(layer: Biased, x: Tensor, distance: Tensor) -> Tensor:
     return layer.by_key(x).transpose(1, 2)[..., None] * distance
 
 
-@pytest.mark.parametrize("bias", [by_key, by_distance])
+@pytest.mark.parametrize("bias", [by_key, by_distance, by_long_distance])
 def test_becomes_rows_with_the_same_numbers_packed_or_not(bias: Bias) -> None:
     model = _model(bias)
     graph = captured(model)
@@ -73,7 +80,7 @@ def test_becomes_rows_with_the_same_numbers_packed_or_not(bias: Bias) -> None:
     UsePositionIds().run(graph)
     (node,) = graph.nodes(attention)
     arguments = attention.arguments(node.args, node.kwargs)
-    assert arguments["causal"] is True and (arguments["distance_logits"] is not None) == (bias is by_distance)
+    assert arguments["causal"] is True and (arguments["distance_logits"] is not None) == (bias is not by_key)
     result = run(graph, model, [4, 5])
     with torch.no_grad():
         ids = torch.randint(0, 32, (1, 9), generator=torch.Generator().manual_seed(0))

@@ -19,6 +19,8 @@ LENGTHS = (37, 52)
 """two lengths without a common divisor, so that a window or chunk that fits one by chance does not fit the other"""
 _LONGEST = 6000
 """longest sequence a mask is evaluated for, in tokens; its matrix has the square of that"""
+_MOST_SCORES = 2**26
+"""most numbers, heads by queries by keys, that are run to find out what a bias does"""
 HIDDEN = -9e3
 """a score that has lost this much is as good as hidden; models write -1e4, the smallest number, or -inf"""
 
@@ -58,8 +60,19 @@ def classify(graph: ModelGraph, bias: Callable[[int], Tensor], masks: Iterable[f
     masks = list(masks)
     biases = {length: bias(length) for length in LENGTHS}
     visible = {length: _visible(value) for length, value in biases.items()}
-    for length in _beyond_constants(graph, masks):
-        visible[length] = _joint_visibility(graph, masks, length)
+    beyond = _beyond_constants(graph, masks)
+    facts = _matching(visible | {length: _joint_visibility(graph, masks, length) for length in beyond})
+    heads = max(value.shape[0] for value in biases.values())
+    if facts is None and all(heads * length**2 <= _MOST_SCORES for length in beyond):
+        # A matrix may join in without hiding anything; running it all, heads and all, settles that.
+        facts = _matching(visible | {length: _visible(bias(length)) for length in beyond})
+    if facts is None:
+        raise MaskRefused("its mask is none of causal, bidirectional, sliding window or chunked")
+    return BiasFacts(facts, _slopes(biases, visible))
+
+
+def _matching(visible: dict[int, Tensor]) -> MaskFacts | None:
+    """The facts that give this visibility at every length, or None."""
     longest = visible[max(visible)]
     window = int(longest[-1].sum())
     for facts in (
@@ -69,8 +82,8 @@ def classify(graph: ModelGraph, bias: Callable[[int], Tensor], masks: Iterable[f
         MaskFacts(causal=True, chunk_size=_chunk(longest)),
     ):
         if all(torch.equal(seen, expected_visibility(facts, length)) for length, seen in visible.items()):
-            return BiasFacts(facts, _slopes(biases, visible))
-    raise MaskRefused("its mask is none of causal, bidirectional, sliding window or chunked")
+            return facts
+    return None
 
 
 def _slopes(biases: dict[int, Tensor], visible: dict[int, Tensor]) -> Tensor | None:
