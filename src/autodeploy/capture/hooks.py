@@ -119,7 +119,7 @@ class Hooks:
 
 
 def _whole_mask(function: Callable[..., Any], batch_size: int, q_length: int, kv_length: int) -> Tensor:
-    """A mask function's values, bool `[batch, 1, queries, keys]`; it is made to be called with indices that broadcast."""
+    """A mask function's values, bool `[batch, 1, queries, keys]`; such functions take indices that broadcast."""
     batch, queries, keys = torch.arange(batch_size), torch.arange(q_length), torch.arange(kv_length)
     visible: Tensor = function(batch[:, None, None, None], batch.new_zeros(1), queries[:, None], keys[None])
     return visible.expand(batch_size, 1, q_length, kv_length)
