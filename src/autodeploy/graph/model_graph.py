@@ -1,5 +1,6 @@
 """ModelGraph: one traced graph, the recipes of its weights and the specs of its states, from capture to lowering."""
 
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autodeploy.checkpoint.recipe import Recipe
 from autodeploy.errors import TransformError
+from autodeploy.graph.fake_values import FakeValues
 from autodeploy.graph.levels import Level
 from autodeploy.ops.op import Op, find_op
 from autodeploy.ops.state import StateSpec
@@ -60,6 +62,11 @@ class ModelGraph:
                 f"graph {self.name!r} was restored from files and cannot be transformed; capture it anew"
             )
         return self.mode
+
+    @functools.cached_property
+    def fake_values(self) -> FakeValues:
+        """What calls give, for the calls that transforms insert."""
+        return FakeValues(self.fake_mode)
 
     @property
     def graph(self) -> fx.Graph:
@@ -112,9 +119,7 @@ class ModelGraph:
         for key in ("stack_trace", "nn_module_stack"):
             if key in source.meta:
                 node.meta[key] = source.meta[key]
-        values = fx.map_arg(args, lambda argument: argument.meta["val"])
-        with self.fake_mode:
-            node.meta["val"] = function(*values)
+        node.meta["val"] = self.fake_values.of(function, fx.map_arg(args, lambda argument: argument.meta["val"]))
         return node
 
     def item(self, node: fx.Node, index: int, *, before: fx.Node) -> fx.Node:
@@ -130,8 +135,7 @@ class ModelGraph:
         self.module.register_parameter(unique, _placeholder_parameter(recipe))
         with self.graph.inserting_before(before):
             node = self.graph.get_attr(unique)
-        with self.fake_mode:
-            node.meta["val"] = torch.empty(recipe.shape, dtype=recipe.dtype)
+        node.meta["val"] = self.fake_values.empty(recipe.shape, recipe.dtype)
         return node
 
     def constant(self, name: str, value: torch.Tensor, *, before: fx.Node) -> fx.Node:
@@ -152,8 +156,8 @@ class ModelGraph:
         return None
 
     def clean(self) -> None:
-        """Drop dead code and weights nobody reads, check the graph's form and recompile it."""
-        self.graph.eliminate_dead_code(is_impure_node=_is_kept)
+        """Drop dead code and weights nobody reads, check the form. Code is generated when kernels are bound."""
+        self.graph.eliminate_dead_code(is_impure_node=_is_kept)  # which checks the form first
         used = {str(node.target) for node in self.graph.find_nodes(op="get_attr")}
         for name in [name for name in self.weights if name not in used]:
             del self.weights[name]
@@ -162,8 +166,6 @@ class ModelGraph:
             delattr(self.module, name)
         for name in [name for name, _ in self.module.named_buffers() if name not in used]:
             delattr(self.module, name)
-        self.graph.lint()
-        self.module.recompile()
 
 
 def _placeholder_parameter(recipe: Recipe) -> torch.nn.Parameter:

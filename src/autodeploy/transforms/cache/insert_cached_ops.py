@@ -72,24 +72,28 @@ def _example(graph: ModelGraph, declared: BatchInput) -> Tensor:
             tokens = input_ids.meta["val"].shape[1]
             return torch.empty([tokens if dim == "T" else int(dim) for dim in declared.dims], dtype=declared.dtype)
     sizes = [_EXAMPLE_SIZES[dim] if isinstance(dim, str) else dim for dim in declared.dims]
-    return symbolic(graph, torch.empty(sizes, dtype=declared.dtype, device="meta"), dynamic=len(sizes))
+    return symbolic(graph, sizes, declared.dtype, dynamic=len(sizes))
 
 
-def symbolic(graph: ModelGraph, example: Tensor, *, dynamic: int) -> Tensor:
-    """A fake CPU tensor like the example whose first `dynamic` dimensions are symbolic."""
+def symbolic(graph: ModelGraph, sizes: list[int], dtype: torch.dtype, *, dynamic: int) -> Tensor:
+    """A fake CPU tensor of these example sizes, the first `dynamic` of which are symbolic."""
     # slow to import, and a graph that was kept does without
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-    dims = [DimDynamic.DYNAMIC] * dynamic + [DimDynamic.STATIC] * (example.dim() - dynamic)
+    dims = [DimDynamic.DYNAMIC] * dynamic + [DimDynamic.STATIC] * (len(sizes) - dynamic)
     context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=dims)
-    real = torch.empty(example.shape, dtype=example.dtype)
-    return graph.fake_mode.from_tensor(real, symbolic_context=context)
+    return graph.fake_mode.from_tensor(torch.empty(sizes, dtype=dtype), symbolic_context=context)
 
 
 def _state_input(graph: ModelGraph, spec: StateSpec) -> fx.Node:
-    leading = (3, 5) if isinstance(spec, PagedState) else (3,)
-    example = torch.empty(*leading, *spec.shape, dtype=spec.dtype, device="meta")
-    return graph.add_input(spec.name, symbolic(graph, example, dynamic=len(leading)))
+    """The placeholder of a state; states that differ in name alone have one number of pages or slots."""
+    for other in graph.states:
+        existing = graph.input(other.name)
+        if existing is not None and dataclasses.replace(other, name=spec.name) == spec:
+            with graph.fake_mode:  # a tensor of its own: a compiler takes one object for one memory
+                return graph.add_input(spec.name, torch.empty_like(existing.meta["val"]))
+    leading = [3, 5] if isinstance(spec, PagedState) else [3]
+    return graph.add_input(spec.name, symbolic(graph, [*leading, *spec.shape], spec.dtype, dynamic=len(leading)))
 
 
 def _named(graph: ModelGraph, path: str, states: dict[str, StateSpec]) -> dict[str, StateSpec]:
