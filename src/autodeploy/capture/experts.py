@@ -36,7 +36,7 @@ class GateFacts:
 
     def apply(self, hidden: Tensor) -> Tensor:
         if self.interleaved:
-            hidden = _deinterleaved(hidden, hidden.dim() - 1)
+            hidden = deinterleaved(hidden, hidden.dim() - 1)
         return expert_gate(hidden, self.activation, self.gated, self.limit, self.up_offset)
 
 
@@ -125,8 +125,8 @@ def _emit(module: Any, facts: GateFacts | None, x: Tensor, indices: Tensor, weig
     if facts is None or module.has_post_expert_norm:
         return _emit_parts(module, inner, indices, weights, (gate_up, up_bias), (down, down_bias)).to(x.dtype)
     if facts.interleaved:
-        gate_up = _deinterleaved(gate_up, 1)
-        up_bias = None if up_bias is None else _deinterleaved(up_bias, 1)
+        gate_up = deinterleaved(gate_up, 1)
+        up_bias = None if up_bias is None else deinterleaved(up_bias, 1)
     routed = (inner, indices, weights, gate_up, down, up_bias, down_bias)
     result: Tensor = moe(*routed, facts.activation, facts.gated, facts.limit, facts.up_offset)
     return result.to(x.dtype)
@@ -150,7 +150,7 @@ def _emit_parts(
     return summed
 
 
-def _deinterleaved(weight: Tensor, dim: int) -> Tensor:
+def deinterleaved(weight: Tensor, dim: int) -> Tensor:
     """(a0, b0, a1, b1, ...) along a dimension becomes (a0, a1, ..., b0, b1, ...)."""
     before, after = weight.shape[:dim], weight.shape[dim + 1 :]
     apart = weight.reshape(*before, weight.shape[dim] // 2, 2, *after).transpose(dim, dim + 1)

@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from autodeploy.capture.expert_blocks import expert_blocks_replaced
 from autodeploy.capture.experts import experts_hooked
 from autodeploy.capture.hooks import Hooks, MarkerCache, packed_row
 from autodeploy.capture.mixers import mixers_recognised
@@ -113,6 +114,7 @@ def _capture(model: nn.Module, name: str, layers: RepeatedLayers | None) -> Mode
     repeating = contextlib.nullcontext() if layers is None else layers.installed(hooks)
     with (
         experts_hooked(model),
+        expert_blocks_replaced(model) as stacked,
         _fake_parameters(model, fake_mode),
         hooks.installed(model),
         probed(model),
@@ -132,7 +134,7 @@ def _capture(model: nn.Module, name: str, layers: RepeatedLayers | None) -> Mode
             raise CaptureError(f"cannot capture {type(model).__name__}{_where(hooks)}: {error}") from error
         except Exception as error:
             raise CaptureError(_explain(model, hooks, error)) from error
-    graph = _to_graph(name, exported)
+    graph = _to_graph(name, exported, stacked)
     graph.state_writes = dict(hooks.state_writes) if isinstance(model, PreTrainedModel) else None
     graph.max_length = _longest(graph)
     return graph
@@ -219,8 +221,11 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _to_graph(name: str, exported: ExportedProgram) -> ModelGraph:
-    """An exported program as a graph: parameters as recipes, other tensors as constants, one output."""
+def _to_graph(name: str, exported: ExportedProgram, recipes: Mapping[str, Recipe]) -> ModelGraph:
+    """An exported program as a graph: parameters as recipes, other tensors as constants, one output.
+
+    `recipes` are those of parameters that are none of the model's own.
+    """
     signature = exported.graph_signature
     for spec in signature.output_specs:
         if spec.kind != OutputKind.USER_OUTPUT:
@@ -243,7 +248,8 @@ def _to_graph(name: str, exported: ExportedProgram) -> ModelGraph:
         if value is None:
             module.register_buffer(attribute, exported.constants[target], persistent=False)
         else:
-            weights[attribute] = Source(target.removeprefix("model."), tuple(value.shape), value.dtype)
+            own = target.removeprefix("model.")
+            weights[attribute] = recipes.get(own, Source(own, tuple(value.shape), value.dtype))
             meta = torch.empty(value.shape, dtype=value.dtype, device="meta")
             module.register_parameter(attribute, nn.Parameter(meta, requires_grad=False))
         with module.graph.inserting_before(node):

@@ -1,0 +1,221 @@
+"""Readings of a module's parameters as experts: which are gates, which are products up and down, and how they lie.
+
+A module goes in, candidates come out. For a list of alike children one child is run on random input, so that its
+reading is certain; stacked parameters give every reading that their shapes allow, for the caller to try.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autodeploy.capture.experts import GateFacts, deinterleaved
+from autodeploy.capture.random_weights import with_random_weights
+from autodeploy.checkpoint.recipe import Concat, Recipe, Reshape, Source, Transpose
+from autodeploy.ops.mlp import ACTIVATIONS
+
+Named = Callable[[str], Tensor]
+"""A parameter of the module by name."""
+
+
+_PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Modules whose parameters are one product's, never a stack."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One of each expert's matrices, and its bias.
+
+    Attributes:
+        names: the parameter of each expert, or the one parameter that holds them all.
+        biases: likewise; empty without biases.
+        rows, columns: as stored. transposed: rows are inputs, columns are outputs.
+    """
+
+    names: tuple[str, ...]
+    biases: tuple[str, ...]
+    rows: int
+    columns: int
+    transposed: bool = False
+
+    @property
+    def inputs(self) -> int:
+        return self.rows if self.transposed else self.columns
+
+    @property
+    def outputs(self) -> int:
+        return self.columns if self.transposed else self.rows
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One reading. `container` names the list of children, "" where parameters are stacked already."""
+
+    container: str
+    num_experts: int
+    facts: GateFacts
+    up: tuple[Matrix, ...]
+    down: Matrix
+
+    @property
+    def hidden(self) -> int:
+        return self.down.outputs
+
+    def stacked(
+        self, get: Named, experts: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """gate_up, down and their biases as `moe` takes them, of all experts or of some."""
+        ups = [_stacked(matrix, get, self.num_experts, experts) for matrix in self.up]
+        down, down_bias = _stacked(self.down, get, self.num_experts, experts)
+        gate_up = ups[0][0] if len(ups) == 1 else torch.cat([weight for weight, _ in ups], 1)
+        shifts = [bias for _, bias in ups if bias is not None]
+        bias = None if not shifts else shifts[0] if len(shifts) == 1 else torch.cat(shifts, 1)
+        if self.facts.interleaved:
+            gate_up, bias = deinterleaved(gate_up, 1), None if bias is None else deinterleaved(bias, 1)
+        return gate_up, down, bias, down_bias
+
+    def recipes(self, path: str, get: Named) -> dict[str, Recipe]:
+        """Recipes of the stacked weights of a list of children, by the role that `stacked` gives them."""
+
+        def source(name: str) -> Recipe:
+            tensor = get(name)
+            return Source(f"{path}.{name}" if path else name, tuple(tensor.shape), tensor.dtype)
+
+        def stack(matrices: Sequence[Matrix]) -> Recipe:
+            parts = [[source(name) for name in matrix.names] for matrix in matrices]
+            if any(matrix.transposed for matrix in matrices):
+                parts = [[Transpose(part, 0, 1) for part in column] for column in parts]
+            rows = Concat(tuple(part for row in zip(*parts, strict=True) for part in row), 0)
+            return Reshape(rows, (self.num_experts, rows.shape[0] // self.num_experts, rows.shape[1]))
+
+        def stack_biases(matrices: Sequence[Matrix]) -> Recipe:
+            parts = [[source(name) for name in matrix.biases] for matrix in matrices]
+            values = Concat(tuple(part for row in zip(*parts, strict=True) for part in row), 0)
+            return Reshape(values, (self.num_experts, values.shape[0] // self.num_experts))
+
+        made = {"gate_up": stack(self.up), "down": stack([self.down])}
+        if self.up[0].biases:
+            made["gate_up_bias"] = stack_biases(self.up)
+        if self.down.biases:
+            made["down_bias"] = stack_biases([self.down])
+        return made
+
+
+def expert_weights(module: nn.Module) -> Iterator[ExpertWeights]:
+    """Every reading of a module's own lists of children and stacked parameters as experts."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict) and _are_alike(list(child.children())):
+            yield from _of_children(name, list(child.named_children()))
+    yield from _of_stacks(module)
+
+
+def _stacked(
+    matrix: Matrix, get: Named, num_experts: int, experts: Sequence[int] | None
+) -> tuple[Tensor, Tensor | None]:
+    if len(matrix.names) > 1:
+        chosen = range(num_experts) if experts is None else experts
+        weight = torch.stack([get(matrix.names[expert]) for expert in chosen])
+        bias = torch.stack([get(matrix.biases[expert]) for expert in chosen]) if matrix.biases else None
+    else:
+        stack = get(matrix.names[0])
+        if stack.dim() == 2:
+            stack = stack.view(-1, matrix.rows, matrix.columns)
+        if stack.shape[0] > num_experts:
+            stack = stack[:num_experts]
+        weight, bias = stack if experts is None else torch.stack([stack[expert] for expert in experts]), None
+    return weight.transpose(1, 2) if matrix.transposed else weight, bias
+
+
+def _are_alike(children: Sequence[nn.Module]) -> bool:
+    """Two or more modules of one class and size, each of two or three matrices with or without biases."""
+    forms = {(type(c), tuple((name, p.shape) for name, p in c.named_parameters())) for c in children}
+    shapes = [p.dim() for p in children[0].parameters()] if children else []
+    return len(children) > 1 and len(forms) == 1 and shapes.count(2) in (2, 3) and set(shapes) <= {1, 2}
+
+
+def _of_children(container: str, children: Sequence[tuple[str, nn.Module]]) -> Iterator[ExpertWeights]:
+    child = with_random_weights(children[0][1], torch.float32)
+    parameters = dict(child.named_parameters())
+    matrices = []
+    for name, parameter in parameters.items():
+        if parameter.dim() == 2:
+            bias = f"{name.rpartition('.')[0]}.bias".removeprefix(".")
+            biases = tuple(f"{container}.{key}.{bias}" for key, _ in children) if bias in parameters else ()
+            names = tuple(f"{container}.{key}.{name}" for key, _ in children)
+            matrices.append(Matrix(names, biases, *parameter.shape))
+
+    def get(name: str) -> Tensor:
+        return parameters[name.removeprefix(f"{container}.{children[0][0]}.")].detach()
+
+    for reading in _readings(container, len(children), matrices):
+        x = torch.randn(3, reading.hidden, generator=torch.Generator().manual_seed(2)) * 2
+        try:
+            with torch.no_grad():
+                result = child(x)
+        except Exception:
+            continue  # it wants another width, or more than a token
+        if _is_close(_run_one(reading, get, x), result):
+            yield reading
+            return
+
+
+def _run_one(weights: ExpertWeights, get: Named, x: Tensor) -> Tensor:
+    """The first expert's result for tokens `[N, H]`."""
+    gate_up, down, bias, down_bias = weights.stacked(get, [0])
+    hidden = F.linear(x, gate_up[0], None if bias is None else bias[0])
+    facts = GateFacts(weights.facts.activation, weights.facts.gated)
+    return F.linear(facts.apply(hidden), down[0], None if down_bias is None else down_bias[0])
+
+
+def _is_close(mine: Tensor, theirs: object) -> bool:
+    if not isinstance(theirs, Tensor) or theirs.shape != mine.shape:
+        return False
+    return bool((mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()) and bool(theirs.abs().max() > 0)
+
+
+def _of_stacks(module: nn.Module) -> Iterator[ExpertWeights]:
+    """Readings of two or three stacked parameters: `[E, a, b]`, or `[E·a, b]` where the module knows E or a."""
+    named = [
+        (f"{path}.{name}".removeprefix("."), parameter)
+        for path, owner in (("", module), *module.named_children())
+        if not isinstance(owner, _PLAIN)
+        for name, parameter in owner.named_parameters(recurse=False)
+    ]
+    deep = [(name, p) for name, p in named if p.dim() == 3]
+    if len(deep) in (2, 3):
+        counts = [p.shape[0] for _, p in deep]
+        yield from _readings("", min(counts), [Matrix((name,), (), *p.shape[1:]) for name, p in deep])
+    flat = [(name, p) for name, p in named if p.dim() == 2]
+    if not deep and len(flat) == 3 and len({p.shape for _, p in flat}) == 1:
+        rows, columns = flat[0][1].shape
+        modules = (module, *module.children())
+        known = {v for m in modules for v in vars(m).values() if isinstance(v, int) and 1 < v < rows and rows % v == 0}
+        for count in sorted(known):
+            yield from _readings("", count, [Matrix((name,), (), rows // count, columns) for name, _ in flat])
+
+
+def _readings(container: str, num_experts: int, matrices: Sequence[Matrix]) -> Iterator[ExpertWeights]:
+    """Every assignment of matrices to gate, up and down that their shapes allow, the usual ones first."""
+    for activation, order in itertools.product(ACTIVATIONS, itertools.permutations(matrices)):
+        for turns in itertools.product((False, True), repeat=len(order)):
+            *up, down = (
+                Matrix(m.names, m.biases, m.rows, m.columns, turned) for m, turned in zip(order, turns, strict=True)
+            )
+            if container and any(turns):
+                continue  # children are products of their own, whose weights say which way they go
+            fits = all(m.inputs == down.outputs and m.outputs == up[0].outputs for m in up)
+            for facts in _facts(activation, len(up), up[0].outputs, down.inputs) if fits else ():
+                yield ExpertWeights(container, num_experts, facts, tuple(up), down)
+
+
+def _facts(activation: str, num_ups: int, up_outputs: int, down_inputs: int) -> Iterator[GateFacts]:
+    if num_ups == 2 and up_outputs == down_inputs:
+        yield GateFacts(activation, True)
+    if num_ups == 1 and up_outputs == down_inputs:
+        yield GateFacts(activation, False)
+    if num_ups == 1 and up_outputs == 2 * down_inputs:
+        yield GateFacts(activation, True)
+        yield GateFacts(activation, True, interleaved=True)
