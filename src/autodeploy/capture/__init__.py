@@ -3,6 +3,8 @@
 export.py  trace a model over one packed row of tokens, no weight materialised
 hooks.py   Hugging Face's own interfaces (attention, masks, cache) -> captured ops, and what was seen on the way
 experts.py Hugging Face's experts interface -> canonical ops over stacked weights
+expert_blocks.py   loops over experts outside the interface, known by recordings of two runs -> canonical ops
+expert_weights.py  which of a module's parameters are experts; random_weights.py  what recordings run on; tape.py  them
 probe.py   norms and rotary functions recognised by their numbers -> canonical ops
 mixers.py  convolutions, scans and delta rules recognised by their numbers -> canonical ops
 """

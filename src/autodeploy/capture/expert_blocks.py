@@ -171,7 +171,7 @@ def _arguments(module: nn.Module, hidden: int, length: int, is_row: bool, dtype:
 
 
 def _sums(recording: Recording, arguments: Sequence[Tensor], reading: ExpertWeights, get: Named) -> Iterator[Sum]:
-    """Every place, the latest first, where the recording has what `moe` gives for choices and weights it made before."""
+    """Every place, the latest first, where the recording has what `moe` gives for choices and weights made before."""
     x = arguments[0].reshape(-1, reading.hidden)
     values = [value for value in _values(recording, arguments) if _is_per_token(value.tensor, recording.length)]
     places = [value for value in _values(recording, ()) if value.tensor.numel() == x.numel() and not value.output]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 LARGE = 1 << 18
 """Elements of a weight from which random values are shared, at shifted places, instead of drawn one by one."""
 
-_SHIFTS = (7919, 97, 1)
-"""Most elements between neighbours along the dimensions of a large weight: primes, so that no two rows agree."""
+_ROW_SHIFT, _STACK_SHIFT = 97, 7919
+"""Elements between neighbouring rows, and between neighbouring matrices of a stack, of a large weight: primes, so that
+no two rows agree"""
 
 
 def with_random_weights(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -35,9 +36,9 @@ def with_random_weights(module: nn.Module, dtype: torch.dtype | None = None) -> 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Values of a size that keeps what products give near 1."""
     scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.5
-    if math.prod(shape) < LARGE or len(shape) > len(_SHIFTS):
+    if math.prod(shape) < LARGE or len(shape) not in (2, 3):
         return (torch.randn(shape, generator=generator) * scale).to(dtype)
-    natural = (math.prod(shape[1:]), shape[-1], 1)[-len(shape) :]
-    strides = [min(shift, most) for shift, most in zip(_SHIFTS[-len(shape) :], natural, strict=True)]
+    row = max(1, min(_ROW_SHIFT, shape[-1] // 8))
+    strides = (min(_STACK_SHIFT, shape[-2] * row), row, 1)[-len(shape) :]
     size = 1 + sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True))
     return (torch.randn(size, generator=generator) * scale).to(dtype).as_strided(shape, strides)

@@ -38,6 +38,13 @@ class Given:
     key: int | str
 
 
+@dataclass(frozen=True, eq=False)
+class Fixed:
+    """A constant that the code makes out of numbers of its own."""
+
+    tensor: Tensor
+
+
 @dataclass(frozen=True)
 class Scaled:
     """A size in proportion to the number of tokens."""
@@ -45,7 +52,7 @@ class Scaled:
     factor: int
 
 
-Reference = Made | Given
+Reference = Made | Given | Fixed
 
 
 @dataclass(frozen=True)
@@ -104,9 +111,7 @@ class Recording(TorchDispatchMode):
         self.result = tree_map_only(Tensor, self._reference, result)
 
     def _reference(self, tensor: Tensor) -> Reference:
-        if id(tensor) not in self._known:  # a constant of the code, made before the recording began
-            raise Unrepeatable(f"a tensor {list(tensor.shape)} comes from nowhere")
-        return self._known[id(tensor)]
+        return self._known[id(tensor)] if id(tensor) in self._known else Fixed(tensor)
 
     def made_by(self, step: int, output: int) -> Reference:
         """The reference of what a step returned; one that updates in place returns what an earlier one made."""
@@ -184,6 +189,8 @@ class Program:
                 return leaf.factor * length
             if isinstance(leaf, Given) and leaf not in made:
                 return arguments[leaf.key] if isinstance(leaf.key, int) else weights(leaf.key)
+            if isinstance(leaf, Fixed):
+                return leaf.tensor
             return made[leaf] if isinstance(leaf, Given | Made) else leaf
 
         for number, step in self.steps:
@@ -241,6 +248,9 @@ class _Merge:
         if isinstance(one, Made) and isinstance(other, Made):
             agree = defining or self.numbers.get(one.step) == other.step or one.step not in self.numbers
             if agree and one.output == other.output:
+                return one
+        elif isinstance(one, Fixed) and isinstance(other, Fixed):
+            if torch.equal(one.tensor, other.tensor):
                 return one
         elif type(one) is type(other) and one == other:
             return one
