@@ -34,6 +34,7 @@ from autodeploy.capture.write_out import require_closed, write_out
 from autodeploy.checkpoint.recipe import Recipe, Source
 from autodeploy.errors import AutoDeployError, CaptureError
 from autodeploy.graph.model_graph import ModelGraph
+from autodeploy.models.patches import patched
 
 EXAMPLE_LENGTHS = [5, 9, 10]
 """lengths of the sequences packed into the example row; T and S are symbolic, so only 0 and 1 would be special"""
@@ -113,6 +114,7 @@ def _capture(model: nn.Module, name: str, layers: RepeatedLayers | None) -> Mode
     row = _PackedRow(model, hooks, layers)
     repeating = contextlib.nullcontext() if layers is None else layers.installed(hooks)
     with (
+        patched(),
         experts_hooked(model),
         expert_blocks_replaced(model) as stacked,
         _fake_parameters(model, fake_mode),
