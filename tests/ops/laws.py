@@ -96,7 +96,11 @@ class Replay:
             elif name in batch:
                 arguments[name] = batch[name]
             else:
-                value = self.sample[name]
-                per_token = isinstance(value, Tensor) and value.dim() > 2 and value.shape[:2] == (1, self.num_tokens)
-                arguments[name] = value[:, rows] if per_token else value
+                arguments[name] = self._cut(self.sample[name], rows)
         return arguments
+
+    def _cut(self, value: Any, rows: Tensor) -> Any:
+        if isinstance(value, list):
+            return [self._cut(part, rows) for part in value]
+        per_token = isinstance(value, Tensor) and value.dim() > 2 and value.shape[:2] == (1, self.num_tokens)
+        return value[:, rows] if per_token else value

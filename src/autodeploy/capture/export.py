@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import InputKind, OutputKind, OutputSpec
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -27,6 +27,7 @@ from transformers.cache_utils import Cache
 from autodeploy.capture.expert_blocks import expert_blocks_replaced
 from autodeploy.capture.experts import experts_hooked
 from autodeploy.capture.hooks import Hooks, MarkerCache, packed_row
+from autodeploy.capture.loops import Loops, tag_runs
 from autodeploy.capture.mixers import mixers_recognised
 from autodeploy.capture.probe import probed
 from autodeploy.capture.repeated_layers import NotAlike, RepeatedLayers
@@ -53,6 +54,7 @@ class _PackedRow(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         torch._check(input_ids.shape[1] == position_ids.shape[1])  # one symbol for T, from the first node on
         self.hooks.cu_seqlens, self.hooks.position_ids = cu_seqlens, position_ids
+        self.hooks.num_tokens = input_ids.shape[1]
         if self.layers is not None:
             self.layers.begin()
         parameters = inspect.signature(self.model.forward).parameters
@@ -63,6 +65,10 @@ class _PackedRow(nn.Module):
         if isinstance(self.model, PreTrainedModel) and cache is not None:
             layers = int(getattr(self.model.config.get_text_config(), "num_hidden_layers", 0))
             kwargs |= {cache: MarkerCache(self.hooks, layers), "use_cache": True}
+        elif "use_cache" in parameters:
+            kwargs["use_cache"] = (
+                False  # a cache class of the model's own: without one it takes its whole-sequence path
+            )
         output = self.model(input_ids, **kwargs)
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if logits is None and isinstance(output, tuple | list):
@@ -115,12 +121,14 @@ def _capture(model: nn.Module, name: str, layers: RepeatedLayers | None) -> Mode
     repeating = contextlib.nullcontext() if layers is None else layers.installed(hooks)
     with (
         patched(),
+        _attributes_kept(model),
         experts_hooked(model),
         expert_blocks_replaced(model) as stacked,
         _fake_parameters(model, fake_mode),
         hooks.installed(model),
         probed(model),
         mixers_recognised(model),
+        Loops(hooks).installed(model),
         repeating,
         _quiet(),
     ):
@@ -210,6 +218,18 @@ def _fake_parameters(model: nn.Module, fake_mode: FakeTensorMode) -> Iterator[No
 
 
 @contextlib.contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Some modules keep state of a run on themselves; what tracing leaves there is taken away again."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """torch.export logs whole graphs on failure; the error carries what a user needs."""
     logger = logging.getLogger("torch")
@@ -218,6 +238,8 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch.export copies its own deprecated tree specs
+            # State that a model leaves on its modules is taken away again when the capture ends.
+            warnings.filterwarnings("ignore", message=".*were assigned during export", category=UserWarning)
             yield
     finally:
         logger.setLevel(level)
@@ -230,7 +252,7 @@ def _to_graph(name: str, exported: ExportedProgram, recipes: Mapping[str, Recipe
     """
     signature = exported.graph_signature
     for spec in signature.output_specs:
-        if spec.kind != OutputKind.USER_OUTPUT:
+        if spec.kind != OutputKind.USER_OUTPUT and not _prepares_weight(exported, spec):
             raise CaptureError(
                 f"the model updates its own buffer {spec.target!r} while it runs; state must live in a cache"
                 " (docs/adding-an-op.md)"
@@ -265,7 +287,9 @@ def _to_graph(name: str, exported: ExportedProgram, recipes: Mapping[str, Recipe
             module.graph.erase_node(node)
         elif node.target == torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default  # a rewrite may change strides; shapes are what is meant
-    _single_output(module.graph)
+    kinds = [spec.kind for spec in signature.output_specs]
+    _single_output(module.graph, kinds.index(OutputKind.USER_OUTPUT))
+    tag_runs(module.graph)
     input_ids = next(node for node in module.graph.nodes if node.op == "placeholder")
     graph = ModelGraph(name, module, input_ids.meta["val"].fake_mode, weights)
     graph.clean()
@@ -283,14 +307,31 @@ def _renamed(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
+def _prepares_weight(exported: ExportedProgram, spec: OutputSpec) -> bool:
+    """True for a parameter changed in forward by a function of itself alone, as rescaling before the first step does.
+
+    The graph computes the changed value from the stored one wherever it is used, so nothing has to be written back.
+    """
+    if spec.target not in exported.graph_signature.parameters:
+        return False
+    inputs = set(exported.graph_signature.user_inputs)
+    pending = [node for node in exported.graph.nodes if node.name == spec.arg.name]
+    while pending:
+        node = pending.pop()
+        if node.name in inputs:
+            return False
+        pending.extend(node.all_input_nodes)
+    return True
+
+
 def _adopt_submodules(module: fx.GraphModule, source: fx.GraphModule) -> None:
     """Graphs inside the graph (autocast and grad-mode regions) come along."""
     for child, submodule in source.named_children():
         module.add_module(child, submodule)
 
 
-def _single_output(graph: fx.Graph) -> None:
+def _single_output(graph: fx.Graph, index: int) -> None:
     output = graph.output_node()
     (values,) = output.args
     if isinstance(values, tuple | list):
-        output.args = (values[0],)
+        output.args = (values[index],)

@@ -31,6 +31,7 @@ class Hooks:
 
     cu_seqlens: Tensor | None = None
     position_ids: Tensor | None = None
+    num_tokens: int | torch.SymInt = 0
     attention_calls: int = 0
     state_writes: Counter[str] = field(default_factory=Counter)
     """by kind, how often the model wrote to its Hugging Face cache"""

@@ -9,7 +9,7 @@ from autodeploy.errors import GraphLevelError
 from autodeploy.graph.levels import Level
 from autodeploy.graph.model_graph import ModelGraph, module_path, source_line
 from autodeploy.ops.batch_inputs import lookup
-from autodeploy.ops.captured import captured_attention, captured_mask, captured_state
+from autodeploy.ops.captured import NUM_RUNS, captured_attention, captured_mask, captured_state
 from autodeploy.ops.op import find_op
 
 aten = torch.ops.aten
@@ -57,6 +57,12 @@ def _captured_faults(graph: ModelGraph, level: Level) -> Iterator[str]:
     input_ids = graph.input("input_ids")
     if input_ids is None:
         yield "it has no input_ids"
+    rows, num_tokens = _rows_of_logits(graph), input_ids and input_ids.meta["val"].shape[1]
+    if isinstance(rows, int) and rows == NUM_RUNS and isinstance(num_tokens, torch.SymInt):
+        yield (
+            f"it gives logits for {rows} tokens, however many there are; a loop over tokens is followed only where it"
+            " collects what each step makes (docs/adding-an-op.md)"
+        )
     for node in graph.graph.find_nodes(op="get_attr"):
         name = str(node.target)
         if name not in graph.weights and not isinstance(getattr(graph.module, name, None), torch.Tensor):
@@ -74,6 +80,9 @@ def _canonical_faults(graph: ModelGraph, level: Level) -> Iterator[str]:
             yield f"an attention call was left as it was captured: {_describe(node)}"
     for node in graph.nodes(captured_state):
         yield f"the state after the last token is read by the model itself: {_describe(node)}"
+    for node in graph.graph.nodes:
+        if "run" in node.meta:
+            yield f"a loop over tokens was left as it was traced: {_describe(node)}"
     num_tokens = token_symbol(graph)
     others = [node for node in graph.graph.nodes if node.op == "call_function" and find_op(node.target) is None]
     for node in others:
@@ -114,6 +123,13 @@ def token_symbol(graph: ModelGraph) -> object:
     return size.node.expr
 
 
+def _rows_of_logits(graph: ModelGraph) -> object:
+    """The number of rows of whole-sequence logits `[1, T, V]`; None once rows are picked."""
+    (logits,) = graph.graph.output_node().args
+    value = logits.meta.get("val") if isinstance(logits, fx.Node) else None
+    return value.shape[1] if isinstance(value, torch.Tensor) and value.dim() == 3 else None
+
+
 def count_token_dims(value: torch.Tensor, symbol: object) -> int:
     """How many of a value's dimensions grow with the number of tokens."""
     return sum(_is_token_size(size, symbol) for size in value.shape)
@@ -128,9 +144,11 @@ def runs_along_tokens(node: fx.Node, symbol: object) -> bool:
     if node.target == aten.scaled_dot_product_attention.default:
         return _is_token_size(node.args[1].meta["val"].shape[-2], symbol)  # type: ignore[union-attr]
     value = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
-    return (
-        isinstance(value, torch.Tensor) and count_token_dims(value, symbol) >= 1 and not _other_dim(node, value, symbol)
-    )
+    if not isinstance(value, torch.Tensor):
+        return False
+    if node.target in _CONVOLUTIONS:  # along its positions only: the first dimension holds signals of their own
+        return count_token_dims(value[:1, :1], symbol) >= 1
+    return count_token_dims(value, symbol) >= 1 and not _other_dim(node, value, symbol)
 
 
 def _other_dim(node: fx.Node, value: torch.Tensor, symbol: object) -> bool:
@@ -138,7 +156,7 @@ def _other_dim(node: fx.Node, value: torch.Tensor, symbol: object) -> bool:
     dims = node.args[1] if len(node.args) > 1 else None
     if isinstance(dims, int):
         dims = [dims]
-    if not isinstance(dims, list | tuple) or node.target in _CONVOLUTIONS:
+    if not isinstance(dims, list | tuple):
         return False
     sizes = [value.shape[dim] for dim in dims if isinstance(dim, int)]
     return not any(_is_token_size(size, symbol) for size in sizes)

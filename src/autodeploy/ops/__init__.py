@@ -9,6 +9,8 @@ causal_conv.py   short causal convolutions
 ssm.py           selective state-space recurrences
 delta_rule.py    the delta rule, plain and gated
 captured.py      what the capture hooks emit, before canonicalisation
+recurrence.py    any loop over tokens, given as text, whole and cached
+token_shift.py   the token some places back, whole and cached
 norm.py rope.py linear.py mlp.py moe.py   token-wise operations
 """
 
@@ -21,8 +23,10 @@ from autodeploy.ops.mlp import gated_activation
 from autodeploy.ops.moe import expert_linear, moe
 from autodeploy.ops.norm import add_rms_norm, layer_norm, rms_norm
 from autodeploy.ops.op import OPS, Kernel, Op, find_op, op
+from autodeploy.ops.recurrence import recurrence
 from autodeploy.ops.rope import rope
 from autodeploy.ops.ssm import cached_selective_scan, cached_ssd, selective_scan, ssd
+from autodeploy.ops.token_shift import token_shift
 
 __all__ = [
     "OPS",
@@ -46,8 +50,10 @@ __all__ = [
     "linear",
     "moe",
     "op",
+    "recurrence",
     "rms_norm",
     "rope",
     "selective_scan",
     "ssd",
+    "token_shift",
 ]

@@ -1,13 +1,14 @@
 """Captured ops: what the capture hooks leave in a graph at Hugging Face's own interfaces, before canonicalisation.
 
 They keep the interface's layout (`[1, heads, T, dim]`) and its mask as a graph value, and run as they are, so that a
-CAPTURED graph can be checked against the model. `MatchAttention` turns them into the canonical `attention`.
+CAPTURED graph can be checked against the model. `MatchAttention` turns them into the canonical `attention`; loops over
+tokens are marked by `captured_run` and collected by `captured_stack`, and `RollLoops` makes recurrences of them.
 """
 
 import itertools
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from autodeploy.ops.attention import attention, visible_keys
 from autodeploy.ops.op import op
@@ -119,3 +120,42 @@ def captured_state(x: Tensor, shape: list[int]) -> Tensor:
     The mixer's cached twin keeps the state itself, so that nothing may read this one.
     """
     raise RuntimeError("a graph reads the final state of a token mixer; verify() refuses such a graph")
+
+
+NUM_RUNS = 3
+"""how many times the body of a loop over tokens is traced: the first, and two to compare with each other"""
+
+
+def _run_fake(cu_seqlens: Tensor, run: int) -> None:
+    return None
+
+
+@op(fake=_run_fake)
+def captured_run(cu_seqlens: Tensor, run: int) -> None:
+    """A mark: here begins a run of a loop's body (-1: the loop ends). cu_seqlens: `[S+1]`, there to be traced."""
+    return None
+
+
+fx.node.has_side_effect(captured_run.overload)  # a mark has no users, and stays
+
+
+def _stack_fake(parts: list[Tensor], dim: int, stacked: bool, num_tokens: int) -> Tensor:
+    rank = parts[0].dim() + int(stacked)
+    shape = list(parts[0].shape)
+    if stacked:
+        shape.insert(dim % rank, 1)
+    shape[dim % rank] = shape[dim % rank] * num_tokens
+    return parts[0].new_empty(shape)
+
+
+@op(fake=_stack_fake)
+def captured_stack(parts: list[Tensor], dim: int, stacked: bool, num_tokens: int) -> Tensor:
+    """What a loop over tokens gave: `parts` of the traced runs stand for those of all `[T]` tokens.
+
+    Args:
+        parts: one tensor of each traced run.
+        dim: where the tokens go.
+        stacked: as a new dimension; otherwise concatenated along an existing one.
+        num_tokens: T.
+    """
+    raise NotImplementedError("a loop over tokens runs once it is rolled into a recurrence")

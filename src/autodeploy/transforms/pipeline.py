@@ -15,8 +15,11 @@ from autodeploy.transforms.canonicalize.bind_boundaries import BindBoundaries
 from autodeploy.transforms.canonicalize.drop_no_ops import DropNoOps
 from autodeploy.transforms.canonicalize.fold_weights import FoldWeights
 from autodeploy.transforms.canonicalize.match_attention import MatchAttention
+from autodeploy.transforms.canonicalize.match_causal_conv import MatchCausalConv
 from autodeploy.transforms.canonicalize.match_linear import MatchLinear
 from autodeploy.transforms.canonicalize.match_norm import MatchNorm
+from autodeploy.transforms.canonicalize.match_token_shift import MatchTokenShift
+from autodeploy.transforms.canonicalize.roll_loops import RollLoops
 from autodeploy.transforms.canonicalize.use_position_ids import UsePositionIds
 from autodeploy.transforms.fuse.fuse_add_rms_norm import FuseAddRMSNorm
 from autodeploy.transforms.fuse.fuse_gate_up import FuseGateUp
@@ -38,6 +41,9 @@ def default_pipeline(device: torch.device, select_kernels: SelectKernels | None 
             Stage(
                 "canonicalize",
                 (
+                    RollLoops(),
+                    MatchTokenShift(),
+                    MatchCausalConv(),
                     BindBoundaries(),
                     MatchAttention(),
                     UsePositionIds(),

@@ -37,7 +37,7 @@ class InsertCachedOps(Transform):
     def _rewrite(self, graph: ModelGraph, node: fx.Node, op: Op) -> None:
         assert op.states is not None and op.cached is not None
         arguments = op.arguments(node.args, node.kwargs)
-        values = {name: v.meta["val"] if isinstance(v, fx.Node) else v for name, v in arguments.items()}
+        values = fx.map_arg(arguments, lambda argument: argument.meta["val"])
         states = _named(graph, module_path(node) or op.name, op.states(**values))
         graph.states.extend(states.values())
         groups = {spec.group for spec in states.values() if isinstance(spec, PagedState)}

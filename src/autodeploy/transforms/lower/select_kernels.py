@@ -37,10 +37,7 @@ class SelectKernels(Transform):
         return TransformResult(found=found, rewritten=found, expected=found)
 
     def _provider(self, node: fx.Node, op: Op) -> str:
-        arguments = {
-            name: value.meta["val"] if isinstance(value, fx.Node) else value
-            for name, value in op.arguments(node.args, node.kwargs).items()
-        }
+        arguments = fx.map_arg(op.arguments(node.args, node.kwargs), lambda argument: argument.meta["val"])
         is_mixer = op.mixes_tokens and self.mixer_priority is not None
         for provider in (self.mixer_priority or ()) if is_mixer else self.priority:
             kernel = op.kernels.get(provider)
