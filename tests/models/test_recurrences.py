@@ -44,8 +44,45 @@ def recurrent_gemma() -> PreTrainedModel:
     return transformers.RecurrentGemmaForCausalLM(config)
 
 
+def minimax() -> PreTrainedModel:
+    """Linear attention with a decay per head in blocks, a cache class of its own, experts."""
+    config = transformers.MiniMaxConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        num_local_experts=4,
+        block_size=4,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+    )
+    return transformers.MiniMaxForCausalLM(config)
+
+
+def zaya() -> PreTrainedModel:
+    """Queries and keys through two convolutions on one padding, values of the token before, windows, experts."""
+    config = transformers.ZayaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        moe_intermediate_size=24,
+        num_experts=4,
+        router_hidden_size=16,
+        sliding_window=6,
+        layer_types=["hybrid", "hybrid_sliding", "hybrid"],
+    )
+    return transformers.ZayaForCausalLM(config)
+
+
 MODELS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, int]]] = {
     "rwkv": (rwkv, {"roll_loops": 3, "match_token_shift": 6}),
+    "minimax": (minimax, {"roll_loops": 2, "match_attention": 1}),
+    "zaya": (zaya, {"match_token_shift": 3, "match_causal_conv": 6, "match_attention": 3}),
     "recurrent_gemma": (recurrent_gemma, {"roll_loops": 2, "match_causal_conv": 2, "match_attention": 1}),
 }
 

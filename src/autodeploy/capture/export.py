@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache
 
 from autodeploy.capture.expert_blocks import expert_blocks_replaced
 from autodeploy.capture.experts import experts_hooked
-from autodeploy.capture.hooks import Hooks, MarkerCache, packed_row
+from autodeploy.capture.hooks import Hooks, marker_cache, packed_row
 from autodeploy.capture.loops import Loops, tag_runs
 from autodeploy.capture.mixers import mixers_recognised
 from autodeploy.capture.probe import probed
@@ -63,12 +63,9 @@ class _PackedRow(nn.Module):
             kwargs["position_ids"] = position_ids
         cache = _cache_parameter(parameters)
         if isinstance(self.model, PreTrainedModel) and cache is not None:
-            layers = int(getattr(self.model.config.get_text_config(), "num_hidden_layers", 0))
-            kwargs |= {cache: MarkerCache(self.hooks, layers), "use_cache": True}
+            kwargs |= {cache: marker_cache(self.model, self.hooks), "use_cache": True}
         elif "use_cache" in parameters:
-            kwargs["use_cache"] = (
-                False  # a cache class of the model's own: without one it takes its whole-sequence path
-            )
+            kwargs["use_cache"] = False  # it keeps state in its own way; without any it runs whole sequences
         output = self.model(input_ids, **kwargs)
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if logits is None and isinstance(output, tuple | list):

@@ -6,6 +6,7 @@ Models that bypass an interface are left as they are; canonicalisation then matc
 
 import contextlib
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -186,7 +187,7 @@ class MarkerCache(Cache):
     is_compileable = False
 
     def __init__(self, hooks: Hooks, num_layers: int):
-        super().__init__(layers=[])
+        Cache.__init__(self, layers=[])  # not a model's own class, which `marker_cache` may mix in
         self._hooks, self._num_layers = hooks, num_layers
 
     def __len__(self) -> int:
@@ -229,8 +230,9 @@ class MarkerCache(Cache):
     def get_recurrent_state(self, *_: Any, **__: Any) -> None:
         return None
 
-    def get_linear_cache(self, *_: Any, **__: Any) -> None:
-        return None
+    def get_linear_cache(self, *_: Any, **__: Any) -> Tensor:
+        """A state of zeros, of any shape: continued token by token, it is a loop over tokens, which can be followed."""
+        return torch.zeros(())
 
     def is_recording_past(self, *_: Any, **__: Any) -> bool:
         return False
@@ -252,6 +254,20 @@ class MarkerCache(Cache):
 
     def get_max_length(self, *_: Any, **__: Any) -> int:
         return -1
+
+
+def marker_cache(model: PreTrainedModel, hooks: Hooks) -> MarkerCache:
+    """A marker for a model; where its own code defines the cache class it insists on, the marker is one of that too."""
+    layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
+    modules = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
+    own = {
+        value
+        for name in modules
+        for value in vars(sys.modules[name]).values()
+        if isinstance(value, type) and issubclass(value, Cache) and value.__module__ in modules
+    }
+    kind: type[MarkerCache] = type("OwnMarkerCache", (MarkerCache, *own), {}) if len(own) == 1 else MarkerCache
+    return kind(hooks, layers)
 
 
 @contextlib.contextmanager
