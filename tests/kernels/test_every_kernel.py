@@ -69,10 +69,11 @@ def test_refuses_what_it_was_not_compiled_for(op: Op, kernel: Kernel, dtype: tor
 def _with_states(source: Op, op: Op, sample: dict[str, Any]) -> dict[str, Any]:
     if source is op:
         return sample
+    assert source.states is not None
     int32 = torch.zeros(1, 1, dtype=torch.int32)
     batch = {"seq_lens": int32[0], "page_table": int32, "slot_mapping": torch.zeros(24, dtype=torch.int64)}
-    caches = {"key_cache": sample["key"], "value_cache": sample["value"]}
-    return {name: ({**sample, **batch, **caches})[name] for name in op.parameters}
+    states = {name: torch.zeros(1, 1, *spec.shape) for name, spec in source.states(**sample).items()}
+    return {name: (sample | batch | {"state_slots": int32[0]} | states)[name] for name in op.parameters}
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -4,11 +4,12 @@ native.py      compiles and loads csrc/, and says why it cannot
 linear.py      products with few rows, bound by memory bandwidth
 norm.py rope.py mlp.py   token-wise ops, one call each
 attention.py   attention over pages read in place
+recurrence.py  convolutions, scans and delta rules over slot states
 """
 
-from autodeploy.kernels.cpu import attention, linear, mlp, norm, rope
+from autodeploy.kernels.cpu import attention, linear, mlp, norm, recurrence, rope
 from autodeploy.kernels.cpu.native import is_compiled, why_unavailable
 
 PROVIDER = "cpu"
 
-__all__ = ["PROVIDER", "attention", "is_compiled", "linear", "mlp", "norm", "rope", "why_unavailable"]
+__all__ = ["PROVIDER", "attention", "is_compiled", "linear", "mlp", "norm", "recurrence", "rope", "why_unavailable"]

@@ -1,0 +1,93 @@
+"""Native recurrences beyond the ops' samples: views as a model makes them, threads, and batch inputs that are wrong."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from autodeploy.kernels.cpu import recurrence
+from autodeploy.ops import OPS, Op
+
+BOUNDARIES = torch.tensor([0, 3, 4, 11], dtype=torch.int32)
+SLOTS = torch.tensor([2, 4, 1], dtype=torch.int32)
+
+
+def _pieces(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Per-token tensors that are columns of one wide projection, as split and view leave them."""
+    widths = [torch.Size(shape).numel() for shape in shapes]
+    wide = torch.randn(1, 11, sum(widths)).to(dtype)
+    return [part.unflatten(-1, shape) for part, shape in zip(wide.split(widths, dim=-1), shapes, strict=True)]
+
+
+def _calls(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    torch.manual_seed(0)
+    (x,) = _pieces(dtype, (70,))
+    u, dt, z, b, c = _pieces(dtype, (70,), (70,), (70,), (16,), (16,))
+    y, B, C = _pieces(dtype, (8, 20), (2, 40), (2, 40))
+    query, key, value = _pieces(dtype, (2, 40), (2, 40), (4, 36))
+    softplus = {"dt_bias": torch.randn(70), "dt_softplus": True}
+    limits = {"dt_bias": torch.randn(8), "dt_softplus": True, "dt_min": 0.1, "dt_max": None}
+    return {
+        "cached_causal_conv": {"x": x, "weight": torch.randn(70, 4).to(dtype), "bias": None, "activation": "silu"},
+        "cached_selective_scan": {"x": u, "dt": dt, "A": -torch.rand(70, 16), "B": b, "C": c, "D": None, "z": z}
+        | softplus,
+        "cached_ssd": {"x": y, "dt": torch.randn(1, 11, 8), "A": -torch.rand(8), "B": B, "C": C, "D": torch.randn(8)}
+        | limits,
+        "cached_delta_rule": {"query": query, "key": key, "value": value, "beta": torch.rand(1, 11, 4).to(dtype)}
+        | {"decay": -torch.rand(1, 11, 4, 40), "scale": 0.2, "norm_eps": 1e-6},
+    }
+
+
+def _state(op: Op, call: dict[str, Any]) -> dict[str, Tensor]:
+    """States that earlier tokens have left, in five slots."""
+    source = next(other for other in OPS.values() if other.cached is op)
+    assert source.states is not None
+    specs = source.states(**call)
+    return {name: torch.randn(5, *spec.shape).to(spec.dtype) / 4 for name, spec in specs.items()}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", _calls(torch.float32))
+def test_views_and_threads(name: str, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recurrence, "num_threads", lambda work, least: threads)
+    op, call = OPS[name], _calls(dtype)[name]
+    state = _state(op, call)
+    arguments = call | {"cu_seqlens": BOUNDARIES, "state_slots": SLOTS}
+    mine, expected = ({key: value.clone() for key, value in state.items()} for _ in range(2))
+    result = op.kernels["cpu"].function(**arguments, **mine)
+    tolerance = {"rtol": op.tolerance[dtype], "atol": op.tolerance[dtype]}
+    torch.testing.assert_close(result, op.reference(**arguments, **expected), **tolerance)
+    for key, value in mine.items():
+        torch.testing.assert_close(value, expected[key], **tolerance)
+        assert torch.equal(value[[0, 3]], state[key][[0, 3]]), "a slot of nobody's was written"
+
+
+@pytest.mark.parametrize("name", _calls(torch.float32))
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ({"state_slots": torch.tensor([2, 5, 1], dtype=torch.int32)}, "outside the states"),
+        ({"state_slots": torch.tensor([2, -1, 1], dtype=torch.int32)}, "outside the states"),
+        ({"state_slots": torch.tensor([2, 4], dtype=torch.int32)}, "do not fit"),
+        ({"cu_seqlens": torch.tensor([0, 3, 4, 12], dtype=torch.int32)}, "do not fit"),
+        ({"cu_seqlens": torch.tensor([0, 5, 4, 11], dtype=torch.int32)}, "do not fit"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_is_written(name: str, fault: dict[str, Tensor], says: str) -> None:
+    op, call = OPS[name], _calls(torch.float32)[name]
+    state = _state(op, call)
+    before = {key: value.clone() for key, value in state.items()}
+    with pytest.raises(IndexError, match=says):
+        op.kernels["cpu"].function(**call, **({"cu_seqlens": BOUNDARIES, "state_slots": SLOTS} | fault), **state)
+    assert all(torch.equal(value, before[key]) for key, value in state.items())
+
+
+def test_what_is_not_written_in_it_is_refused_with_the_reason() -> None:
+    op, call = OPS["cached_causal_conv"], _calls(torch.float32)["cached_causal_conv"]
+    arguments = call | {"cu_seqlens": BOUNDARIES, "state_slots": SLOTS} | _state(op, call)
+    supports = op.kernels["cpu"].supports
+    assert supports(**arguments) is None
+    assert "'gelu'" in (supports(**(arguments | {"activation": "gelu"})) or "")
+    assert "torch.int64" in (supports(**(arguments | {"state_slots": SLOTS.long()})) or "")
