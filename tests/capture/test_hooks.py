@@ -96,6 +96,7 @@ def test_the_marker_cache_counts_by_kind_and_has_nothing() -> None:
     assert cache.update_recurrent_state(x, 1) is x and cache.update_indexer(x, 2) is x
     cache.set_linear_cache(1, x)
     cache.update(x, x, 2)
-    assert hooks.state_writes == {"convolution": 1, "recurrence": 2, "indexer": 1, "attention": 1}
+    assert cache.layers[1].update_index(x) is x
+    assert hooks.state_writes == {"convolution": 1, "recurrence": 2, "indexer": 2, "attention": 1}
     assert cache.get_conv_state(0, state_idx=1) is None and cache.get_recurrent_state(0) is None
     assert not cache.has_previous_state(0) and not cache.is_recording_past(0) and cache.get_seq_length() == 0

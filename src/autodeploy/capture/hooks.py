@@ -65,15 +65,16 @@ class Hooks:
         s_aux: Tensor | None = None,
         sinks: Tensor | None = None,
         position_bias: Tensor | None = None,
+        indices: Tensor | None = None,
+        block_indices: Tensor | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
         """Stands in for an attention function: one captured op, or a refusal by name of what it cannot express."""
-        for fact in ("indices", "block_indices", "head_mask"):
-            if others.get(fact) is not None:
-                raise CaptureError(
-                    f"attention in {type(module).__name__} uses {fact!r}, which no canonical op expresses yet;"
-                    " see docs/adding-an-op.md"
-                )
+        if others.get("head_mask") is not None:
+            raise CaptureError(
+                f"attention in {type(module).__name__} uses 'head_mask', which no canonical op expresses yet;"
+                " see docs/adding-an-op.md"
+            )
         self.attention_calls += 1
         causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
         assert self.cu_seqlens is not None, "hooks run only while a packed row is traced"
@@ -89,6 +90,8 @@ class Hooks:
             sliding_window or None,
             softcap or None,
             position_bias,
+            indices[:, None] if indices is not None else block_indices,
+            1 if block_indices is None else int(module.config.index_block_size),  # type: ignore[union-attr, arg-type]
         )
         return output, None
 
@@ -176,6 +179,17 @@ def _all_of(parts: list[MaskFacts]) -> MaskFacts:
     )
 
 
+class _MarkerLayer:
+    """One layer of a marker cache, for models that reach past the cache to its layers."""
+
+    def __init__(self, hooks: Hooks):
+        self._hooks = hooks
+
+    def update_index(self, index_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        self._hooks.state_writes[INDEXER] += 1
+        return index_states
+
+
 class MarkerCache(Cache):
     """A Hugging Face cache that remembers nothing and counts what it is asked to remember, by kind.
 
@@ -187,7 +201,8 @@ class MarkerCache(Cache):
     is_compileable = False
 
     def __init__(self, hooks: Hooks, num_layers: int):
-        Cache.__init__(self, layers=[])  # not a model's own class, which `marker_cache` may mix in
+        # Not a model's own class, which `marker_cache` may mix in.
+        Cache.__init__(self, layers=[_MarkerLayer(hooks) for _ in range(num_layers)])  # type: ignore[misc]
         self._hooks, self._num_layers = hooks, num_layers
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@ op.py            Op and the op table
 state.py         what a cached op remembers between steps
 batch_inputs.py  what a step is told besides weights and states
 attention.py     softmax attention, whole and cached
+sparse_attention.py  attention to the tokens an indexer chooses
 packed.py        recurrences over packed sequences
 causal_conv.py   short causal convolutions
 ssm.py           selective state-space recurrences
@@ -25,6 +26,7 @@ from autodeploy.ops.norm import add_rms_norm, layer_norm, rms_norm
 from autodeploy.ops.op import OPS, Kernel, Op, find_op, op
 from autodeploy.ops.recurrence import recurrence
 from autodeploy.ops.rope import rope
+from autodeploy.ops.sparse_attention import cached_sparse_attention, sparse_attention
 from autodeploy.ops.ssm import cached_selective_scan, cached_ssd, selective_scan, ssd
 from autodeploy.ops.token_shift import token_shift
 
@@ -38,6 +40,7 @@ __all__ = [
     "cached_causal_conv",
     "cached_delta_rule",
     "cached_selective_scan",
+    "cached_sparse_attention",
     "cached_ssd",
     "captured_attention",
     "captured_mask",
@@ -54,6 +57,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "selective_scan",
+    "sparse_attention",
     "ssd",
     "token_shift",
 ]

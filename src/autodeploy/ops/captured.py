@@ -47,6 +47,8 @@ def _captured_attention_fake(
     sliding_window: int | None,
     softcap: float | None,
     bias: Tensor | None,
+    indices: Tensor | None,
+    block_size: int,
 ) -> Tensor:
     return value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
@@ -64,6 +66,8 @@ def captured_attention(
     sliding_window: int | None,
     softcap: float | None,
     bias: Tensor | None,
+    indices: Tensor | None,
+    block_size: int,
 ) -> Tensor:
     """One call of the attention interface.
 
@@ -72,18 +76,30 @@ def captured_attention(
         mask: `[1, 1 or N, T, T]`, bool or added to the scores; None when `causal` and `sliding_window` alone decide.
         sinks: `[N]`, or `[1, T, N]` where they depend on the token.
         bias: `[1, 1 or N, T, T]`, added to the scores, or None.
+        indices: `[1, groups, T, k]`, blocks of `block_size` tokens that each query attends to, -1 for none; or None.
     Returns:
         `[1, T, N, V]`.
     """
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if mask is None and bias is None:
+    if mask is None and bias is None and indices is None:
         output: Tensor = attention.reference(
             query, key, value, cu_seqlens, sinks, scale, causal, sliding_window, None, softcap, None, None
         )
         return output
     if mask is None:
         mask = captured_mask.reference(cu_seqlens, query[..., 0, 0], causal, sliding_window, None)
+    if indices is not None:
+        chosen = _chosen(indices, block_size, key.shape[1]).repeat_interleave(query.shape[2] // indices.shape[1], 1)
+        mask = mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, float("-inf"))
     return _masked_attention(query, key, value, mask, sinks, scale, softcap, bias)
+
+
+def _chosen(indices: Tensor, block_size: int, num_tokens: int) -> Tensor:
+    """Blocks by number as a mask: bool `[1, groups, T, num_tokens]`."""
+    blocks = -(-num_tokens // block_size)
+    chosen = torch.zeros(*indices.shape[:-1], blocks + 1, dtype=torch.bool, device=indices.device)
+    chosen.scatter_(-1, indices.long().masked_fill(indices < 0, blocks), True)
+    return chosen[..., :blocks].repeat_interleave(block_size, -1)[..., :num_tokens]
 
 
 def _masked_attention(

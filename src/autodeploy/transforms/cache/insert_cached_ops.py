@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autodeploy.graph.model_graph import ModelGraph, module_path
+from autodeploy.graph.model_graph import ATTENTION, CONVOLUTION, RECURRENCE, ModelGraph, module_path
 from autodeploy.graph.transform import Transform, TransformResult
 from autodeploy.ops.batch_inputs import BATCH_INPUTS, BatchInput
 from autodeploy.ops.op import Op
@@ -25,14 +25,16 @@ _EXAMPLE_SIZES = {"S": 6, "S+1": 7, "P": 11, "R": 5}
 class InsertCachedOps(Transform):
     """`attention(q, k, v, ...)`  becomes  `cached_attention(q, k, v, ..., seq_lens, page_table, ..., key_cache)`.
 
-    Expected are as many sites as the model itself wrote states to its cache, if it has one.
+    Expected are as many sites as the model itself wrote states to its cache, if it has one; what an indexer writes is
+    remembered by the attention it serves.
     """
 
     def apply(self, graph: ModelGraph) -> TransformResult:
         sites = [(node, op) for node, op in graph.op_nodes() if op.states is not None]
         for node, op in sites:
             self._rewrite(graph, node, op)
-        return TransformResult(found=len(sites), rewritten=len(sites), expected=max(len(sites), graph.writes()))
+        written = graph.writes(ATTENTION, CONVOLUTION, RECURRENCE)
+        return TransformResult(found=len(sites), rewritten=len(sites), expected=max(len(sites), written))
 
     def _rewrite(self, graph: ModelGraph, node: fx.Node, op: Op) -> None:
         assert op.states is not None and op.cached is not None

@@ -41,9 +41,10 @@ def _recipe(graph: ModelGraph, node: fx.Node) -> Recipe | None:
     """The recipe of a node that only rearranges weights, or None."""
     parts = [graph.recipe(source) for source in node.all_input_nodes]
     recipes = [part for part in parts if part is not None]
-    if not recipes or len(recipes) < len(parts) or node.kwargs:
+    value = node.meta.get("val")
+    if not recipes or len(recipes) < len(parts) or node.kwargs or not isinstance(value, torch.Tensor):
         return None
-    of, shape = recipes[0], tuple(node.meta["val"].shape)
+    of, shape = recipes[0], tuple(value.shape)
     rank = len(of.shape)
     if node.target in _RESHAPES:
         return Reshape(of, shape)

@@ -19,8 +19,10 @@ from autodeploy.graph.transform import Transform, TransformResult
 from autodeploy.graph.verify import runs_along_tokens, token_symbol
 from autodeploy.ops.attention import MaskFacts, attention
 from autodeploy.ops.captured import captured_attention, captured_mask
+from autodeploy.ops.sparse_attention import sparse_attention
 from autodeploy.transforms.canonicalize.contraction import rearranged
 from autodeploy.transforms.canonicalize.mask_probe import BiasFacts, MaskRefused
+from autodeploy.transforms.canonicalize.read_selection import read_selection
 from autodeploy.transforms.canonicalize.score_bias import BiasRows, read_bias
 from autodeploy.transforms.canonicalize.written_out import WrittenOut, find_written_out, read_scores
 
@@ -56,6 +58,8 @@ class _Site:
     sinks: fx.Node | None = None
     sliding_window: int | None = None
     bias: fx.Node | None = None
+    indices: fx.Node | None = None
+    block_size: int = 1
     tokens_first: bool = False
     """the node's own result is `[1, T, N, V]` rather than `[..., N, T, V]`"""
 
@@ -95,6 +99,9 @@ def _rewrite_call(graph: ModelGraph, site: _Site) -> None:
     """A call of attention with separate arguments."""
     bias = _facts(graph, site)
     rows = [_four_dims(graph, _without_repeat(node), site.node) for node in (site.query, site.key, site.value)]
+    if site.indices is not None:
+        site.node.replace_all_uses_with(_sparse_attention(graph, rows, bias, site))
+        return
     if bias.by_key is not None:
         rows[:2] = _with_key_bias(graph, rows[0], rows[1], bias.by_key, site)
     output = _attention(graph, rows, bias, site.scale, site.softcap, site.sinks, site.node)
@@ -138,6 +145,22 @@ def _attention(
     facts = (scale, mask.causal, mask.sliding_window, mask.chunk_size, softcap, slopes_node, bias.by_distance)
     boundaries = graph.input("cu_seqlens")
     return graph.call(attention, query, key, value, boundaries, sinks, *facts, before=node, like=node)
+
+
+def _sparse_attention(graph: ModelGraph, rows: list[fx.Node], bias: BiasRows, site: _Site) -> fx.Node:
+    """Attention to the tokens an indexer chooses; the indexer becomes part of the op."""
+    if bias != BiasRows(BiasFacts(MaskFacts(causal=True))) or site.softcap is not None or site.indices is None:
+        raise MaskRefused(
+            "it attends to chosen tokens under a mask that is more than causal, or with a bias or soft cap"
+        )
+    selection = read_selection(graph, site.indices, site.block_size, site.node)
+    query, key, value = (graph.call(aten.transpose.int, row, 1, 2, before=site.node) for row in rows)
+    indexer = (selection.index_query, selection.index_key, selection.index_weights)
+    facts = (site.sinks, site.scale, selection.top_k, site.block_size, selection.local_blocks)
+    boundaries = graph.input("cu_seqlens")
+    return graph.call(
+        sparse_attention, query, key, value, *indexer, boundaries, *facts, before=site.node, like=site.node
+    )
 
 
 def _with_key_bias(
