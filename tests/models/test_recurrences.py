@@ -79,9 +79,18 @@ def zaya() -> PreTrainedModel:
     return transformers.ZayaForCausalLM(config)
 
 
+def xlstm() -> PreTrainedModel:
+    """A matrix memory with exponential gates, run in chunks and steps."""
+    config = transformers.xLSTMConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_heads=4, chunk_size=8, ffn_round_up_to_multiple_of=8
+    )
+    return transformers.xLSTMForCausalLM(config)
+
+
 MODELS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, int]]] = {
     "rwkv": (rwkv, {"roll_loops": 3, "match_token_shift": 6}),
     "minimax": (minimax, {"roll_loops": 2, "match_attention": 1}),
+    "xlstm": (xlstm, {"match_linear": 21, "insert_cached_ops": 2}),
     "zaya": (zaya, {"match_token_shift": 3, "match_causal_conv": 6, "match_attention": 3}),
     "recurrent_gemma": (recurrent_gemma, {"roll_loops": 2, "match_causal_conv": 2, "match_attention": 1}),
 }

@@ -28,6 +28,7 @@ from autodeploy.capture.expert_blocks import expert_blocks_replaced
 from autodeploy.capture.experts import experts_hooked
 from autodeploy.capture.hooks import Hooks, marker_cache, packed_row
 from autodeploy.capture.loops import Loops, tag_runs
+from autodeploy.capture.matrix_memory import memories_recognised
 from autodeploy.capture.mixers import mixers_recognised
 from autodeploy.capture.probe import probed
 from autodeploy.capture.repeated_layers import NotAlike, RepeatedLayers
@@ -128,6 +129,7 @@ def _capture(model: nn.Module, name: str, layers: RepeatedLayers | None) -> Mode
         hooks.installed(model),
         probed(model),
         mixers_recognised(model),
+        memories_recognised(model),
         Loops(hooks).installed(model),
         repeating,
         _quiet(),

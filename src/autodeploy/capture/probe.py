@@ -48,7 +48,7 @@ def probed(model: nn.Module) -> Iterator[int]:
             found = facts[key]
             if found is not None:
                 norms += 1
-                stack.enter_context(_forward(module, _norm_forward(module, found)))
+                stack.enter_context(forward_replaced(module, _norm_forward(module, found)))
         for namespace in {id(vars(m)): vars(m) for m in modeling_modules(model)}.values():
             function = namespace.get(ROTARY_FUNCTION)
             if function is not None and probe_rotary(function):
@@ -167,7 +167,8 @@ def modeling_modules(model: nn.Module) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """A module with another forward; undone on leaving."""
     module.forward = function
     try:
         yield

@@ -10,6 +10,7 @@ causal_conv.py   short causal convolutions
 ssm.py           selective state-space recurrences
 delta_rule.py    the delta rule, plain and gated
 captured.py      what the capture hooks emit, before canonicalisation
+mlstm.py         the matrix memory of an xLSTM
 recurrence.py    any loop over tokens, given as text, whole and cached
 token_shift.py   the token some places back, whole and cached
 norm.py rope.py linear.py mlp.py moe.py   token-wise operations
@@ -21,6 +22,7 @@ from autodeploy.ops.causal_conv import cached_causal_conv, causal_conv
 from autodeploy.ops.delta_rule import cached_delta_rule, delta_rule
 from autodeploy.ops.linear import linear
 from autodeploy.ops.mlp import gated_activation
+from autodeploy.ops.mlstm import mlstm
 from autodeploy.ops.moe import expert_linear, moe
 from autodeploy.ops.norm import add_rms_norm, layer_norm, rms_norm
 from autodeploy.ops.op import OPS, Kernel, Op, find_op, op
@@ -51,6 +53,7 @@ __all__ = [
     "gated_activation",
     "layer_norm",
     "linear",
+    "mlstm",
     "moe",
     "op",
     "recurrence",
