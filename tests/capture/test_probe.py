@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.bamba.modeling_bamba import BambaRMSNormGated
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as interleaved_rotary
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
@@ -52,6 +53,17 @@ def test_rotary_by_numbers() -> None:
     assert not probe_rotary(interleaved_rotary)
     assert not probe_rotary(lambda q, k, cos, sin: (q, k))
     assert not probe_rotary(lambda q: q)
+
+
+def test_a_norm_called_with_more_than_was_recognised_runs_as_it_is() -> None:
+    norm = BambaRMSNormGated(48, group_size=48)
+    x, gate = torch.randn(1, 3, 48), torch.randn(1, 3, 48)
+    plain, gated = norm(x), norm(x, gate)
+    with probed(norm) as norms:
+        assert norms == 1
+        torch.testing.assert_close(norm(x, gate), gated, rtol=0, atol=0)
+        torch.testing.assert_close(norm(x, gate=gate), gated, rtol=0, atol=0)
+        torch.testing.assert_close(norm(x), plain)
 
 
 def test_modules_are_put_back() -> None:

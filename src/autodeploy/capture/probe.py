@@ -141,8 +141,12 @@ def _same(module: nn.Module, facts: NormFacts, x: Tensor, dtype: torch.dtype) ->
     return torch.equal(result, expected)
 
 
-def _norm_forward(module: nn.Module, facts: NormFacts) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
+def _norm_forward(module: nn.Module, facts: NormFacts) -> Callable[..., Any]:
+    original = module.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if any(value is not None for value in (*args, *kwargs.values())):
+            return original(x, *args, **kwargs)  # such as a gate: more than what was recognised
         weight = next(iter(module.parameters(recurse=False)), None)
         normed: Tensor = rms_norm(x, weight, facts.eps, facts.weight_offset, facts.scale_in_float32)
         return normed
