@@ -16,6 +16,7 @@ from autodeploy.transforms.canonicalize.drop_no_ops import DropNoOps
 from autodeploy.transforms.canonicalize.fold_weights import FoldWeights
 from autodeploy.transforms.canonicalize.match_attention import MatchAttention
 from autodeploy.transforms.canonicalize.match_causal_conv import MatchCausalConv
+from autodeploy.transforms.canonicalize.match_dense_experts import MatchDenseExperts
 from autodeploy.transforms.canonicalize.match_linear import MatchLinear
 from autodeploy.transforms.canonicalize.match_norm import MatchNorm
 from autodeploy.transforms.canonicalize.match_token_shift import MatchTokenShift
@@ -47,6 +48,7 @@ def default_pipeline(device: torch.device, select_kernels: SelectKernels | None 
                     BindBoundaries(),
                     MatchAttention(),
                     UsePositionIds(),
+                    MatchDenseExperts(),
                     MatchLinear(),
                     FoldWeights(),
                     MatchNorm(),

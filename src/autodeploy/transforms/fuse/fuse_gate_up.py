@@ -31,11 +31,11 @@ class FuseGateUp(Transform):
     def apply(self, graph: ModelGraph) -> TransformResult:
         found, refused = 0, []
         for node in graph.nodes(aten.mul.Tensor):
-            site = _gated(node)
+            site = gated(node)
             if site is None:
                 continue
             activation, gate, up = site
-            gate_up = _halves(gate, up)
+            gate_up = halves(gate, up)
             if gate_up is None and not _are_parallel(gate, up):
                 continue
             found += 1
@@ -49,7 +49,7 @@ class FuseGateUp(Transform):
         return TransformResult(found=found, rewritten=found - len(refused), expected=found, refused=tuple(refused))
 
 
-def _gated(node: fx.Node) -> tuple[str, fx.Node, fx.Node] | None:
+def gated(node: fx.Node) -> tuple[str, fx.Node, fx.Node] | None:
     """Activation, gate and up of `act(gate) * up`, in either order."""
     for activated, up in (node.args[:2], node.args[1::-1]):
         if not isinstance(activated, fx.Node) or not isinstance(up, fx.Node):
@@ -72,13 +72,15 @@ def _are_parallel(gate: fx.Node, up: fx.Node) -> bool:
     return all(n.target == linear.overload and len(n.users) == 1 for n in nodes) and gate.args[0] is up.args[0]
 
 
-def _halves(gate: fx.Node, up: fx.Node) -> fx.Node | None:
-    """The tensor that gate and up are the first and second half of, or None."""
+def halves(gate: fx.Node, up: fx.Node) -> fx.Node | None:
+    """The tensor whose last dimension gate and up are the first and second half of, or None."""
     source = gate.args[0]
     same = isinstance(source, fx.Node) and up.args and up.args[0] is source and gate.args[1:] == (0,)
     if not same or up.args[1:] != (1,) or not isinstance(source, fx.Node):
         return None
-    if source.target == aten.chunk.default and source.args[1] == 2 and source.args[2:] in ((-1,), (2,)):
-        inner = source.args[0]
-        return inner if isinstance(inner, fx.Node) else None
-    return None
+    inner = source.args[0]
+    if not isinstance(inner, fx.Node) or source.args[2:] not in ((-1,), (inner.meta["val"].dim() - 1,)):
+        return None
+    sizes = {aten.chunk.default: 2, aten.split.Tensor: inner.meta["val"].shape[-1] // 2}
+    is_halved = source.target in sizes and source.args[1] == sizes[source.target]
+    return inner if is_halved and inner.meta["val"].shape[-1] % 2 == 0 else None
