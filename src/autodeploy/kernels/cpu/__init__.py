@@ -1,15 +1,26 @@
 """The CPU provider: C++ kernels, compiled where they run, for the ops that decoding spends its time in.
 
 native.py      compiles and loads csrc/, and says why it cannot
-linear.py      products with few rows, bound by memory bandwidth
+linear.py moe.py         products with few rows, bound by memory bandwidth
 norm.py rope.py mlp.py   token-wise ops, one call each
 attention.py   attention over pages read in place
 recurrence.py  convolutions, scans and delta rules over slot states
 """
 
-from autodeploy.kernels.cpu import attention, linear, mlp, norm, recurrence, rope
+from autodeploy.kernels.cpu import attention, linear, mlp, moe, norm, recurrence, rope
 from autodeploy.kernels.cpu.native import is_compiled, why_unavailable
 
 PROVIDER = "cpu"
 
-__all__ = ["PROVIDER", "attention", "is_compiled", "linear", "mlp", "norm", "recurrence", "rope", "why_unavailable"]
+__all__ = [
+    "PROVIDER",
+    "attention",
+    "is_compiled",
+    "linear",
+    "mlp",
+    "moe",
+    "norm",
+    "recurrence",
+    "rope",
+    "why_unavailable",
+]

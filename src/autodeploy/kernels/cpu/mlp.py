@@ -5,8 +5,8 @@ from torch import Tensor
 from autodeploy.kernels.cpu.native import INT, INT64, POINTER, NativeFunction, num_threads, why_refused
 from autodeploy.ops.mlp import gated_activation
 
-_NUMBERS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "sigmoid": 4, "relu2": 5, "quick_gelu": 6}
-"""As `Activation` in csrc/mlp.cpp counts them."""
+ACTIVATION_NUMBERS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "sigmoid": 4, "relu2": 5, "quick_gelu": 6}
+"""As `Activation` in csrc/activation.h counts them."""
 
 _MIN_ELEMENTS_FOR_THREADS = 1 << 14
 
@@ -14,8 +14,8 @@ _gated_activation = NativeFunction("gated_activation", (POINTER, POINTER, INT64,
 
 
 def _supports(gate_up: Tensor, activation: str) -> str | None:
-    if activation not in _NUMBERS:
-        return f"activation {activation!r}; there are kernels for {', '.join(_NUMBERS)}"
+    if activation not in ACTIVATION_NUMBERS:
+        return f"activation {activation!r}; there are kernels for {', '.join(ACTIVATION_NUMBERS)}"
     if gate_up.shape[-1] % 2:
         return f"{gate_up.shape[-1]} columns do not split into gate and up"
     return why_refused(gate_up)
@@ -33,7 +33,7 @@ def gated_activation_cpu(gate_up: Tensor, activation: str) -> Tensor:
         out.data_ptr(),
         size // (width or 1),
         width,
-        _NUMBERS[activation],
+        ACTIVATION_NUMBERS[activation],
         num_threads(size, _MIN_ELEMENTS_FOR_THREADS),
     )
     return out

@@ -1,0 +1,160 @@
+// A mixture of experts for few tokens: each weight of a chosen expert is read from memory once, for all its tokens.
+//
+// Choices are sorted by expert. First all up products, one work item per expert and block of its rows; then gates; then
+// the down products, one work item per block of outputs, which adds the experts of a token in their order.
+
+#include <algorithm>
+
+#include "activation.h"
+
+namespace autodeploy {
+namespace {
+
+constexpr int64_t BLOCK = 8;  // weight rows that stay in cache while tokens go by, a few at a time
+
+template <class T>
+struct Mixture {
+    const T* x;
+    const int64_t* indices;
+    const float* weights;
+    const T *gate_up, *down, *gate_up_bias, *down_bias;
+    T* out;
+    int64_t num_tokens, num_choices, num_experts, size, width;
+    int activation;
+    bool gated;
+    float limit, up_offset;
+    int threads;
+    int64_t *order, *groups;  // choices by expert; where each expert's begin
+    float* hidden;            // `[choices, rows of gate_up]`
+    T* inner;                 // `[choices, width]`
+    float* totals;            // `[num_tokens, size]`
+
+    int64_t rows() const { return gated ? 2 * width : width; }
+    int64_t expert(int64_t position) const { return indices[order[position]]; }
+    int64_t token(int64_t position) const { return order[position] / num_choices; }
+};
+
+// Sorts the choices that are experts; groups[g] .. groups[g + 1] are those of one. Returns the number of groups.
+template <class T>
+int64_t sort_choices(const Mixture<T>& m) {
+    int64_t count = 0, num_groups = 0;
+    for (int64_t c = 0; c < m.num_tokens * m.num_choices; ++c)
+        if (m.indices[c] >= 0 && m.indices[c] < m.num_experts) m.order[count++] = c;
+    std::sort(m.order, m.order + count, [&](int64_t a, int64_t b) {
+        return m.indices[a] != m.indices[b] ? m.indices[a] < m.indices[b] : a < b;
+    });
+    for (int64_t p = 0; p < count; ++p)
+        if (p == 0 || m.expert(p) != m.expert(p - 1)) m.groups[num_groups++] = p;
+    m.groups[num_groups] = count;
+    return num_groups;
+}
+
+// emit(position, o, product) for the products of weight rows 0 .. count with the rows of positions begin .. end.
+template <class T, int M, class Row, class Emit>
+void block_products(const T* weight, int64_t count, int64_t length, int64_t begin, int64_t end, Row row, Emit emit) {
+    for (; begin + M <= end; begin += M) {
+        const T* rows[M];
+        for (int i = 0; i < M; ++i) rows[i] = row(begin + i);
+        for (int64_t o = 0; o < count; ++o) {
+            float products[M];
+            dot_products<T, M>(weight + o * length, rows, length, products);
+            for (int i = 0; i < M; ++i) emit(begin + i, o, products[i]);
+        }
+    }
+    if constexpr (M > 1) {
+        if (begin < end) block_products<T, M / 2>(weight, count, length, begin, end, row, emit);
+    }
+}
+
+template <class T>
+void multiply_up(const Mixture<T>& m, int64_t num_groups) {
+    const int64_t rows = m.rows(), blocks_each = (rows + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(static) num_threads(m.threads) if (m.threads > 1)
+    for (int64_t item = 0; item < num_groups * blocks_each; ++item) {
+        const int64_t group = item / blocks_each, first = item % blocks_each * BLOCK;
+        const int64_t count = std::min(BLOCK, rows - first), expert = m.expert(m.groups[group]);
+        const T* bias = m.gate_up_bias == nullptr ? nullptr : m.gate_up_bias + expert * rows + first;
+        block_products<T, 4>(
+            m.gate_up + (expert * rows + first) * m.size, count, m.size, m.groups[group], m.groups[group + 1],
+            [&](int64_t position) { return m.x + m.token(position) * m.size; },
+            [&](int64_t position, int64_t o, float product) {
+                m.hidden[position * rows + first + o] = product + (bias == nullptr ? 0.0f : to_float(bias[o]));
+            });
+    }
+}
+
+template <class T>
+void gate(const Mixture<T>& m, int64_t count) {
+#pragma omp parallel for schedule(static) num_threads(m.threads) if (m.threads > 1)
+    for (int64_t position = 0; position < count; ++position) {
+        const float *gates = m.hidden + position * m.rows(), *ups = gates + m.width;
+        for (int64_t i = 0; i < m.width; i += LANES) {
+            const int64_t left = m.width - i;
+            Floats result = load(gates + i, left);
+            if (m.gated) {
+                Floats up = load(ups + i, left);
+                result = result > m.limit ? splat(m.limit) : result;
+                up = up > m.limit ? splat(m.limit) : up;
+                up = up < -m.limit ? splat(-m.limit) : up;
+                result = activate(m.activation, result) * (up + m.up_offset);
+            } else {
+                result = activate(m.activation, result);
+            }
+            store(m.inner + position * m.width + i, result, left);
+        }
+    }
+}
+
+template <class T>
+void multiply_down(const Mixture<T>& m, int64_t num_groups) {
+#pragma omp parallel for schedule(static) num_threads(m.threads) if (m.threads > 1)
+    for (int64_t first = 0; first < m.size; first += BLOCK) {
+        const int64_t count = std::min(BLOCK, m.size - first);
+        for (int64_t t = 0; t < m.num_tokens; ++t)
+            for (int64_t o = 0; o < count; ++o) m.totals[t * m.size + first + o] = 0.0f;
+        for (int64_t group = 0; group < num_groups; ++group) {
+            const int64_t expert = m.expert(m.groups[group]);
+            const T* bias = m.down_bias == nullptr ? nullptr : m.down_bias + expert * m.size + first;
+            block_products<T, 4>(
+                m.down + (expert * m.size + first) * m.width, count, m.width, m.groups[group], m.groups[group + 1],
+                [&](int64_t position) { return m.inner + position * m.width; },
+                [&](int64_t position, int64_t o, float product) {
+                    const float result = product + (bias == nullptr ? 0.0f : to_float(bias[o]));
+                    m.totals[m.token(position) * m.size + first + o] += m.weights[m.order[position]] * result;
+                });
+        }
+        for (int64_t t = 0; t < m.num_tokens; ++t)
+            for (int64_t o = 0; o < count; ++o) {
+                const int64_t at = t * m.size + first + o;
+                assign(m.out[at], m.totals[at]);
+            }
+    }
+}
+
+template <class T>
+void moe(const Mixture<T>& m) {
+    const int64_t num_groups = sort_choices(m);
+    multiply_up(m, num_groups);
+    gate(m, m.groups[num_groups]);
+    multiply_down(m, num_groups);
+}
+
+}  // namespace
+}  // namespace autodeploy
+
+// x, out: `[num_tokens, size]`. indices, weights: `[num_tokens, num_choices]`. gate_up: `[num_experts, rows, size]` with
+// 2 · width rows, or width without a gate. down: `[num_experts, size, width]`. Biases: one per row, or null. The last
+// five are scratch: choices, choices + 1, choices · rows, choices · width and num_tokens · size. All contiguous.
+#define DEFINE_MOE(NAME, T)                                                                                          \
+    extern "C" void NAME(const T* x, const int64_t* indices, const float* weights, const T* gate_up, const T* down,  \
+                         const T* gate_up_bias, const T* down_bias, T* out, int64_t num_tokens, int64_t num_choices, \
+                         int64_t num_experts, int64_t size, int64_t width, int activation, int gated, float limit,   \
+                         float up_offset, int threads, int64_t* order, int64_t* groups, float* hidden, T* inner,     \
+                         float* totals) {                                                                            \
+        autodeploy::moe<T>({x, indices, weights, gate_up, down, gate_up_bias, down_bias, out, num_tokens,            \
+                            num_choices, num_experts, size, width, activation, gated != 0, limit, up_offset,         \
+                            threads, order, groups, hidden, inner, totals});                                         \
+    }
+
+DEFINE_MOE(moe_float32, float)
+DEFINE_MOE(moe_bfloat16, autodeploy::bf16)
