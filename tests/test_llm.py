@@ -49,11 +49,13 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
                 graphs={}, states=(), vocab_size=1000, max_model_len=64, dtype=torch.float32, device=torch.device("cpu")
             )
 
-        def make_engine(program: Program, options: Any, max_model_len: int | None) -> FakeEngine:
-            engine.max_model_len = max_model_len or 64
+        def make_engine(
+            program: Program, options: Any, max_model_len: int | None, successor: object = None
+        ) -> FakeEngine:
+            engine.program, engine.max_model_len = program, max_model_len or 64
             return engine
 
-        monkeypatch.setattr("autodeploy.llm.build", build)
+        monkeypatch.setattr("autodeploy.instant_on.build", build)
         monkeypatch.setattr("autodeploy.llm.locate_model", lambda model, options: located)
         monkeypatch.setattr("autodeploy.llm.Engine", make_engine)
         made.append(LLM(model, **options))

@@ -73,7 +73,7 @@ def build(
         graph, facts = kept
         subject = _kept_subject(facts, located, stored, options)
         return _finish(graph, subject, options.compile, device, clock)
-    subject = _subject_of_model(located, stored, options)
+    subject = subject_of_model(located, stored, options)
     graph = _lower(subject, options.compile, device, clock)
     cache = GraphCache.of(located, stored.fingerprint(), device, options)
     if cache is not None:
@@ -106,7 +106,7 @@ def resolve_device(wanted: str) -> torch.device:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Subject:
+class Subject:
     """What is to be built: the module to trace, where its weights come from, and what is known of it."""
 
     module: nn.Module | None
@@ -148,7 +148,12 @@ class _Clock:
         self.report.seconds[name] = time.perf_counter() - start
 
 
-def _subject_of_model(located: LocatedModel, stored: StoredTensors, options: Options) -> _Subject:
+def subject_of_model(located: LocatedModel, stored: StoredTensors, options: Options) -> Subject:
+    """The module of a located model, parameters on the meta device, and where its weights come from.
+
+    Raises:
+        AutoDeployError: a config, checkpoint or option that does not make a model.
+    """
     from autodeploy.checkpoint.index import CheckpointIndex, DummyReader
     from autodeploy.models.instantiate import instantiate
     from autodeploy.models.resolve import resolve_model
@@ -165,18 +170,18 @@ def _subject_of_model(located: LocatedModel, stored: StoredTensors, options: Opt
         "facts": facts,
     }
     if options.model.load_format == "dummy":
-        return _Subject(read=DummyReader(module).read, **known)
+        return Subject(read=DummyReader(module).read, **known)
     index = CheckpointIndex(stored, module)
     facts["unexpected_tensors"] = list(index.check())
-    return _Subject(read=index.read, stored_names=index.stored_names, **known)
+    return Subject(read=index.read, stored_names=index.stored_names, **known)
 
 
-def _kept_subject(kept: dict[str, Any], located: LocatedModel, stored: StoredTensors, options: Options) -> _Subject:
+def _kept_subject(kept: dict[str, Any], located: LocatedModel, stored: StoredTensors, options: Options) -> Subject:
     """The subject of a kept graph; its module is made anew only where weights are not read as they are stored."""
     names = kept["stored_names"]
     if names is None:
-        return _subject_of_model(located, stored, options)
-    return _Subject(
+        return subject_of_model(located, stored, options)
+    return Subject(
         module=None,
         read=lambda name: stored.read(names[name]),
         dtype=getattr(torch, kept["dtype"]),
@@ -187,7 +192,7 @@ def _kept_subject(kept: dict[str, Any], located: LocatedModel, stored: StoredTen
     )
 
 
-def _subject_of_module(module: nn.Module, options: Options) -> _Subject:
+def _subject_of_module(module: nn.Module, options: Options) -> Subject:
     floating = [p.dtype for p in module.parameters() if p.is_floating_point()]
     if not floating:
         raise ConfigError(f"{type(module).__name__} has no floating-point parameters; a language model has some")
@@ -208,7 +213,7 @@ def _subject_of_module(module: nn.Module, options: Options) -> _Subject:
     if isinstance(module, PreTrainedModel):
         generation = module.generation_config.to_dict() if module.generation_config is not None else {}
         made_for, ends = length_made_for(module.config), eos_token_ids(module.config, generation)
-    return _Subject(
+    return Subject(
         module=module,
         read=ModuleReader(module).read,
         dtype=floating[0],
@@ -252,7 +257,7 @@ def kernel_choice(device: torch.device, options: CompileOptions) -> SelectKernel
     )
 
 
-def _lower(subject: _Subject, options: CompileOptions, device: torch.device, clock: _Clock) -> ModelGraph:
+def _lower(subject: Subject, options: CompileOptions, device: torch.device, clock: _Clock) -> ModelGraph:
     """The subject's module as a graph at level LOWERED."""
     assert subject.module is not None
     with ThreadPoolExecutor(1) as background:  # the compiler of kernels keeps another core busy
@@ -275,7 +280,7 @@ def _load(graph: ModelGraph, read: ReadTensor, device: torch.device) -> None:
 
 
 def _finish(
-    graph: ModelGraph, subject: _Subject, options: CompileOptions, device: torch.device, clock: _Clock
+    graph: ModelGraph, subject: Subject, options: CompileOptions, device: torch.device, clock: _Clock
 ) -> Program:
     with clock.stage("load", "reading weights"):
         _load(graph, subject.read, device)

@@ -55,6 +55,7 @@ class CompileOptions:
         strict: fail when a transform leaves a site it expected to rewrite.
         check_isolation: pack two sequences and compare with each alone, once after loading.
         graph_cache: keep the lowered graph of a Hugging Face config, so that a second start need not capture it again.
+        instant_on: serve with the model's own code while a first start builds the graph, where that can be done.
     """
 
     device: str = "auto"
@@ -64,6 +65,7 @@ class CompileOptions:
     strict: bool = False
     check_isolation: bool = True
     graph_cache: bool = True
+    instant_on: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

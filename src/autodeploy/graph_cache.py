@@ -42,6 +42,12 @@ class GraphCache:
     is_savable: bool = False
     _description: dict[str, Any] = field(default_factory=dict)
 
+    @staticmethod
+    def is_wanted(options: Options) -> bool:
+        """Whether graphs are kept under these options."""
+        is_kept = options.compile.graph_cache and not options.model.trust_remote_code
+        return is_kept and options.compile.compile_backend != "torch-compile"
+
     @classmethod
     def of(
         cls, model: LocatedModel, fingerprint: str | None, device: torch.device, options: Options
@@ -50,16 +56,16 @@ class GraphCache:
 
         They are not kept for remote code, whose text no config tells, nor for Inductor, which has a cache of its own.
         """
-        is_kept = options.compile.graph_cache and not options.model.trust_remote_code
-        if not is_kept or options.compile.compile_backend == "torch-compile":
+        if not cls.is_wanted(options):
             return None
+        compile_options = dataclasses.asdict(options.compile)
         key = {
             "config": model.config,
             "weights": fingerprint,
             "dtype": options.model.dtype,
             "model_kwargs": repr(sorted(options.model.model_kwargs.items())),
             "device": str(device),
-            "options": {name: repr(value) for name, value in sorted(dataclasses.asdict(options.compile).items())},
+            "options": {name: repr(value) for name, value in compile_options.items() if name != "instant_on"},
             "versions": [torch.__version__, version("transformers")],
             "unavailable": unavailable(device),
             "code": _code_hash(),

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from torch import nn
 from tqdm import tqdm
 
-from autodeploy.build import build
 from autodeploy.compile.program import Program
 from autodeploy.config import ModelOptions, Options, parse_options
 from autodeploy.errors import AutoDeployError, EngineDeadError, InvalidRequestError
 from autodeploy.graph.report import BuildReport
+from autodeploy.instant_on import deploy
 from autodeploy.models.locate import LocatedModel, locate_model
 from autodeploy.outputs import OutputCollector, RequestOutput
 from autodeploy.runtime.async_engine import AsyncEngine, Delivery
@@ -82,18 +82,40 @@ class LLM:
         located = subject if isinstance(subject, LocatedModel) else None
         # Before the build, which takes longer: a missing tokenizer should be known at once.
         self.tokenizer = _load_tokenizer(located, parsed.model)
-        self.program: Program = build(subject, parsed, progress=progress)
-        engine_type = DemoEngine if parsed.engine.runtime == "demollm" else Engine
-        engine = engine_type(self.program, parsed.engine, parsed.model.max_model_len)
+        program, self._successor = deploy(subject, parsed, progress)
+        if parsed.engine.runtime == "demollm":
+            engine: Engine | DemoEngine = DemoEngine(program, parsed.engine, parsed.model.max_model_len)
+        else:
+            engine = Engine(program, parsed.engine, parsed.model.max_model_len, self._successor)
         self.name = type(model).__name__ if located is None else located.name
         self.options: Options = parsed
         self.max_model_len: int = engine.max_model_len
         self.generation_defaults: dict[str, Any] = {} if located is None else located.generation_defaults
-        self._limits = Limits(self.program.vocab_size, engine.max_model_len)
+        self._limits = Limits(program.vocab_size, engine.max_model_len)
         self._warned_of_default_length = False
         self.async_engine = AsyncEngine(engine)
         # The thread holds the engine, not this object: when nobody holds this object any more, the thread ends too.
         self._finalizer = weakref.finalize(self, self.async_engine.shutdown)
+
+    @property
+    def program(self) -> Program:
+        """The program that serves, or takes over at the next step."""
+        successor = self._successor
+        if successor is not None and successor.done() and successor.exception() is None:
+            return successor.result()
+        return self.async_engine.program
+
+    def wait_until_built(self, timeout: float | None = None) -> None:
+        """Return when the program will not be replaced by a better one any more (see the option `instant_on`).
+
+        Args:
+            timeout: seconds to wait.
+        Raises:
+            TimeoutError: it is still being built.
+            AutoDeployError: it could not be built; serving goes on with the model's own code.
+        """
+        if self._successor is not None:
+            self._successor.result(timeout)
 
     @property
     def report(self) -> BuildReport:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from autodeploy.compile.program import Program
 from autodeploy.errors import EngineOverloadedError, InvalidRequestError
 from autodeploy.runtime.engine import EngineStats
 from autodeploy.runtime.request import Logprob, SamplingParams, TokenOutput
@@ -19,6 +20,8 @@ class FakeEngine:
         crash_at_step: this step raises.
         hold: while set, steps wait.
     """
+
+    program: Program
 
     def __init__(
         self,

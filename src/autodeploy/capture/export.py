@@ -7,12 +7,10 @@ checkpoint become constants of the graph.
 """
 
 import contextlib
-import inspect
 import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,11 +20,10 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, OutputSpec
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from autodeploy.capture.expert_blocks import expert_blocks_replaced
 from autodeploy.capture.experts import experts_hooked
-from autodeploy.capture.hooks import Hooks, marker_cache, packed_row
+from autodeploy.capture.hooks import Hooks, logits_of, model_arguments, packed_row
 from autodeploy.capture.loops import Loops, tag_runs
 from autodeploy.capture.matrix_memory import memories_recognised
 from autodeploy.capture.mixers import mixers_recognised
@@ -61,35 +58,7 @@ class _PackedRow(nn.Module):
         self.hooks.num_tokens = input_ids.shape[1]
         if self.layers is not None:
             self.layers.begin()
-        parameters = inspect.signature(self.model.forward).parameters
-        kwargs: dict[str, Any] = {}
-        if "position_ids" in parameters:
-            kwargs["position_ids"] = position_ids
-        cache = _cache_parameter(parameters)
-        if isinstance(self.model, PreTrainedModel) and cache is not None:
-            kwargs |= {cache: marker_cache(self.model, self.hooks), "use_cache": True}
-        elif "use_cache" in parameters:
-            kwargs["use_cache"] = False  # it keeps state in its own way; without any it runs whole sequences
-        output = self.model(input_ids, **kwargs)
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-        if logits is None and isinstance(output, tuple | list):
-            logits = output[0]
-        if not isinstance(logits, Tensor):
-            raise CaptureError(
-                f"the model returns {type(output).__name__}; expected logits [1, T, V], an object with .logits, or a"
-                " tuple that starts with them"
-            )
-        return logits
-
-
-def _cache_parameter(parameters: Mapping[str, inspect.Parameter]) -> str | None:
-    """The parameter through which a model takes a Hugging Face cache; None for one with a cache class of its own."""
-    if "past_key_values" in parameters:
-        return "past_key_values"
-    parameter = parameters.get("cache_params")  # what models without any attention call it
-    if parameter is not None and Cache in (parameter.annotation, *get_args(parameter.annotation)):
-        return "cache_params"
-    return None
+        return logits_of(self.model(input_ids, **model_arguments(self.model, self.hooks, position_ids)))
 
 
 def capture(model: nn.Module, *, name: str = "text", repeat_layers: bool = True) -> ModelGraph:

@@ -5,12 +5,13 @@ Models that bypass an interface are left as they are; canonicalisation then matc
 """
 
 import contextlib
+import inspect
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,8 @@ class Hooks:
     """by kind, how often the model wrote to its Hugging Face cache"""
     active_modules: list[str] = field(default_factory=list)
     """paths of the modules whose forward is running, outermost first"""
+    interface: str = INTERFACE_NAME
+    """the name under which the hooks are registered"""
 
     @contextlib.contextmanager
     def installed(self, model: nn.Module) -> Iterator[None]:
@@ -45,10 +48,21 @@ class Hooks:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_module_paths(model, self.active_modules))
             if isinstance(model, PreTrainedModel) and model._can_set_attn_implementation():
-                stack.enter_context(_registered(AttentionInterface, self.attention))
-                stack.enter_context(_registered(AttentionMaskInterface, self.mask))
                 stack.enter_context(_attention_implementation(model))
+                self.install(model)
+                stack.callback(self._unregister)
             yield
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Register the attention and mask hooks and point the model at them, for good."""
+        for interface, function in ((AttentionInterface, self.attention), (AttentionMaskInterface, self.mask)):
+            interface.register(self.interface, function)
+        for config in _configs(model):
+            config._attn_implementation = self.interface
+
+    def _unregister(self) -> None:
+        for interface in (AttentionInterface, AttentionMaskInterface):
+            interface._global_mapping.pop(self.interface, None)
 
     def attention(
         self,
@@ -77,13 +91,12 @@ class Hooks:
             )
         self.attention_calls += 1
         causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
-        assert self.cu_seqlens is not None, "hooks run only while a packed row is traced"
-        output = captured_attention(
+        output = self.call_attention(
+            module,
             query,
             key,
             value,
             attention_mask,
-            self.cu_seqlens,
             _sinks(s_aux if s_aux is not None else sinks),
             float(scaling if scaling is not None else query.shape[-1] ** -0.5),
             causal,
@@ -94,6 +107,28 @@ class Hooks:
             1 if block_indices is None else int(module.config.index_block_size),  # type: ignore[union-attr, arg-type]
         )
         return output, None
+
+    def call_attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        sinks: Tensor | None,
+        scale: float,
+        causal: bool,
+        sliding_window: int | None,
+        softcap: float | None,
+        position_bias: Tensor | None,
+        indices: Tensor | None,
+        index_block_size: int,
+    ) -> Tensor:
+        """What an attention call becomes, see `captured_attention`. query: `[1, N, T, H]`; result: `[1, T, N, V]`."""
+        assert self.cu_seqlens is not None, "hooks run only while a packed row is traced"
+        facts = (scale, causal, sliding_window, softcap, position_bias, indices, index_block_size)
+        result: Tensor = captured_attention(query, key, value, mask, self.cu_seqlens, sinks, *facts)
+        return result
 
     def mask(
         self,
@@ -110,13 +145,17 @@ class Hooks:
         A function that is none of the known ones is run over all queries and keys, as transformers would: what it does
         is then recognised by its values, or refused, where the mask is used.
         """
-        assert self.cu_seqlens is not None and self.position_ids is not None
         try:
             facts = mask_facts(mask_function)
         except CaptureError:
             if mask_function is None or q_offset or kv_offset:
                 raise
             return _whole_mask(mask_function, batch_size, q_length, kv_length)
+        return self.call_mask(facts)
+
+    def call_mask(self, facts: MaskFacts) -> Tensor:
+        """What a mask becomes."""
+        assert self.cu_seqlens is not None and self.position_ids is not None
         mask: Tensor = captured_mask(
             self.cu_seqlens, self.position_ids, facts.causal, facts.sliding_window, facts.chunk_size
         )
@@ -285,26 +324,60 @@ def marker_cache(model: PreTrainedModel, hooks: Hooks) -> MarkerCache:
     return kind(hooks, layers)
 
 
-@contextlib.contextmanager
-def _registered(interface: Any, function: Callable[..., Any]) -> Iterator[None]:
-    interface.register(INTERFACE_NAME, function)
-    try:
-        yield
-    finally:
-        interface._global_mapping.pop(INTERFACE_NAME, None)
+def model_arguments(model: nn.Module, hooks: Hooks, position_ids: Tensor) -> dict[str, Any]:
+    """Keyword arguments with which a model runs one packed row: positions, and a cache that remembers nothing."""
+    parameters = inspect.signature(model.forward).parameters
+    arguments: dict[str, Any] = {}
+    if "position_ids" in parameters:
+        arguments["position_ids"] = position_ids
+    cache = _cache_parameter(parameters)
+    if isinstance(model, PreTrainedModel) and cache is not None:
+        arguments |= {cache: marker_cache(model, hooks), "use_cache": True}
+    elif "use_cache" in parameters:
+        arguments["use_cache"] = False  # it keeps state in its own way; without any it runs whole sequences
+    return arguments
+
+
+def _cache_parameter(parameters: Mapping[str, inspect.Parameter]) -> str | None:
+    """The parameter through which a model takes a Hugging Face cache; None for one with a cache class of its own."""
+    if "past_key_values" in parameters:
+        return "past_key_values"
+    parameter = parameters.get("cache_params")  # what models without any attention call it
+    if parameter is not None and Cache in (parameter.annotation, *get_args(parameter.annotation)):
+        return "cache_params"
+    return None
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits `[1, T, V]` among what a model returns.
+
+    Raises:
+        CaptureError: there are none.
+    """
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if logits is None and isinstance(output, tuple | list):
+        logits = output[0]
+    if not isinstance(logits, Tensor):
+        raise CaptureError(
+            f"the model returns {type(output).__name__}; expected logits [1, T, V], an object with .logits, or a"
+            " tuple that starts with them"
+        )
+    return logits
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """The distinct configs of a model and the models within it."""
+    return list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
 
 
 @contextlib.contextmanager
 def _attention_implementation(model: PreTrainedModel) -> Iterator[None]:
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    for config in configs.values():
-        config._attn_implementation = INTERFACE_NAME
+    before = [(config, config._attn_implementation) for config in _configs(model)]
     try:
         yield
     finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
+        for config, implementation in before:
+            config._attn_implementation = implementation
 
 
 @contextlib.contextmanager

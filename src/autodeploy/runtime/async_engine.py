@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from autodeploy.compile.program import Program
 from autodeploy.errors import AutoDeployError, EngineDeadError, InvalidRequestError
 from autodeploy.runtime.engine import EngineStats
 from autodeploy.runtime.request import SamplingParams, TokenOutput
@@ -27,6 +28,8 @@ Delivery = list[TokenOutput] | AutoDeployError
 
 class TokenEngine(Protocol):
     """What `runtime.engine.Engine` and `runtime.demo.DemoEngine` have in common."""
+
+    program: Program
 
     def add_request(
         self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0
@@ -92,6 +95,11 @@ class AsyncEngine:
         started = self._step_started
         hung = started is not None and time.monotonic() - started > self._step_timeout_seconds
         return not self._ended and self._thread.is_alive() and not hung
+
+    @property
+    def program(self) -> Program:
+        """The program that the engine ran last, or will run first."""
+        return self._engine.program
 
     def stats(self) -> EngineStats:
         """The engine's counters as of its latest step."""

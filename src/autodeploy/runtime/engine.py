@@ -1,8 +1,10 @@
 """The engine: requests as token ids go in, sampled tokens come out, one step at a time."""
 
+import logging
 import time
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 
 from autodeploy.compile.program import Program
 from autodeploy.config import EngineOptions, Options, check_options
@@ -21,6 +23,8 @@ from autodeploy.runtime.request import (
 from autodeploy.runtime.sampler import Sampler, Samples
 from autodeploy.runtime.scheduler import ScheduledStep, Scheduler
 from autodeploy.runtime.states import allocate_states, clear_slots, plan_states
+
+logger = logging.getLogger(__name__)
 
 UNUSABLE_LOGITS = "the model returned logits that are not numbers; check dtype and weights"
 
@@ -57,13 +61,33 @@ class Engine:
         options: scheduling and memory.
         max_model_len: context limit in tokens, prompt and output together; it fits the memory or is refused. By default
             the program's own limit, or as much of it as fits.
+        successor: a program of the same model that takes over between two steps, when there is one; what runs then is
+            computed anew. One that failed is reported once, and `program` goes on.
     Raises:
         ConfigError: an option with a bad value.
         OutOfMemoryError: the states of one sequence do not fit.
     """
 
-    def __init__(self, program: Program, options: EngineOptions, max_model_len: int | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        options: EngineOptions,
+        max_model_len: int | None = None,
+        successor: Future[Program] | None = None,
+    ) -> None:
         check_options(Options(engine=options))
+        self._successor = successor
+        self._requests: dict[str, list[Sequence]] = {}
+        """sequences of each request that are not finished"""
+        self._failure: Exception | None = None
+        self._num_arrivals = self._num_steps = self._num_preemptions = 0
+        self._prompt_tokens = self._generation_tokens = 0
+        self._host_seconds = self._model_seconds = 0.0
+        self._sampler = Sampler(options.seed)
+        self._run_with(program, options, max_model_len)
+
+    def _run_with(self, program: Program, options: EngineOptions, max_model_len: int | None) -> None:
+        """Plan and allocate the states of a program, and all that works with them."""
         plan = plan_states(
             program.states,
             options,
@@ -89,12 +113,6 @@ class Engine:
             max_num_batched_tokens=options.max_num_batched_tokens,
             device=program.device,
         )
-        self._sampler = Sampler(options.seed)
-        self._requests: dict[str, list[Sequence]] = {}
-        """sequences of each request that are not finished"""
-        self._failure: Exception | None = None
-        self._num_arrivals = self._num_steps = self._prompt_tokens = self._generation_tokens = 0
-        self._host_seconds = self._model_seconds = 0.0
 
     def add_request(
         self, request_id: str, prompt_token_ids: SequenceOf[int], params: SamplingParams, *, priority: int = 0
@@ -156,7 +174,7 @@ class Engine:
         return EngineStats(
             num_running=len(self._scheduler.running),
             num_waiting=self._scheduler.num_waiting,
-            num_preemptions=self._scheduler.num_preemptions,
+            num_preemptions=self._num_preemptions + self._scheduler.num_preemptions,
             state_usage_fraction=self._allocator.usage_fraction,
             num_steps=self._num_steps,
             prompt_tokens=self._prompt_tokens,
@@ -166,6 +184,8 @@ class Engine:
         )
 
     def _step(self) -> list[TokenOutput]:
+        if self._successor is not None and self._successor.done():
+            self._adopt(self._successor)
         began = time.perf_counter()
         step = self._scheduler.schedule()
         outputs = [self._finish(sequence, "error", sequence.stop_reason) for sequence in step.failed]
@@ -182,6 +202,25 @@ class Engine:
         self._model_seconds = committing - running
         self._host_seconds = time.perf_counter() - began - self._model_seconds
         return outputs
+
+    def _adopt(self, successor: Future[Program]) -> None:
+        """Go on with the successor. Sequences keep their tokens and wait again; their states are computed anew."""
+        self._successor = None
+        reason = successor.exception()
+        if reason is not None:
+            logger.error("%s; serving goes on with the model's own code", reason)
+            self.program.report.facts["successor"] = str(reason)
+            return
+        unfinished = list(self._scheduler.sequences())
+        self._num_preemptions += self._scheduler.num_preemptions
+        for sequence in unfinished:
+            self._allocator.free(sequence)
+            sequence.num_computed_tokens = 0
+        self._states = {}  # given back before new ones are allocated, within the same budget
+        options = replace(self.options, kv_cache_memory_bytes=self.plan.num_bytes)
+        self._run_with(successor.result(), options, self.max_model_len)
+        for sequence in unfinished:
+            self._scheduler.add(sequence)
 
     def _commit(self, step: ScheduledStep, batch: Batch, samples: Samples) -> list[TokenOutput]:
         for sequence, num_tokens in step.scheduled.items():

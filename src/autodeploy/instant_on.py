@@ -1,0 +1,173 @@
+"""Instant-on: a model's first start serves with the model's own code at once, while its graph is built beside it.
+
+deploy       a model -> the program to serve with now, and the one to go on with
+live program the module with its weights, run over pages by `capture/live.py`
+successor    a process that builds the graph into the cache; then this process restores it, as any later start does
+
+The graph's process leaves this one's interpreter and module alone, and outlives it, so that even a start that ends
+after its first answer leaves a kept graph behind.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from torch import nn
+
+from autodeploy.build import Progress, Subject, build, resolve_device, subject_of_model
+from autodeploy.checkpoint.files import StoredTensors
+from autodeploy.checkpoint.load import load_weights
+from autodeploy.checkpoint.recipe import Recipe, Source
+from autodeploy.compile.program import NamedGraph, Program
+from autodeploy.config import Options, parse_options
+from autodeploy.debug.isolation import check_isolation
+from autodeploy.errors import AutoDeployError, UnsupportedModelError
+from autodeploy.graph_cache import GraphCache
+from autodeploy.kernels.provider import is_prepared, mixer_priority
+from autodeploy.memory import available_bytes
+from autodeploy.models.locate import LocatedModel
+
+logger = logging.getLogger(__name__)
+
+LEAST_BYTES = 64 * 2**20
+"""Smaller models are built about as fast as a second process starts."""
+COPIES = 4
+"""Weights that stand in memory for a moment: the module's, the other process's, the graph's, and room to spare."""
+
+
+def deploy(
+    model: LocatedModel | nn.Module, options: Options, progress: Progress | None = None
+) -> tuple[Program, Future[Program] | None]:
+    """The program to serve with, and the one to go on with when there will be a better one.
+
+    Raises:
+        AutoDeployError: as `build`.
+    """
+    if isinstance(model, LocatedModel) and _is_worthwhile(model, options):
+        try:
+            program = live_program(model, options, progress or (lambda _: None))
+        except UnsupportedModelError as reason:
+            logger.info("the graph is built before the first answer: %s", reason)
+        else:
+            return program, successor(model, options)
+    return build(model, options, progress=progress), None
+
+
+def _is_worthwhile(model: LocatedModel, options: Options) -> bool:
+    """Whether there is a graph to wait for, and room for the weights to exist several times meanwhile."""
+    device = resolve_device(options.compile.device)
+    num_bytes = sum(path.stat().st_size for path in model.weight_files)
+    asked_for = options.compile.instant_on and not options.compile.strict and options.model.load_format == "auto"
+    if not asked_for or options.engine.runtime != "engine":
+        return False
+    if device.type != "cpu" or num_bytes < LEAST_BYTES or COPIES * num_bytes > available_bytes(device):
+        return False
+    if not is_prepared(device):  # nothing can have been kept for kernels that are still to be compiled
+        return GraphCache.is_wanted(options)
+    entry = GraphCache.of(model, StoredTensors(model.weight_files).fingerprint(), device, options)
+    return entry is not None and not entry.path.is_dir()
+
+
+def live_program(model: LocatedModel, options: Options, progress: Progress) -> Program:
+    """The model's own code as a program.
+
+    Raises:
+        UnsupportedModelError: its code cannot run over pages, or lets packed sequences influence each other.
+    """
+    from autodeploy.capture.live import LiveModel  # transformers, which a kept graph does without
+
+    progress("starting with the model's own code, while its graph is built")
+    device = resolve_device(options.compile.device)
+    subject = subject_of_model(model, StoredTensors(model.weight_files), options)
+    module = _with_weights(subject, device)
+    providers = mixer_priority(device, options.compile.attn_backend) if is_prepared(device) else ()
+    live = LiveModel(module, providers)
+    names = tuple(spec.name for spec in live.states)
+    num_bytes = sum(parameter.nbytes for parameter in module.parameters())
+    program = Program(
+        graphs={"text": NamedGraph("text", live, live.batch_inputs, names)},
+        states=tuple(live.states),
+        vocab_size=live.vocab_size,
+        max_model_len=subject.max_model_len,
+        dtype=subject.dtype,
+        device=device,
+        weight_bytes=num_bytes,
+        step_weight_bytes=num_bytes,
+        eos_token_ids=subject.eos_token_ids,
+    )
+    program.report.facts.update(subject.facts, graph="the model's own code, until its graph is built")
+    program.report.facts["isolation"] = check_isolation(program)
+    return program
+
+
+def _with_weights(subject: Subject, device: torch.device) -> nn.Module:
+    """The subject's module with its weights, and buffers that checkpoints hold, read; tied ones are one tensor."""
+    module = subject.module
+    assert module is not None
+    stored = set(module.state_dict())
+    read: dict[str, Recipe] = {
+        name: Source(name, tuple(value.shape), value.dtype)
+        for name, value in (*module.named_parameters(), *module.named_buffers())
+        if name in stored
+    }
+    tensors = load_weights(read, subject.read, device=device)
+    loaded = {id(value): tensors[name] for name, value in module.named_parameters()}
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                owner._parameters[name] = nn.Parameter(loaded[id(parameter)], requires_grad=False)
+    for name, buffer in module.named_buffers():
+        if name in tensors:
+            buffer.copy_(tensors[name])
+    return module
+
+
+def successor(model: LocatedModel, options: Options) -> Future[Program]:
+    """Build the model's graph in a process of its own, then restore it here; the result may be an AutoDeployError."""
+    future: Future[Program] = Future()
+    values = {name: value for part in dataclasses.asdict(options).values() for name, value in part.items()}
+    work = json.dumps({"model": str(model.folder), "options": values})
+
+    def run() -> None:
+        try:
+            process = subprocess.run(
+                [sys.executable, "-m", "autodeploy.instant_on"],
+                input=work,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},  # the same code as here
+                start_new_session=True,
+                check=False,
+            )
+            if process.returncode != 0:
+                said = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
+                raise UnsupportedModelError(f"the graph could not be built: {said[-1]}")
+            future.set_result(build(model, options))
+        except Exception as error:  # whatever happened, those who wait must hear of it
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="autodeploy-successor", daemon=True).start()
+    return future
+
+
+def main() -> int:
+    """Build the model described on standard input, so that its graph is kept."""
+    work: dict[str, Any] = json.load(sys.stdin)
+    try:
+        build(work["model"], parse_options(work["options"]))
+    except AutoDeployError as error:
+        print(f"{type(error).__name__}: {error}".replace("\n", " "), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
