@@ -21,6 +21,7 @@ _MIXING_OPS = {
     aten.cumprod.default,
     aten.logcumsumexp.default,
     aten.roll.default,
+    aten.unfold.default,
     aten.flip.default,
     aten.sort.default,
     *_CONVOLUTIONS,

@@ -20,6 +20,7 @@ from autodeploy.transforms.canonicalize.match_dense_experts import MatchDenseExp
 from autodeploy.transforms.canonicalize.match_linear import MatchLinear
 from autodeploy.transforms.canonicalize.match_norm import MatchNorm
 from autodeploy.transforms.canonicalize.match_token_shift import MatchTokenShift
+from autodeploy.transforms.canonicalize.match_token_window import MatchTokenWindow
 from autodeploy.transforms.canonicalize.roll_loops import RollLoops
 from autodeploy.transforms.canonicalize.use_position_ids import UsePositionIds
 from autodeploy.transforms.fuse.fuse_add_rms_norm import FuseAddRMSNorm
@@ -44,6 +45,7 @@ def default_pipeline(device: torch.device, select_kernels: SelectKernels | None 
                 (
                     RollLoops(),
                     MatchTokenShift(),
+                    MatchTokenWindow(),
                     MatchCausalConv(),
                     BindBoundaries(),
                     MatchAttention(),
