@@ -153,9 +153,34 @@ def test_an_architecture_that_cannot_be_captured_is_refused_by_module() -> None:
         build(Sketch(lambda self, x: self.dispatch(x), dispatch=Dispatch()))
 
 
-def test_an_unknown_mixer_is_refused_by_name() -> None:
-    with pytest.raises(GraphLevelError, match=r"cumsum\.default mixes tokens and no transform knows it"):
-        build(Sketch(lambda self, x: x.cumsum(1)))
+class _RunningMean(nn.Module):
+    """A mixer that nobody knows: a sum over all tokens so far."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(1) / 2
+
+
+class _Fibonacci(nn.Module):
+    """A loop over tokens that looks two steps back, which a recurrence cannot say."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two, rows = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            one, two = x[:, t] + 0.5 * one + 0.1 * two, one
+            rows.append(one)
+        return torch.stack(rows, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "names"),
+    [
+        (_RunningMean(), r"cumsum\.default mixes tokens and no transform knows it.*in module mixer at .*test_build"),
+        (_Fibonacci(), r"a loop over tokens.*in module mixer at .*test_build.*looks further back than one step"),
+    ],
+)
+def test_an_unknown_mixer_is_refused_by_name(mixer: nn.Module, names: str) -> None:
+    with pytest.raises(GraphLevelError, match=rf"{names}.*docs/adding-an-op\.md"):
+        build(Sketch(lambda self, x: self.mixer(x), mixer=mixer))
 
 
 def test_devices() -> None:

@@ -7,4 +7,6 @@ expert_blocks.py   loops over experts outside the interface, known by recordings
 expert_weights.py  which of a module's parameters are experts; random_weights.py  what recordings run on; tape.py  them
 probe.py   norms and rotary functions recognised by their numbers -> canonical ops
 mixers.py  convolutions, scans and delta rules recognised by their numbers -> canonical ops
+matrix_memory.py   the same for modules that are an xLSTM's memory
+loops.py   loops over tokens -> a few runs of their body, marked in the graph
 """

@@ -88,7 +88,10 @@ def _canonical_faults(graph: ModelGraph, level: Level) -> Iterator[str]:
     others = [node for node in graph.graph.nodes if node.op == "call_function" and find_op(node.target) is None]
     for node in others:
         if node.target in _MIXING_OPS and runs_along_tokens(node, num_tokens):
-            yield f"{node.target} mixes tokens and no transform knows it: {_describe(node)}"
+            yield (
+                f"{node.target} mixes tokens and no transform knows it: {_describe(node)}; make the mixer an op with a"
+                " cached twin (docs/adding-an-op.md)"
+            )
     for node in others:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and count_token_dims(value, num_tokens) >= 2:

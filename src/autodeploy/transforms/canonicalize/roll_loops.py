@@ -84,7 +84,7 @@ def _compare(graph: ModelGraph, runs: list[list[fx.Node]], position: dict[fx.Nod
     if not all(runs):
         raise Refused("does other things in some steps than in others, or looks further back than one step")
     if [node.target for node in first] != [node.target for node in second]:
-        raise Refused("does other things in its first step than in its second")
+        raise Refused("does other things in its first step than in its second, or looks further back than one step")
     parts = _Parts()
     own, before = set(second), set(first)
     for index, (one, two) in enumerate(zip(first, second, strict=True)):
