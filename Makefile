@@ -51,6 +51,7 @@ bench: $(VENV)/.runtime $(demo_package)
 	$(python) -m autodeploy bench latency "$$($(python) -m autodeploy.packaged_models $(MODEL))" --json $(results)/latency.json
 	$(python) -m autodeploy bench throughput "$$($(python) -m autodeploy.packaged_models $(MODEL))" --json $(results)/throughput.json
 	$(python) benchmarks/compare_transformers.py "$(MODEL)" --output $(results)
+	$(python) benchmarks/starts.py "$(MODEL)" --output $(results)
 
 clean:
 	rm -rf $(VENV)

@@ -1,21 +1,18 @@
-"""One interleaved run of AutoDeploy and transformers on one model: decode, prefill and start, as markdown and JSON.
+"""One interleaved run of AutoDeploy and transformers on one model: decode and prefill, as markdown and JSON.
 
     python benchmarks/compare_transformers.py smollm2 --rounds 5 --output benchmarks/results
 
 The subjects take turns (A B C D A B C D ...), because a shared machine changes its speed by the minute. Each round has
-prompts of its own. Starts are whole processes, from launch to first token: cold with empty caches, warm with those that
-the cold one left. A GGUF file is transcribed before anything is timed, so that all subjects read the same folder.
+prompts of its own. A GGUF file is transcribed before anything is timed, so that all subjects read the same folder. How
+long a start takes is measured by `starts.py`.
 """
 
 import argparse
 import dataclasses
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -91,59 +88,38 @@ def steady_state(folder: str, rounds: int, output_len: int) -> dict[str, dict[st
     return samples
 
 
-def starts(folder: str, subject: str) -> dict[str, float]:
-    """Seconds from launching a process to its first token, with empty caches and then with filled ones."""
-    seconds = {}
-    with tempfile.TemporaryDirectory() as caches:
-        own = {"AUTODEPLOY_CACHE": f"{caches}/autodeploy", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
-        for kind in ("cold", "warm"):
-            launch = time.perf_counter()
-            command = [sys.executable, __file__, folder, "--start", subject]
-            subprocess.run(command, env=os.environ | own, check=True, stdout=subprocess.DEVNULL)
-            seconds[kind] = time.perf_counter() - launch
-            print(f"{kind} start: {subject}: {seconds[kind]:.1f} s", flush=True)
-    return seconds
-
-
-def markdown(samples: dict[str, dict[str, list[float]]], start: dict[str, dict[str, float]]) -> str:
+def markdown(samples: dict[str, dict[str, list[float]]]) -> str:
     """Medians with their range, and ratios to transformers eager."""
     base = {kind: statistics.median(values) for kind, values in samples["transformers eager"].items()}
     rows = [
-        "| | decode, tok/s | ratio | prefill 1,024, tok/s | ratio | cold start, s | warm start, s |",
-        "|---|---|---|---|---|---|---|",
+        "| | decode, tok/s | ratio | prefill 1,024, tok/s | ratio |",
+        "|---|---|---|---|---|",
     ]
     for name, kinds in samples.items():
         cells = [name]
         for kind, values in kinds.items():
             middle = statistics.median(values)
             cells += [f"{middle:.1f} [{min(values):.1f}-{max(values):.1f}]", f"{middle / base[kind]:.2f}"]
-        cells += [f"{start[name][kind]:.1f}" if name in start else "" for kind in ("cold", "warm")]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
 
 
 def main() -> None:
-    """Run everything, or with `--start` just one process up to its first token."""
+    """Run everything and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=DEFAULT)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/local"))
-    parser.add_argument("--no-starts", action="store_true", help="leave out the starts, which take minutes")
-    parser.add_argument("--start", choices=SUBJECTS, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.start:
-        SUBJECTS[given.start](given.model)(random_prompt(VOCABULARY, 128, 0), 1)
-        return
     resolved = resolve_model(model_path(given.model), parse_options({}).model)
-    start = {} if given.no_starts else {name: starts(str(resolved.folder), name) for name in SUBJECTS}
     samples = steady_state(str(resolved.folder), given.rounds, given.output_len)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = {"limits": dataclasses.asdict(measure(device, resolved.dtype)), "machine": record.machine()}
-    table = markdown(samples, start)
+    table = markdown(samples)
     name = f"compare-transformers_{platform.machine()}-{device.type}_{time.strftime('%Y%m%d-%H%M')}"
     given.output.mkdir(parents=True, exist_ok=True)
-    raw = {"command": sys.argv, "samples": samples, "start": start, "versions": record.versions(), **facts}
+    raw = {"command": sys.argv, "samples": samples, "versions": record.versions(), **facts}
     (given.output / f"{name}.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     conditions = f"`{' '.join(sys.argv)}`, {resolved.dtype}, {facts}, {record.versions()}"
     (given.output / f"{name}.md").write_text(f"{table}\n{conditions}\n", encoding="utf-8")

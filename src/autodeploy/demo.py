@@ -107,6 +107,8 @@ def run(model: str, prompt: str | None, num_tokens: int, runs: int) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=num_tokens)
         asyncio.run(stream(llm, ids, params, echo=True))
         print()
+        console.print("waiting for the graph, where it is still being built ...")
+        llm.wait_until_built()
         print_report(llm.report, console)
         if runs:
             console.print("Comparing with transformers.generate ...")
