@@ -144,6 +144,11 @@ def _heads(sizes: Sizes, name: str, value: int, differs: bool) -> int:
     return _power_of_two(sizes.tiny_heads * value / sizes.heads)
 
 
+def _index_heads(sizes: Sizes, name: str, value: int, differs: bool) -> int:
+    """Many stay many: a sum of few rectified scores is often zero, and which of many zeros are best is arbitrary."""
+    return min(value, 16) if value > 8 else min(value, HEADS)
+
+
 def _kv_heads(sizes: Sizes, name: str, value: int, differs: bool) -> int:
     if value == 1:
         return 1
@@ -217,12 +222,13 @@ _RULES: Sequence[tuple[re.Pattern[str], _Rule]] = [
         (r"^(max_\w*positions?(_embeddings)?|n_positions|n_ctx|max_seq_len|context_length)$", _at_most(MAX_LENGTH)),
         (r"floor_scale|scaling_n_floor", _at_most(4)),
         (r"rel_extent|_max_distance$|num_buckets$", _at_most(16)),
-        (r"sliding_window(_size)?$|^(attention_|keep_)?window(_size)?$|(attention_)window_size$|^local_attention",
+        (r"sliding_window(_size)?$|^(attention_)?window(_size)?$|(attention_)window_size$|^local_attention",
          _at_most(WINDOW)),
+        (r"^keep_window", _at_most(MAX_LENGTH)),  # tokens that are always kept: as a rule the whole context
         (r"attention_chunk_size|index\w*_topk$", _at_most(WINDOW)),
         (r"index\w*_(block_size|topk_blocks|compress_ratio)$|^compress_rates$", _at_most(4)),
         (r"index\w*_budget$", _at_most(8)),
-        (r"index\w*_heads$", _at_most(HEADS)),
+        (r"index\w*_heads$", _index_heads),
         (r"index\w*_head_dim$", _at_most(HEAD_DIM)),
         # states and scans
         (r"(^|_)(d_state|state_size)$", _at_most(16)),
