@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
 
 from autodeploy.capture.export import capture
 from autodeploy.errors import CaptureError
@@ -110,3 +111,16 @@ def test_updates_of_activations_in_place_become_new_tensors() -> None:
     ids = torch.randint(0, 32, (1, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(run(graph, model, [9]), model(ids))
+
+
+def test_a_row_is_longer_than_what_an_indexer_chooses() -> None:
+    """Else the graph would hold for sequences only in which every token is chosen."""
+    config = DeepseekV32Config(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, index_n_heads=2,
+        index_head_dim=16, index_topk=64, first_k_dense_replace=1, intermediate_size=32,
+    )  # fmt: skip
+    graph = capture(DeepseekV32ForCausalLM(config).eval())
+    assert graph.max_length is None
+    (choice,) = graph.nodes(torch.ops.aten.topk.default)
+    assert "64" in str(choice.meta["val"][1].shape[-1])

@@ -84,7 +84,9 @@ def capture(model: nn.Module, *, name: str = "text", repeat_layers: bool = True)
     return graph
 
 
-def _capture(model: nn.Module, name: str, layers: RepeatedLayers | None) -> ModelGraph:
+def _capture(
+    model: nn.Module, name: str, layers: RepeatedLayers | None, lengths: list[int] = EXAMPLE_LENGTHS
+) -> ModelGraph:
     hooks = Hooks()
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     row = _PackedRow(model, hooks, layers)
@@ -105,7 +107,7 @@ def _capture(model: nn.Module, name: str, layers: RepeatedLayers | None) -> Mode
     ):
         try:
             with fake_mode:
-                inputs = packed_row(EXAMPLE_LENGTHS)
+                inputs = packed_row(lengths)
             with torch.no_grad():
                 exported = torch.export.export(row, inputs, dynamic_shapes=_DYNAMIC, strict=False)
                 exported = _written_out(exported, layers)
@@ -115,10 +117,20 @@ def _capture(model: nn.Module, name: str, layers: RepeatedLayers | None) -> Mode
             raise CaptureError(f"cannot capture {type(model).__name__}{_where(hooks)}: {error}") from error
         except Exception as error:
             raise CaptureError(_explain(model, hooks, error)) from error
+    if hooks.most_chosen >= sum(lengths):  # a row so short that every token is chosen would limit the graph to such
+        return _capture(model, name, layers, _past(hooks.most_chosen))
     graph = _to_graph(name, exported, stacked)
     graph.state_writes = dict(hooks.state_writes) if isinstance(model, PreTrainedModel) else None
     graph.max_length = _longest(graph)
     return graph
+
+
+def _past(num_tokens: int) -> list[int]:
+    """Lengths like the example's whose sum is a prime number beyond `num_tokens`."""
+    total = num_tokens + sum(EXAMPLE_LENGTHS)
+    while any(total % divisor == 0 for divisor in range(2, int(total**0.5) + 1)):
+        total += 1
+    return [*EXAMPLE_LENGTHS[:-1], total - sum(EXAMPLE_LENGTHS[:-1])]
 
 
 def _written_out(exported: ExportedProgram, layers: RepeatedLayers | None) -> ExportedProgram:

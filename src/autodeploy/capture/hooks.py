@@ -39,6 +39,8 @@ class Hooks:
     """by kind, how often the model wrote to its Hugging Face cache"""
     active_modules: list[str] = field(default_factory=list)
     """paths of the modules whose forward is running, outermost first"""
+    most_chosen: int = 0
+    """most tokens that a query attends to by choice, where an indexer chooses for it"""
     interface: str = INTERFACE_NAME
     """the name under which the hooks are registered"""
 
@@ -89,6 +91,12 @@ class Hooks:
                 f"attention in {type(module).__name__} uses 'head_mask', which no canonical op expresses yet;"
                 " see docs/adding-an-op.md"
             )
+        block_size = 1
+        if block_indices is not None:
+            block_size = int(module.config.index_block_size)  # type: ignore[union-attr, arg-type]
+        indices = indices[:, None] if indices is not None else block_indices
+        if indices is not None:
+            self.most_chosen = max(self.most_chosen, _at_most(indices.shape[-1]) * block_size)
         self.attention_calls += 1
         causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
         output = self.call_attention(
@@ -103,8 +111,8 @@ class Hooks:
             sliding_window or None,
             softcap or None,
             position_bias,
-            indices[:, None] if indices is not None else block_indices,
-            1 if block_indices is None else int(module.config.index_block_size),  # type: ignore[union-attr, arg-type]
+            indices,
+            block_size,
         )
         return output, None
 
@@ -167,6 +175,13 @@ def _whole_mask(function: Callable[..., Any], batch_size: int, q_length: int, kv
     batch, queries, keys = torch.arange(batch_size), torch.arange(q_length), torch.arange(kv_length)
     visible: Tensor = function(batch[:, None, None, None], batch.new_zeros(1), queries[:, None], keys[None])
     return visible.expand(batch_size, 1, q_length, kv_length)
+
+
+def _at_most(size: int | torch.SymInt) -> int:
+    """What a size such as `min(k, T)` is for a very long row."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.expr.subs(dict.fromkeys(size.node.expr.free_symbols, 2**40)))
 
 
 def _sinks(sinks: Tensor | None) -> Tensor | None:
