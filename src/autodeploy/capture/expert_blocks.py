@@ -21,7 +21,7 @@ from autodeploy.capture.expert_weights import ExpertWeights, Named, expert_weigh
 from autodeploy.capture.random_weights import with_random_weights
 from autodeploy.capture.tape import Given, Program, Recording, Reference, Unrepeatable, program
 from autodeploy.checkpoint.recipe import Recipe
-from autodeploy.ops.moe import expert_linear, moe
+from autodeploy.ops.moe import moe
 
 LENGTHS = (3, 5)
 """Numbers of tokens of the two recordings."""
@@ -166,8 +166,9 @@ def _arguments(module: nn.Module, hidden: int, length: int, is_row: bool, dtype:
     if len(required) != 3:
         raise TypeError(f"{type(module).__name__} takes {len(required)} arguments")
     most = max((p.shape[0] for p in module.parameters() if p.dim() == 3), default=CHOICES)
-    weights, indices = torch.rand(length, most, generator=generator).topk(CHOICES)
-    return [x, indices, weights.to(dtype)]
+    few = torch.tensor(sorted({0, 1, most - 1}))  # each expert that is run is a copy of its weights
+    weights, places = torch.rand(length, len(few), generator=generator).topk(min(CHOICES, len(few)))
+    return [x, few[places], weights.to(dtype)]
 
 
 def _sums(recording: Recording, arguments: Sequence[Tensor], reading: ExpertWeights, get: Named) -> Iterator[Sum]:
@@ -225,21 +226,13 @@ def _of_choices(weights: Tensor, indices: Tensor) -> Tensor:
 
 
 def _products(x: Tensor, indices: Tensor, reading: ExpertWeights, get: Named) -> Tensor:
-    """Each choice's expert applied to its token, `[N, K, H]`; only the chosen experts' weights are gathered."""
-    valid = (indices >= 0) & (indices < reading.num_experts)
-    experts = indices[valid].unique()
-    places = (
-        torch.searchsorted(experts, indices.clamp(0, reading.num_experts - 1).contiguous()) if len(experts) else indices
-    )
-    places = torch.where(valid, places, len(experts))
-    if not len(experts):
-        return x.new_zeros(*indices.shape, x.shape[-1])
-    gate_up, down, bias, down_bias = reading.stacked(get, experts.tolist())
-    hidden = expert_linear(x[:, None], places, gate_up, bias)
-    facts = reading.facts
-    inner = type(facts)(facts.activation, facts.gated, facts.limit, facts.up_offset).apply(hidden)
-    result: Tensor = expert_linear(inner, places, down, down_bias)
-    return result
+    """Each choice's expert applied to its token, `[N, K, H]`; zeros for a choice of no expert."""
+    products = x.new_zeros(*indices.shape, x.shape[-1])
+    for expert in indices.unique().tolist():
+        if 0 <= expert < reading.num_experts:
+            tokens, places = torch.where(indices == expert)
+            products[tokens, places] = reading.run(get, expert, x[tokens])
+    return products
 
 
 def _weighted(products: Tensor, weights: Tensor) -> Tensor:

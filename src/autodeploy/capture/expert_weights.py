@@ -64,18 +64,28 @@ class ExpertWeights:
     def hidden(self) -> int:
         return self.down.outputs
 
-    def stacked(
-        self, get: Named, experts: Sequence[int] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """gate_up, down and their biases as `moe` takes them, of all experts or of some."""
-        ups = [_stacked(matrix, get, self.num_experts, experts) for matrix in self.up]
-        down, down_bias = _stacked(self.down, get, self.num_experts, experts)
-        gate_up = ups[0][0] if len(ups) == 1 else torch.cat([weight for weight, _ in ups], 1)
-        shifts = [bias for _, bias in ups if bias is not None]
-        bias = None if not shifts else shifts[0] if len(shifts) == 1 else torch.cat(shifts, 1)
-        if self.facts.interleaved:
-            gate_up, bias = deinterleaved(gate_up, 1), None if bias is None else deinterleaved(bias, 1)
-        return gate_up, down, bias, down_bias
+    def run(self, get: Named, expert: int, x: Tensor) -> Tensor:
+        """One expert's result for tokens `[N, H]`; no weight but its own is touched."""
+        hidden = torch.cat([self._product(matrix, get, expert, x) for matrix in self.up], -1)
+        return self._product(self.down, get, expert, self.facts.apply(hidden))
+
+    def _product(self, matrix: Matrix, get: Named, expert: int, x: Tensor) -> Tensor:
+        if len(matrix.names) > 1:
+            weight = get(matrix.names[expert])
+            return F.linear(x, weight, get(matrix.biases[expert]) if matrix.biases else None)
+        weight = _as_stack(matrix, get)[expert]
+        return F.linear(x, weight.t() if matrix.transposed else weight)
+
+    def stacked(self, get: Named) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """gate_up, down and their biases as `moe` takes them, of parameters that are stacks already."""
+        ups, down = [self._stack(matrix, get) for matrix in self.up], self._stack(self.down, get)
+        gate_up = ups[0] if len(ups) == 1 else torch.cat(ups, 1)
+        return deinterleaved(gate_up, 1) if self.facts.interleaved else gate_up, down, None, None
+
+    def _stack(self, matrix: Matrix, get: Named) -> Tensor:
+        stack = _as_stack(matrix, get)
+        stack = stack[: self.num_experts] if stack.shape[0] > self.num_experts else stack
+        return stack.transpose(1, 2) if matrix.transposed else stack
 
     def recipes(self, path: str, get: Named) -> dict[str, Recipe]:
         """Recipes of the stacked weights of a list of children, by the role that `stacked` gives them."""
@@ -84,23 +94,19 @@ class ExpertWeights:
             tensor = get(name)
             return Source(f"{path}.{name}" if path else name, tuple(tensor.shape), tensor.dtype)
 
-        def stack(matrices: Sequence[Matrix]) -> Recipe:
-            parts = [[source(name) for name in matrix.names] for matrix in matrices]
-            if any(matrix.transposed for matrix in matrices):
-                parts = [[Transpose(part, 0, 1) for part in column] for column in parts]
-            rows = Concat(tuple(part for row in zip(*parts, strict=True) for part in row), 0)
-            return Reshape(rows, (self.num_experts, rows.shape[0] // self.num_experts, rows.shape[1]))
+        def stack(columns: Sequence[tuple[str, ...]], is_up: bool) -> Recipe:
+            rows = Concat(tuple(source(name) for row in zip(*columns, strict=True) for name in row), 0)
+            shape = (self.num_experts, rows.shape[0] // self.num_experts, *rows.shape[1:])
+            if not is_up or not self.facts.interleaved:
+                return Reshape(rows, shape)
+            pairs = (shape[0], shape[1] // 2, 2, *shape[2:])
+            return Reshape(Transpose(Reshape(rows, pairs), 1, 2), shape)
 
-        def stack_biases(matrices: Sequence[Matrix]) -> Recipe:
-            parts = [[source(name) for name in matrix.biases] for matrix in matrices]
-            values = Concat(tuple(part for row in zip(*parts, strict=True) for part in row), 0)
-            return Reshape(values, (self.num_experts, values.shape[0] // self.num_experts))
-
-        made = {"gate_up": stack(self.up), "down": stack([self.down])}
+        made = {"gate_up": stack([m.names for m in self.up], True), "down": stack([self.down.names], False)}
         if self.up[0].biases:
-            made["gate_up_bias"] = stack_biases(self.up)
+            made["gate_up_bias"] = stack([m.biases for m in self.up], True)
         if self.down.biases:
-            made["down_bias"] = stack_biases([self.down])
+            made["down_bias"] = stack([self.down.biases], False)
         return made
 
 
@@ -112,21 +118,9 @@ def expert_weights(module: nn.Module) -> Iterator[ExpertWeights]:
     yield from _of_stacks(module)
 
 
-def _stacked(
-    matrix: Matrix, get: Named, num_experts: int, experts: Sequence[int] | None
-) -> tuple[Tensor, Tensor | None]:
-    if len(matrix.names) > 1:
-        chosen = range(num_experts) if experts is None else experts
-        weight = torch.stack([get(matrix.names[expert]) for expert in chosen])
-        bias = torch.stack([get(matrix.biases[expert]) for expert in chosen]) if matrix.biases else None
-    else:
-        stack = get(matrix.names[0])
-        if stack.dim() == 2:
-            stack = stack.view(-1, matrix.rows, matrix.columns)
-        if stack.shape[0] > num_experts:
-            stack = stack[:num_experts]
-        weight, bias = stack if experts is None else torch.stack([stack[expert] for expert in experts]), None
-    return weight.transpose(1, 2) if matrix.transposed else weight, bias
+def _as_stack(matrix: Matrix, get: Named) -> Tensor:
+    stack = get(matrix.names[0])
+    return stack.view(-1, matrix.rows, matrix.columns) if stack.dim() == 2 else stack
 
 
 def _are_alike(children: Sequence[nn.Module]) -> bool:
@@ -157,17 +151,9 @@ def _of_children(container: str, children: Sequence[tuple[str, nn.Module]]) -> I
                 result = child(x)
         except Exception:
             continue  # it wants another width, or more than a token
-        if _is_close(_run_one(reading, get, x), result):
+        if _is_close(reading.run(get, 0, x), result):
             yield reading
             return
-
-
-def _run_one(weights: ExpertWeights, get: Named, x: Tensor) -> Tensor:
-    """The first expert's result for tokens `[N, H]`."""
-    gate_up, down, bias, down_bias = weights.stacked(get, [0])
-    hidden = F.linear(x, gate_up[0], None if bias is None else bias[0])
-    facts = GateFacts(weights.facts.activation, weights.facts.gated)
-    return F.linear(facts.apply(hidden), down[0], None if down_bias is None else down_bias[0])
 
 
 def _is_close(mine: Tensor, theirs: object) -> bool:
@@ -207,6 +193,7 @@ def _readings(container: str, num_experts: int, matrices: Sequence[Matrix]) -> I
             if container and any(turns):
                 continue  # children are products of their own, whose weights say which way they go
             fits = all(m.inputs == down.outputs and m.outputs == up[0].outputs for m in up)
+            fits = fits and len({bool(m.biases) for m in up}) == 1
             for facts in _facts(activation, len(up), up[0].outputs, down.inputs) if fits else ():
                 yield ExpertWeights(container, num_experts, facts, tuple(up), down)
 
