@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from autodeploy.capture.expert_blocks import expert_blocks_replaced
 from autodeploy.capture.experts import experts_hooked
+from autodeploy.capture.gated_norms import gated_norms_recognised
 from autodeploy.capture.hooks import Hooks, logits_of, model_arguments, packed_row
 from autodeploy.capture.loops import Loops, tag_runs
 from autodeploy.capture.matrix_memory import memories_recognised
@@ -99,6 +100,7 @@ def _capture(
         _fake_parameters(model, fake_mode),
         hooks.installed(model),
         probed(model),
+        gated_norms_recognised(model),
         mixers_recognised(model),
         memories_recognised(model),
         Loops(hooks).installed(model),

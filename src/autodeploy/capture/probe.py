@@ -60,10 +60,10 @@ def probe_norm(module: nn.Module) -> NormFacts | None:
     """The facts of a module that computes an RMSNorm, or None. The module's parameters may be on any device."""
     weight = next(iter(module.parameters()), None)
     size = weight.shape[0] if weight is not None else 64
-    real = _materialised(module)
+    real = materialised(module)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(3, 5, size, generator=generator) * scale for scale in (1.0, 1e-3)]
-    for eps, offset, in_float32 in product(_small_floats(module), (0.0, 1.0), (False, True)):
+    for eps, offset, in_float32 in product(small_floats(module), (0.0, 1.0), (False, True)):
         if weight is None and (offset or in_float32):
             continue
         facts = NormFacts(eps, offset, in_float32)
@@ -102,19 +102,19 @@ def _norm_key(module: nn.Module) -> object:
     required = [p for p in signature.parameters.values() if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
     if len(required) != 2 or len(parameters) > 1 or any(p.dim() != 1 for p in parameters) or list(module.buffers()):
         return None
-    if not parameters and not _small_floats(module):
+    if not parameters and not small_floats(module):
         return None
     scalars = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str) and k != "training"}
     return (type(module), tuple(p.shape for p in parameters), tuple(sorted(scalars.items())))
 
 
-def _small_floats(module: nn.Module) -> list[float]:
+def small_floats(module: nn.Module) -> list[float]:
     """Values among the module's attributes that may be its epsilon."""
     values = [v for v in vars(module).values() if isinstance(v, float) and 0 <= v < 1e-2]
     return sorted(set(values)) or ([torch.finfo(torch.float32).eps] if isinstance(module, nn.RMSNorm) else [])
 
 
-def _materialised(module: nn.Module) -> nn.Module:
+def materialised(module: nn.Module) -> nn.Module:
     """A copy with random float32 parameters on the CPU."""
     generator = torch.Generator().manual_seed(1)
     parameters = {
@@ -122,7 +122,9 @@ def _materialised(module: nn.Module) -> nn.Module:
         for name, parameter in module.named_parameters(recurse=False)
     }
     memo = {id(p): parameters[name] for name, p in module.named_parameters(recurse=False)}
-    return copy.deepcopy(module, memo)
+    copied = copy.deepcopy(module, memo)
+    vars(copied).pop("forward", None)  # one that stands in for the module's own has the module, not the copy, in hand
+    return copied
 
 
 def _same(module: nn.Module, facts: NormFacts, x: Tensor, dtype: torch.dtype) -> bool:

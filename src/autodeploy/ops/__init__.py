@@ -24,7 +24,7 @@ from autodeploy.ops.linear import linear
 from autodeploy.ops.mlp import gated_activation
 from autodeploy.ops.mlstm import mlstm
 from autodeploy.ops.moe import expert_linear, moe
-from autodeploy.ops.norm import add_rms_norm, layer_norm, rms_norm
+from autodeploy.ops.norm import add_rms_norm, gated_rms_norm, layer_norm, rms_norm
 from autodeploy.ops.op import OPS, Kernel, Op, find_op, op
 from autodeploy.ops.recurrence import recurrence
 from autodeploy.ops.rope import rope
@@ -51,6 +51,7 @@ __all__ = [
     "expert_linear",
     "find_op",
     "gated_activation",
+    "gated_rms_norm",
     "layer_norm",
     "linear",
     "mlstm",

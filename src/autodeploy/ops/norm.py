@@ -1,4 +1,4 @@
-"""Normalisations over the last dimension, alone and together with the residual sum before them."""
+"""Normalisations over the last dimension, alone, with the residual sum before them, and with a gate."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autodeploy.ops.mlp import ACTIVATIONS
 from autodeploy.ops.op import op
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -42,6 +43,35 @@ def add_rms_norm(
 
 
 @op(tolerance=_TOLERANCE)
+def gated_rms_norm(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    eps: float,
+    activation: str,
+    groups: int,
+    gate_first: bool,
+    scale_in_float32: bool,
+) -> Tensor:
+    """rms_norm(x · activation(gate)), or rms_norm(x) · activation(gate), computed in float32.
+
+    Args:
+        x, gate: `[..., D]`. weight: `[D]`.
+        activation: a name in `mlp.ACTIVATIONS`.
+        groups: D falls into as many equal parts, each with a mean of squares of its own.
+        gate_first: the gate acts before the norm, otherwise after.
+        scale_in_float32: apply the weight before rounding to x's dtype; otherwise after.
+    """
+    gating: Tensor = ACTIVATIONS[activation](gate.float())
+    total = x.float() * gating if gate_first else x.float()
+    parts = total.unflatten(-1, (groups, -1))
+    normed = (parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + eps)).flatten(-2)
+    scaled = weight.float() * normed if scale_in_float32 else weight * normed.to(x.dtype)
+    gated: Tensor = scaled if gate_first else scaled * gating
+    return gated.to(x.dtype)
+
+
+@op(tolerance=_TOLERANCE)
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) · weight + bias over the last dimension (arXiv 1607.06450). x: `[..., D]`."""
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
@@ -62,6 +92,17 @@ def _rms_norm_samples() -> list[dict[str, Any]]:
 def _add_rms_norm_samples() -> list[dict[str, Any]]:
     assert rms_norm.samples is not None
     return [sample | {"residual": torch.randn_like(sample["x"])} for sample in rms_norm.samples()]
+
+
+@gated_rms_norm.with_samples
+def _gated_rms_norm_samples() -> list[dict[str, Any]]:
+    plain = {"x": torch.randn(1, 7, 48), "gate": torch.randn(1, 7, 48), "weight": torch.randn(48), "eps": 1e-6}
+    return [
+        plain | {"activation": "silu", "groups": 1, "gate_first": True, "scale_in_float32": False},
+        plain | {"activation": "silu", "groups": 3, "gate_first": True, "scale_in_float32": True},
+        plain | {"activation": "silu", "groups": 1, "gate_first": False, "scale_in_float32": False},
+        plain | {"activation": "sigmoid", "groups": 2, "gate_first": False, "scale_in_float32": True},
+    ]
 
 
 @layer_norm.with_samples

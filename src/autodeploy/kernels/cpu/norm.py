@@ -1,15 +1,16 @@
-"""rms_norm and add_rms_norm: one call each, rows read where they are."""
+"""rms_norm, add_rms_norm and gated_rms_norm: one call each."""
 
 import torch
 from torch import Tensor
 
 from autodeploy.kernels.cpu.native import FLOAT, INT, INT64, POINTER, NativeFunction, num_threads, why_refused
-from autodeploy.ops.norm import add_rms_norm, rms_norm
+from autodeploy.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
 
 _MIN_ELEMENTS_FOR_THREADS = 1 << 15
 
 _SIGNATURE = (POINTER, INT64, INT64, *[POINTER] * 4, INT64, INT64, INT64, FLOAT, FLOAT, INT, INT)
 _rms_norm = NativeFunction("rms_norm", _SIGNATURE)
+_gated_rms_norm = NativeFunction("gated_rms_norm", (*[POINTER] * 4, INT64, INT64, INT64, FLOAT, INT, INT, INT, INT))
 
 
 def _supports(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, scale_in_float32: bool) -> str | None:
@@ -84,3 +85,40 @@ def add_rms_norm_cpu(
         num_threads(x.numel(), _MIN_ELEMENTS_FOR_THREADS),
     )
     return out, total
+
+
+def _gated_supports(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    eps: float,
+    activation: str,
+    groups: int,
+    gate_first: bool,
+    scale_in_float32: bool,
+) -> str | None:
+    if activation not in ("silu", "sigmoid"):
+        return f"activation {activation!r}; there are kernels for silu and sigmoid"
+    return why_refused(x, gate, weight)
+
+
+@gated_rms_norm.kernel("cpu", _gated_supports, fuses_with_neighbours=True)
+def gated_rms_norm_cpu(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    eps: float,
+    activation: str,
+    groups: int,
+    gate_first: bool,
+    scale_in_float32: bool,
+) -> Tensor:
+    """`gated_rms_norm` in two passes over rows in cache."""
+    x, gate, weight, width = x.contiguous(), gate.contiguous(), weight.contiguous(), x.shape[-1]
+    out = torch.empty_like(x)
+    _gated_rms_norm[x.dtype](
+        *(x.data_ptr(), gate.data_ptr(), weight.data_ptr(), out.data_ptr()),
+        *(x.numel() // (width or 1), groups, width // groups, eps, activation == "silu"),
+        *(gate_first, scale_in_float32, num_threads(x.numel(), _MIN_ELEMENTS_FOR_THREADS)),
+    )
+    return out

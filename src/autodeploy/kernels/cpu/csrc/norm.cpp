@@ -59,6 +59,39 @@ void rms_norm(const T* x, int64_t outer_stride, int64_t inner_stride, const T* r
     }
 }
 
+inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exp(-x)); }
+
+template <class T>
+void gated_rms_norm(const T* x, const T* gate, const T* weight, T* out, int64_t num_rows, int64_t groups,
+                    int64_t width, float eps, bool is_silu, bool gate_first, bool scale_in_float32, int threads) {
+    const T* const type = nullptr;
+    const auto gating = [&](const T* at, int64_t count) {
+        const Floats g = load(at, count);
+        return is_silu ? g * sigmoid(g) : sigmoid(g);
+    };
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t item = 0; item < num_rows * groups; ++item) {
+        const T *values = x + item * width, *gates = gate + item * width;
+        const T* scales = weight + item % groups * width;
+        Floats total = {};
+        for (int64_t i = 0; i < width; i += LANES) {
+            Floats y = load(values + i, width - i);
+            if (gate_first) y = y * gating(gates + i, width - i);
+            total = y * y + total;
+        }
+        const float scale = 1.0f / std::sqrt(sum(total) / static_cast<float>(width) + eps);
+        for (int64_t i = 0; i < width; i += LANES) {
+            const int64_t count = width - i;
+            Floats y = load(values + i, count) * scale;
+            if (gate_first) y = y * gating(gates + i, count);
+            const Floats w = load(scales + i, count);
+            y = scale_in_float32 ? y * w : round_to(round_to(y, type) * w, type);
+            if (!gate_first) y = y * gating(gates + i, count);
+            store(out + item * width + i, y, count);
+        }
+    }
+}
+
 }  // namespace
 }  // namespace autodeploy
 
@@ -74,3 +107,14 @@ void rms_norm(const T* x, int64_t outer_stride, int64_t inner_stride, const T* r
 
 DEFINE_RMS_NORM(rms_norm_float32, float)
 DEFINE_RMS_NORM(rms_norm_bfloat16, autodeploy::bf16)
+
+// x, gate, out: `[num_rows, groups · width]`, contiguous. weight: `[groups · width]`.
+#define DEFINE_GATED_RMS_NORM(NAME, T)                                                                               \
+    extern "C" void NAME(const T* x, const T* gate, const T* weight, T* out, int64_t num_rows, int64_t groups,       \
+                         int64_t width, float eps, int is_silu, int gate_first, int scale_in_float32, int threads) { \
+        autodeploy::gated_rms_norm<T>(x, gate, weight, out, num_rows, groups, width, eps, is_silu != 0,              \
+                                      gate_first != 0, scale_in_float32 != 0, threads);                              \
+    }
+
+DEFINE_GATED_RMS_NORM(gated_rms_norm_float32, float)
+DEFINE_GATED_RMS_NORM(gated_rms_norm_bfloat16, autodeploy::bf16)
