@@ -43,3 +43,17 @@ def test_positions_from_the_rows_start_would_be_found() -> None:
     off = parse_options({"transforms": {"use_position_ids": {"enabled": False}}})
     with pytest.raises(TokenMixingError, match="packed into one batch"):
         build(model, off)
+
+
+def test_a_tie_that_rounding_breaks_once_is_no_mixing(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def once(program: object, graph: object, seed: int) -> str:
+        seeds.append(seed)
+        if seed == 0:
+            raise TokenMixingError("one token")
+        return "passed"
+
+    monkeypatch.setattr("autodeploy.debug.isolation._check_once", once)
+    assert build(attention_model(causal_sdpa)).report.facts["isolation"] == "passed"
+    assert seeds == [0, 1]
