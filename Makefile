@@ -18,7 +18,7 @@ install := $(python) -m pip install -qq --disable-pip-version-check --constraint
 results := benchmarks/results/local
 demo_package := $(if $(filter smollm2 gemma3-270m,$(MODEL)),$(VENV)/.$(MODEL))
 
-.PHONY: help demo test test-slow test-gpu check bench clean
+.PHONY: help demo test test-slow test-gpu check sweep bench clean
 
 help:
 	@echo "make demo        deploy a real model, answer a prompt, compare with transformers (MODEL=gemma3-270m for the other)"
@@ -26,6 +26,7 @@ help:
 	@echo "make test-slow   the tests that take longer, both real models included"
 	@echo "make test-gpu    the tests that need CUDA, with the packages that $(PYTHON) already has"
 	@echo "make check       ruff and mypy"
+	@echo "make sweep       every architecture of transformers through every stage; ARGS=\"mamba2 qwen3_moe\" takes some"
 	@echo "make bench       latency, throughput and the comparison with transformers, as JSON in $(results)"
 	@echo "make clean       remove the environment"
 
@@ -46,6 +47,10 @@ check: $(VENV)/.dev
 	$(python) -m ruff format --check .
 	$(python) -m ruff check .
 	$(python) -m mypy
+
+# An hour of two cores, most of it Inductor's: ARGS=--no-compile takes minutes. A second run does only what is new.
+sweep: $(VENV)/.dev
+	PYTHONPATH=src $(python) -m tests.sweep $(ARGS)
 
 bench: $(VENV)/.runtime $(demo_package)
 	$(python) -m autodeploy bench latency "$$($(python) -m autodeploy.packaged_models $(MODEL))" --json $(results)/latency.json
