@@ -1,6 +1,7 @@
 """Results in, what a reader wants out: a summary, docs/supported-models.md, and the list of what is supported."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,6 +134,8 @@ def _failed_row(result: Result, aliases: dict[str, str]) -> str:
     return f"| {_named(result, aliases)} | {result.get('class', '')} | {stage} | {_cell(reason)} |"
 
 
-def _cell(text: str) -> str:
-    text = text.replace("|", "/").replace("\n", " ")
-    return text if len(text) <= 240 else text[:237] + "..."
+def _cell(reason: str) -> str:
+    """A reason as a reader wants it: without the node's own print, paths and advice to authors."""
+    short = re.split(r": %| The model's code there| \[\w+\.py:\d+\]$", reason)[0]
+    short = re.sub(r"/\S*/site-packages/", "", short).replace("|", "/").replace("](", "] (")
+    return short if len(short) <= 240 else short[:237] + "..."
