@@ -10,6 +10,7 @@ causal_conv.py   short causal convolutions
 ssm.py           selective state-space recurrences
 delta_rule.py    the delta rule, plain and gated
 captured.py      what the capture hooks emit, before canonicalisation
+linear_attention.py  linear_recurrence.py   a memory, or a value per channel, that fades
 mlstm.py         the matrix memory of an xLSTM
 recurrence.py    any loop over tokens, given as text, whole and cached
 token_shift.py   the token some places back, whole and cached
@@ -21,6 +22,8 @@ from autodeploy.ops.captured import captured_attention, captured_mask
 from autodeploy.ops.causal_conv import cached_causal_conv, causal_conv
 from autodeploy.ops.delta_rule import cached_delta_rule, delta_rule
 from autodeploy.ops.linear import linear
+from autodeploy.ops.linear_attention import linear_attention
+from autodeploy.ops.linear_recurrence import linear_recurrence
 from autodeploy.ops.mlp import gated_activation
 from autodeploy.ops.mlstm import mlstm
 from autodeploy.ops.moe import expert_linear, moe
@@ -54,6 +57,8 @@ __all__ = [
     "gated_rms_norm",
     "layer_norm",
     "linear",
+    "linear_attention",
+    "linear_recurrence",
     "mlstm",
     "moe",
     "op",
