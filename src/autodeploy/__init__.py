@@ -14,6 +14,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from autodeploy.start_up import without_collection
+
 _HOMES = {
     "LLM": "autodeploy.llm",
     "PendingOutput": "autodeploy.llm",
@@ -54,7 +56,8 @@ class _Package(ModuleType):
 
     @property
     def build(self) -> Any:
-        return importlib.import_module("autodeploy.build").build
+        with without_collection():
+            return importlib.import_module("autodeploy.build").build
 
     @build.setter
     def build(self, module: ModuleType) -> None:
@@ -69,7 +72,8 @@ def __getattr__(name: str) -> Any:
         return _version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    with without_collection():
+        return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -31,12 +31,10 @@ from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport
 from autodeploy.graph.verify import verify
 from autodeploy.graph_cache import GraphCache
-from autodeploy.kernels.provider import is_prepared, mixer_priority, prepare, priority
+from autodeploy.kernels.provider import is_prepared, prepare
 from autodeploy.models.limits import longest_context
 from autodeploy.models.locate import LocatedModel, locate_model
 from autodeploy.ops.linear import linear
-from autodeploy.transforms.lower.select_kernels import SelectKernels
-from autodeploy.transforms.pipeline import configure, default_pipeline
 
 # Importing transformers, and torch.export, takes longer than the whole start of a model whose graph was kept. So the
 # steps that need them import them.
@@ -232,6 +230,9 @@ def transform(
     Raises:
         GraphLevelError: a stage did not reach its level. TransformError: a transform failed, or strict found leftovers.
     """
+    from autodeploy.transforms.lower.select_kernels import SelectKernels
+    from autodeploy.transforms.pipeline import configure, default_pipeline, kernel_choice
+
     clock = clock or _Clock(BuildReport(), lambda _: None)
     pipeline = configure(default_pipeline(device, kernel_choice(device, options)), options)
     for stage in pipeline.stages:
@@ -242,19 +243,6 @@ def transform(
     clock.report.kernels.update({name: dict(counts) for name, counts in selection.chosen.items()})
     clock.report.kernel_reasons.update({name: sorted(why) for name, why in selection.reasons.items()})
     return clock.report
-
-
-def kernel_choice(device: torch.device, options: CompileOptions) -> SelectKernels:
-    """How kernels are chosen for a device under these options.
-
-    Raises:
-        ConfigError: an attention backend that there is not.
-    """
-    return SelectKernels(
-        priority=priority(device),
-        mixer_priority=mixer_priority(device, options.attn_backend),
-        compiled=options.compile_backend == "torch-compile",
-    )
 
 
 def _lower(subject: Subject, options: CompileOptions, device: torch.device, clock: _Clock) -> ModelGraph:

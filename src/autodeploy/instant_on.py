@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future
 from typing import Any
 
@@ -23,11 +24,9 @@ from torch import nn
 
 from autodeploy.build import Progress, Subject, build, resolve_device, subject_of_model
 from autodeploy.checkpoint.files import StoredTensors
-from autodeploy.checkpoint.load import load_weights
-from autodeploy.checkpoint.recipe import Recipe, Source
 from autodeploy.compile.program import NamedGraph, Program
 from autodeploy.config import Options, parse_options
-from autodeploy.debug.isolation import check_isolation
+from autodeploy.debug.isolation import check_apart
 from autodeploy.errors import AutoDeployError, UnsupportedModelError
 from autodeploy.graph_cache import GraphCache
 from autodeploy.kernels.provider import is_prepared, mixer_priority
@@ -40,6 +39,8 @@ LEAST_BYTES = 64 * 2**20
 """Smaller models are built about as fast as a second process starts."""
 COPIES = 4
 """Weights that stand in memory for a moment: the module's, the other process's, the graph's, and room to spare."""
+HEAD_START_SECONDS = 0.5
+"""For the first answer, which the other process would slow down."""
 
 
 def deploy(
@@ -103,29 +104,29 @@ def live_program(model: LocatedModel, options: Options, progress: Progress) -> P
         eos_token_ids=subject.eos_token_ids,
     )
     program.report.facts.update(subject.facts, graph="the model's own code, until its graph is built")
-    program.report.facts["isolation"] = check_isolation(program)
+    check_apart(program, live.example, live.example_logits)
     return program
 
 
 def _with_weights(subject: Subject, device: torch.device) -> nn.Module:
-    """The subject's module with its weights, and buffers that checkpoints hold, read; tied ones are one tensor."""
+    """The subject's module with its weights, and buffers that checkpoints hold; tied ones are one tensor.
+
+    Weights that are stored as they are used stay views of the mapped files: nothing is copied for the moment.
+    """
     module = subject.module
     assert module is not None
-    stored = set(module.state_dict())
-    read: dict[str, Recipe] = {
-        name: Source(name, tuple(value.shape), value.dtype)
-        for name, value in (*module.named_parameters(), *module.named_buffers())
-        if name in stored
+    loaded = {
+        id(value): nn.Parameter(subject.read(name).to(device, value.dtype), requires_grad=False)
+        for name, value in module.named_parameters()
     }
-    tensors = load_weights(read, subject.read, device=device)
-    loaded = {id(value): tensors[name] for name, value in module.named_parameters()}
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None:
-                owner._parameters[name] = nn.Parameter(loaded[id(parameter)], requires_grad=False)
+                owner._parameters[name] = loaded[id(parameter)]
+    stored = set(module.state_dict())
     for name, buffer in module.named_buffers():
-        if name in tensors:
-            buffer.copy_(tensors[name])
+        if name in stored:
+            buffer.copy_(subject.read(name))
     return module
 
 
@@ -136,6 +137,7 @@ def successor(model: LocatedModel, options: Options) -> Future[Program]:
     work = json.dumps({"model": str(model.folder), "options": values})
 
     def run() -> None:
+        time.sleep(HEAD_START_SECONDS)
         try:
             process = subprocess.run(
                 [sys.executable, "-m", "autodeploy.instant_on"],

@@ -27,6 +27,7 @@ from autodeploy.runtime.demo import DemoEngine
 from autodeploy.runtime.engine import Engine, EngineStats
 from autodeploy.runtime.request import Limits, Request, SamplingParams, new_sequences
 from autodeploy.runtime.tokenizer import Tokenizer
+from autodeploy.start_up import without_collection
 
 if TYPE_CHECKING:  # importing it takes longer than a start
     from transformers import PreTrainedTokenizerBase
@@ -80,9 +81,10 @@ class LLM:
         parsed = parse_options(options)
         subject = model if isinstance(model, nn.Module) else locate_model(os.fspath(model), parsed.model)
         located = subject if isinstance(subject, LocatedModel) else None
-        # Before the build, which takes longer: a missing tokenizer should be known at once.
-        self.tokenizer = _load_tokenizer(located, parsed.model)
-        program, self._successor = deploy(subject, parsed, progress)
+        with without_collection():
+            # Before the build, which takes longer: a missing tokenizer should be known at once.
+            self.tokenizer = _load_tokenizer(located, parsed.model)
+            program, self._successor = deploy(subject, parsed, progress)
         if parsed.engine.runtime == "demollm":
             engine: Engine | DemoEngine = DemoEngine(program, parsed.engine, parsed.model.max_model_len)
         else:

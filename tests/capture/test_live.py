@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from autodeploy.capture.live import LiveModel, NotLive
 from autodeploy.compile.program import NamedGraph, Program
 from autodeploy.config import EngineOptions
-from autodeploy.debug.isolation import check_isolation
+from autodeploy.debug.isolation import check_apart, check_isolation
+from autodeploy.errors import TokenMixingError
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams
 from tests import tiny
@@ -18,8 +19,7 @@ from tests.graphs import attention_model, causal_sdpa
 CROWDED = EngineOptions(max_num_batched_tokens=16, page_size=4, max_num_seqs=3)
 
 
-def _program(model: Any) -> Program:
-    live = LiveModel(model)
+def _program(live: LiveModel) -> Program:
     names = tuple(spec.name for spec in live.states)
     return Program(
         graphs={"text": NamedGraph("text", live, live.batch_inputs, names)},
@@ -43,8 +43,10 @@ def test_generates_what_transformers_generates(name: str) -> None:
             )[0, len(prompt) :].tolist()
             for prompt in prompts
         ]
-    program = _program(model)
+    live = LiveModel(model)
+    program = _program(live)
     assert check_isolation(program) == "passed"
+    check_apart(program, live.example, live.example_logits)
     engine = Engine(program, CROWDED, max_model_len=96)
     params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
     for index, prompt in enumerate(prompts):
@@ -54,6 +56,19 @@ def test_generates_what_transformers_generates(name: str) -> None:
         for output in engine.step():
             tokens[int(output.request_id)].extend(output.token_ids)
     assert tokens == expected
+
+
+def test_positions_counted_from_the_row_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.TINY["llama"]()
+    forward = type(model.model).forward
+
+    def with_positions_of_the_row(self: nn.Module, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> Any:
+        return forward(self, input_ids, position_ids=torch.arange(input_ids.shape[1])[None], **kwargs)
+
+    monkeypatch.setattr(type(model.model), "forward", with_positions_of_the_row)
+    live = LiveModel(model)
+    with pytest.raises(TokenMixingError, match="packed with another over two steps"):
+        check_apart(_program(live), live.example, live.example_logits)
 
 
 def test_windows_are_states_of_their_own_group() -> None:

@@ -1,15 +1,20 @@
 """Detokenising piece by piece equals decoding at once; stop strings are found across token borders."""
 
 import itertools
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from autodeploy.errors import CheckpointError, InvalidRequestError
 from autodeploy.runtime.tokenizer import IncrementalDetokenizer, StopMatcher, Tokenizer
+from tests import tiny
 from tests.runtime.tiny_tokenizers import CHAT_TEMPLATE, byte_fallback, byte_level
 
 BYTE_LEVEL = byte_level()
@@ -202,3 +207,19 @@ def test_from_folder_round_trip_and_missing_files(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="skip_tokenizer_init"):
         Tokenizer.from_folder(tmp_path / "empty")
+
+
+def test_loading_needs_no_model_code_and_gives_the_same_tokenizer(tmp_path: Path) -> None:
+    """The class of a model's config is not imported where the tokenizer's own config names its class."""
+    tiny.save("llama", tmp_path)
+    code = (
+        "import sys; from autodeploy.runtime.tokenizer import Tokenizer;"
+        f"found = Tokenizer.from_folder({str(tmp_path)!r});"
+        "print(type(found.hf).__name__, 'transformers.modeling_utils' in sys.modules)"
+    )
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=paths, capture_output=True, text=True, check=True)
+    expected = AutoTokenizer.from_pretrained(tmp_path)
+    assert done.stdout.split() == [type(expected).__name__, "False"]
+    mine, text = Tokenizer.from_folder(tmp_path), "a b  c, <|end|> d"
+    assert mine.encode(text) == expected(text)["input_ids"] and mine.hf.chat_template == expected.chat_template

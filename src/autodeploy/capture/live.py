@@ -19,8 +19,7 @@ from autodeploy.graph.model_graph import ATTENTION
 from autodeploy.ops.attention import MaskFacts, attention, cached_attention
 from autodeploy.ops.state import PagedState
 
-_LENGTHS = [3, 2]
-"""lengths of the sequences of the run that finds out what must be remembered"""
+EXAMPLE_TOKENS = 7
 
 
 class NotLive(UnsupportedModelError):
@@ -36,6 +35,7 @@ class LiveModel:
         states: what the model remembers, by the names of its modules.
         batch_inputs: the batch inputs it reads.
         vocab_size: width of its logits.
+        example: token ids of a sequence, and `example_logits`: what the model said to it, run whole and by itself.
     """
 
     def __init__(self, model: nn.Module, providers: tuple[str, ...] = ()) -> None:
@@ -56,16 +56,19 @@ class LiveModel:
         self._keeps_rows = "logits_to_keep" in parameters
         try:
             with torch.inference_mode():
-                input_ids, position_ids, cu_seqlens = packed_row(_LENGTHS)
+                _, position_ids, cu_seqlens = packed_row([EXAMPLE_TOKENS])
                 self._hooks.batch = {"cu_seqlens": cu_seqlens, "position_ids": position_ids}
                 self._arguments = model_arguments(model, self._hooks, position_ids)
-                logits = logits_of(self._model(input_ids, **self._arguments))
+                vocabulary = int(model.config.get_text_config().vocab_size)
+                self.example = torch.arange(1, 1 + EXAMPLE_TOKENS) * 7919 % vocabulary
+                logits = logits_of(self._model(self.example[None], **self._arguments))
         except Exception as reason:  # the model's own code stumbles over the hooks in its own ways
             raise NotLive(f"{type(model).__name__} cannot run over a packed row by itself: {reason}") from reason
         writes = dict(self._hooks.state_writes)
         if not self._hooks.states or writes != {ATTENTION: len(self._hooks.states)}:
             raise NotLive(f"it writes states {writes}, of which {len(self._hooks.states)} are attention's")
         self.vocab_size = int(logits.shape[-1])
+        self.example_logits = logits[0].float()
         self.states = [spec for pair in self._hooks.states.values() for spec in pair.values()]
         groups = dict.fromkeys(spec.group for spec in self.states)
         named = [f"{name}_{group}" for group in groups for name in ("page_table", "slot_mapping")]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autodeploy.build import Progress, compile_graph, kernel_choice, resolve_device
+from autodeploy.build import Progress, compile_graph, resolve_device
 from autodeploy.capture.export import capture
 from autodeploy.checkpoint.index import ModuleReader
 from autodeploy.checkpoint.load import load_weights
@@ -41,7 +41,7 @@ from autodeploy.graph.report import TransformReport
 from autodeploy.graph.transform import Stage, Transform
 from autodeploy.graph.verify import verify
 from autodeploy.kernels.provider import prepare
-from autodeploy.transforms.pipeline import configure, default_pipeline
+from autodeploy.transforms.pipeline import configure, default_pipeline, kernel_choice
 
 LENGTHS = (7, 1, 16)
 """tokens of the sequences that every graph is run on"""

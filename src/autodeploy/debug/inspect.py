@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from autodeploy.build import kernel_choice, resolve_device
+from autodeploy.build import resolve_device
 from autodeploy.capture.export import capture
 from autodeploy.config import Options
 from autodeploy.errors import ConfigError
@@ -11,7 +11,7 @@ from autodeploy.graph.text import graph_text as text_of
 from autodeploy.graph.verify import verify
 from autodeploy.models.instantiate import instantiate
 from autodeploy.models.resolve import resolve_model
-from autodeploy.transforms.pipeline import configure, default_pipeline
+from autodeploy.transforms.pipeline import configure, default_pipeline, kernel_choice
 
 
 def graph_text(model: str | nn.Module, level: str, options: Options | None = None) -> str:

@@ -5,6 +5,7 @@ nobody recognised that does not would be wrong without any error. A negative con
 shows that the comparison could have failed.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -67,6 +68,30 @@ def _check_once(program: Program, graph: ModelGraph | None, seed: int) -> str:
             " them; make it an op with a cached twin (docs/adding-an-op.md)"
         )
     return "passed" if _distance(joined, alone) > tolerance else "inconclusive: joining the sequences changed nothing"
+
+
+def check_apart(program: Program, row: Tensor, alone: Tensor) -> None:
+    """The heart of `check_isolation` in two runs: a sequence packed with another, both over two steps, against alone.
+
+    Args:
+        row: token ids of a sequence. alone: its logits `[length, V]`, float32, when it is run whole and by itself.
+    Raises:
+        TokenMixingError: it gives other logits.
+    """
+    rows = [row.flip(0)[1:], row]
+    states = fresh_states(program.states, rows, program.device)
+    parts = []
+    borders = [(0, 0), (1, SPLIT), (len(row) - 1, len(row))]  # the row's place differs from step to step
+    for (first, second), (first_end, second_end) in itertools.pairwise(borders):
+        step = [Span(0, first, first_end), Span(1, second, second_end)]
+        logits = program.run(step_batch(program.states, rows, step, program.device), states).float().cpu()
+        parts.append(logits[first_end - first :])
+    difference = _distance(torch.cat(parts), alone)
+    if difference > TOLERANCE.get(program.dtype, 1e-3):
+        raise TokenMixingError(
+            f"a sequence packed with another over two steps gives other logits than alone, by {difference:.3g} of the"
+            " largest: something mixes neighbouring tokens, or remembers them outside any cache"
+        )
 
 
 def _distance(result: Tensor, expected: Tensor) -> float:

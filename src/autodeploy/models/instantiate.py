@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from autodeploy.errors import UnsupportedModelError
 
 LARGE_NUMEL = 2**24
+FILLS = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_", "zeros_", "ones_", "constant_")
+"""functions that give a tensor its first values"""
 
 
 def instantiate(config: PreTrainedConfig, *, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
@@ -52,7 +54,7 @@ def instantiate(config: PreTrainedConfig, *, dtype: torch.dtype, trust_remote_co
 
 
 class _LargeEmptyOnMeta(TorchFunctionMode):
-    """Lets a large `torch.empty` without a device give a meta tensor.
+    """Lets a large `torch.empty` without a device give a meta tensor, and leaves meta tensors unfilled.
 
     Parameters are made by `torch.empty` nearly everywhere and put on meta when they are registered. Without this, one
     stacked expert weight of 20 GB would be reserved for a moment before, which a machine of 16 GB refuses.
@@ -66,6 +68,9 @@ class _LargeEmptyOnMeta(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         options = dict(kwargs or {})
+        filled = options.get("tensor", args[0] if args else None)
+        if func.__name__ in FILLS and isinstance(filled, torch.Tensor) and filled.is_meta:
+            return filled  # it has no values, and going through the motions takes longer than making the model
         if func is torch.empty and options.get("device") is None:
             on_meta = func(*args, **{**options, "device": "meta"})
             if on_meta.numel() >= LARGE_NUMEL:

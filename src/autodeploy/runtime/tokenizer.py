@@ -1,6 +1,7 @@
 """Text in, token ids out, and back: a Hugging Face tokenizer, text that grows token by token, and stop strings."""
 
 import inspect
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from autodeploy.errors import CheckpointError, InvalidRequestError
 
 if TYPE_CHECKING:  # importing transformers takes longer than a start without it
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are not (yet) a character."""
@@ -22,6 +23,27 @@ WINDOW_TOKENS = 16
 
 UNDECIDED_TOKENS = 4
 """A character has at most four bytes, so at most this many tokens at the end can still become another text."""
+
+
+def _plain_config(folder: Path) -> "PreTrainedConfig | None":
+    """The model's config without its class, where the tokenizer's own config names the tokenizer's class; else None.
+
+    transformers then looks at the config's values only, and importing the class of a config takes a second: it pulls in
+    all that models need.
+    """
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        named = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not named.get("tokenizer_class") or "auto_map" in named or "auto_map" in stored or "model_type" not in stored:
+        return None
+    from transformers import PreTrainedConfig
+
+    config = PreTrainedConfig()
+    values = {"model_type": stored["model_type"], "tokenizer_class": stored.get("tokenizer_class")}
+    vars(config).update(values, _name_or_path=str(folder))
+    return config
 
 
 class Tokenizer:
@@ -51,7 +73,9 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            found = AutoTokenizer.from_pretrained(str(folder), revision=revision, trust_remote_code=trust_remote_code)
+            found = AutoTokenizer.from_pretrained(
+                str(folder), revision=revision, trust_remote_code=trust_remote_code, config=_plain_config(Path(folder))
+            )
         except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
             raise CheckpointError(
                 f"no usable tokenizer in {folder}: {str(error).splitlines()[0] if str(error) else error!r} "

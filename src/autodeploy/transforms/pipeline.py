@@ -9,6 +9,7 @@ from autodeploy.config import CompileOptions
 from autodeploy.errors import ConfigError
 from autodeploy.graph.levels import Level
 from autodeploy.graph.transform import Pipeline, Stage, Transform
+from autodeploy.kernels.provider import mixer_priority, priority
 from autodeploy.transforms.cache.gather_logits import GatherLogits
 from autodeploy.transforms.cache.insert_cached_ops import InsertCachedOps
 from autodeploy.transforms.canonicalize.bind_boundaries import BindBoundaries
@@ -95,3 +96,16 @@ def configure(pipeline: Pipeline, options: CompileOptions) -> Pipeline:
 def _nearest(name: str, known: list[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"
+
+
+def kernel_choice(device: torch.device, options: CompileOptions) -> SelectKernels:
+    """How kernels are chosen for a device under these options.
+
+    Raises:
+        ConfigError: an attention backend that there is not.
+    """
+    return SelectKernels(
+        priority=priority(device),
+        mixer_priority=mixer_priority(device, options.attn_backend),
+        compiled=options.compile_backend == "torch-compile",
+    )
