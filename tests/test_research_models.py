@@ -93,6 +93,7 @@ def test_is_served_like_any_other_module(name: str) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_packed_logits_and_both_backends() -> None:
     model = _drawn(research_models.nemotron_flash)
     result, expected = _packed(build(model), model)
