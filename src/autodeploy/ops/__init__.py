@@ -4,6 +4,7 @@ op.py            Op and the op table
 state.py         what a cached op remembers between steps
 batch_inputs.py  what a step is told besides weights and states
 attention.py     softmax attention, whole and cached
+mla.py           attention over one latent per token
 sparse_attention.py  attention to the tokens an indexer chooses
 packed.py        recurrences over packed sequences
 causal_conv.py   short causal convolutions
@@ -24,6 +25,7 @@ from autodeploy.ops.delta_rule import cached_delta_rule, delta_rule
 from autodeploy.ops.linear import linear
 from autodeploy.ops.linear_attention import linear_attention
 from autodeploy.ops.linear_recurrence import linear_recurrence
+from autodeploy.ops.mla import cached_mla, mla
 from autodeploy.ops.mlp import gated_activation
 from autodeploy.ops.mlstm import mlstm
 from autodeploy.ops.moe import expert_linear, moe
@@ -44,6 +46,7 @@ __all__ = [
     "cached_attention",
     "cached_causal_conv",
     "cached_delta_rule",
+    "cached_mla",
     "cached_selective_scan",
     "cached_sparse_attention",
     "cached_ssd",
@@ -59,6 +62,7 @@ __all__ = [
     "linear",
     "linear_attention",
     "linear_recurrence",
+    "mla",
     "mlstm",
     "moe",
     "op",

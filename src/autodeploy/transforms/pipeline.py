@@ -19,6 +19,7 @@ from autodeploy.transforms.canonicalize.match_attention import MatchAttention
 from autodeploy.transforms.canonicalize.match_causal_conv import MatchCausalConv
 from autodeploy.transforms.canonicalize.match_dense_experts import MatchDenseExperts
 from autodeploy.transforms.canonicalize.match_linear import MatchLinear
+from autodeploy.transforms.canonicalize.match_mla import MatchMLA
 from autodeploy.transforms.canonicalize.match_norm import MatchNorm
 from autodeploy.transforms.canonicalize.match_token_shift import MatchTokenShift
 from autodeploy.transforms.canonicalize.match_token_window import MatchTokenWindow
@@ -53,6 +54,7 @@ def default_pipeline(device: torch.device, select_kernels: SelectKernels | None 
                     UsePositionIds(),
                     MatchDenseExperts(),
                     MatchLinear(),
+                    MatchMLA(),
                     FoldWeights(),
                     MatchNorm(),
                     DropNoOps(),
