@@ -196,3 +196,18 @@ def test_devices() -> None:
 def test_module_with_another_dtype_than_asked_for() -> None:
     with pytest.raises(ConfigError, match=r"module\.to\(torch\.bfloat16\)"):
         build(tiny.TINY["llama"](), parse_options({"dtype": "bfloat16"}))
+
+
+def test_a_token_costs_the_experts_it_chooses() -> None:
+    model = tiny.TINY["gpt_oss"]()
+    program = build(model)
+    matrices = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "sinks" not in name}
+    experts = sum(count for name, count in matrices.items() if name.endswith(("gate_up_proj", "down_proj")))
+    biases = sum(count for name, count in matrices.items() if name.endswith("proj_bias"))
+    table = matrices["model.embed_tokens.weight"]
+    head = matrices["lm_head.weight"]
+    dense = sum(matrices.values()) - experts - biases - table - head
+    config = model.config
+    chosen = experts * config.num_experts_per_tok // config.num_local_experts
+    assert program.flops_per_token == 2 * (dense + chosen) and program.flops_per_logits_row == 2 * head
+    assert program.step_weight_bytes == program.weight_bytes - 4 * (experts - chosen + table)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from autodeploy.checkpoint.files import StoredTensors
 from autodeploy.checkpoint.load import load_weights, weight_bytes
@@ -35,6 +35,7 @@ from autodeploy.kernels.provider import is_prepared, prepare
 from autodeploy.models.limits import longest_context
 from autodeploy.models.locate import LocatedModel, locate_model
 from autodeploy.ops.linear import linear
+from autodeploy.ops.moe import expert_linear, moe
 
 # Importing transformers, and torch.export, takes longer than the whole start of a model whose graph was kept. So the
 # steps that need them import them.
@@ -274,7 +275,7 @@ def _finish(
         _load(graph, subject.read, device)
     backend = "torch-simple" if options.compile_backend == "auto" else options.compile_backend
     (logits,) = graph.graph.output_node().args
-    flops, head_flops = _count_flops(graph)
+    (flops, head_flops), unread_bytes = _count_flops(graph), _unread_bytes(graph)
     total_bytes = sum(weight_bytes(recipe) for recipe in graph.weights.values())
     clock.report.facts.update(
         subject.facts,
@@ -299,7 +300,7 @@ def _finish(
         dtype=subject.dtype,
         device=device,
         weight_bytes=total_bytes,
-        step_weight_bytes=total_bytes - _lookup_bytes(graph),
+        step_weight_bytes=total_bytes - unread_bytes,
         flops_per_token=flops,
         flops_per_logits_row=head_flops,
         eos_token_ids=subject.eos_token_ids,
@@ -312,7 +313,7 @@ def _finish(
 
 
 def _count_flops(graph: ModelGraph) -> tuple[int, int]:
-    """Operations of all linears: per token of the row, and per row of logits for those that run on picked rows."""
+    """Operations of all products: per token of the row, and per row of logits for those that run on picked rows."""
     input_ids = graph.input("input_ids")
     assert input_ids is not None
     num_tokens = str(input_ids.meta["val"].shape[1])
@@ -320,18 +321,39 @@ def _count_flops(graph: ModelGraph) -> tuple[int, int]:
     for node in graph.nodes(linear):
         x, weight = (argument.meta["val"] for argument in node.args[:2])  # type: ignore[union-attr]
         flops[any(num_tokens == str(size) for size in x.shape[:-1])] += 2 * weight.numel()
-    return flops[True], flops[False]
+    return flops[True] + sum(2 * count for _, count in _chosen_weights(graph)), flops[False]
 
 
-def _lookup_bytes(graph: ModelGraph) -> int:
-    """Bytes of weights that are only looked up by token: a step reads a few of their rows."""
+def _chosen_weights(graph: ModelGraph) -> Iterator[tuple[fx.Node, int]]:
+    """Each node that reads experts' weights, and how many of their elements one token's experts have."""
+    input_ids = graph.input("input_ids")
+    assert input_ids is not None
+    for op, names in ((moe, ("gate_up", "down")), (expert_linear, ("weight",))):
+        for node in graph.nodes(op):
+            arguments = op.arguments(node.args, node.kwargs)
+            indices = arguments["indices"].meta["val"]
+            choices = _hint(indices.shape[0]) * _hint(indices.shape[1]) // _hint(input_ids.meta["val"].shape[1])
+            for name in names:
+                weight: fx.Node = arguments[name]
+                value = weight.meta["val"]
+                yield weight, value.numel() // value.shape[0] * min(choices, value.shape[0])
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+
+
+def _unread_bytes(graph: ModelGraph) -> int:
+    """Bytes of weights that a step of one token leaves unread: tables it looks up, experts it does not choose."""
     lookups = (torch.ops.aten.embedding.default, torch.ops.aten.index_select.default)
     tables = [
         str(node.target)
         for node in graph.graph.find_nodes(op="get_attr")
         if all(user.target in lookups for user in node.users)
     ]
-    return sum(weight_bytes(graph.weights[name]) for name in tables if name in graph.weights)
+    unread = sum(weight_bytes(graph.weights[name]) for name in tables if name in graph.weights)
+    experts = [(node.meta["val"], count) for node, count in _chosen_weights(graph)]
+    return unread + sum(int(value.numel() - count) * int(value.element_size()) for value, count in experts)
 
 
 def compile_graph(graph: ModelGraph, backend: str) -> GraphFunction:

@@ -38,7 +38,8 @@ class Program:
         dtype: dtype of weights and activations.
         device: where weights live and steps run.
         weight_bytes: bytes of all parameters in their final form.
-        step_weight_bytes: bytes of those that every step reads whole: all but tables that tokens are looked up in.
+        step_weight_bytes: bytes of those that a step of one token reads: all but tables that it is looked up in, and
+            experts that it does not choose.
         flops_per_token: multiply-adds times two per token in the matrix products, attention and head left out.
         flops_per_logits_row: the same for each row of logits: the head.
         eos_token_ids: ids that end a generation, from the model's generation config.
