@@ -98,7 +98,7 @@ def cached_mla(
         pages = page_table[index, : -(-length // page_size)]
         kept = latent_cache.index_select(0, pages).flatten(0, 1)[:length].to(query.dtype)
         mixed[start:end] = _causal(absorbed[start:end], kept, kept[..., :latent_dim], scale)
-    return values_of(mixed, up, query.shape[3] - shared_dim).unsqueeze(0)
+    return values_of(mixed, up, query.shape[3] - shared_dim).unsqueeze(0).contiguous()  # as a compiler was told
 
 
 @mla.with_states(cached_mla)
