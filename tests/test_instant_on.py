@@ -1,6 +1,10 @@
 """Instant-on: the first answers come before the graph is built, with the same tokens, and every later start has it."""
 
 import logging
+import os
+import subprocess
+import sys
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -86,6 +90,21 @@ def test_a_first_start_answers_at_once_and_the_next_one_has_the_graph(folder: Pa
     assert [o.outputs[0].token_ids for o in first] == [o.outputs[0].token_ids for o in second]
     program, successor = deploy(_located(folder), Options())
     assert successor is None and program.report.facts["graph"] == "restored"
+
+
+def test_a_start_that_ends_after_its_first_answer_leaves_the_graph_behind(folder: Path, tmp_path: Path) -> None:
+    code = (
+        "from autodeploy import LLM, SamplingParams, instant_on; instant_on.LEAST_BYTES = 0;"
+        f"llm = LLM({str(folder)!r}, skip_tokenizer_init=True);"
+        "llm.generate([[3, 1, 4]], SamplingParams(max_tokens=1), use_tqdm=False); print(llm.report.facts['graph'])"
+    )
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=paths, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("the model's own code")
+    until = time.monotonic() + 300
+    while not (kept := list((tmp_path / "cache" / "graphs").glob("[!.]*"))) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert len(kept) == 1
 
 
 def test_what_the_other_process_says_reaches_those_who_wait(folder: Path) -> None:

@@ -8,12 +8,14 @@ The graph's process leaves this one's interpreter and module alone, and outlives
 after its first answer leaves a kept graph behind.
 """
 
+import atexit
 import dataclasses
 import json
 import logging
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import Future
@@ -134,30 +136,60 @@ def successor(model: LocatedModel, options: Options) -> Future[Program]:
     """Build the model's graph in a process of its own, then restore it here; the result may be an AutoDeployError."""
     future: Future[Program] = Future()
     values = {name: value for part in dataclasses.asdict(options).values() for name, value in part.items()}
-    work = json.dumps({"model": str(model.folder), "options": values})
+    builder = _Builder(json.dumps({"model": str(model.folder), "options": values}))
+    atexit.register(
+        builder.start
+    )  # a process that ends before its head start is over leaves a graph behind all the same
 
     def run() -> None:
-        time.sleep(HEAD_START_SECONDS)
         try:
-            process = subprocess.run(
-                [sys.executable, "-m", "autodeploy.instant_on"],
-                input=work,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},  # the same code as here
-                start_new_session=True,
-                check=False,
-            )
-            if process.returncode != 0:
-                said = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
-                raise UnsupportedModelError(f"the graph could not be built: {said[-1]}")
+            time.sleep(HEAD_START_SECONDS)
+            builder.finish()
             future.set_result(build(model, options))
         except Exception as error:  # whatever happened, those who wait must hear of it
             future.set_exception(error)
+        finally:
+            atexit.unregister(builder.start)
 
     threading.Thread(target=run, name="autodeploy-successor", daemon=True).start()
     return future
+
+
+class _Builder:
+    """The process that builds a graph, started once."""
+
+    def __init__(self, work: str) -> None:
+        self._work = work
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        # No pipe: it would break when this process ends first.
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by `finish`)
+
+    def start(self) -> subprocess.Popen[str]:
+        with self._lock:
+            if self._process is None:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "autodeploy.instant_on"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=self._said,
+                    env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},  # the same code as here
+                    start_new_session=True,
+                    text=True,
+                )
+                assert self._process.stdin is not None
+                self._process.stdin.write(self._work)
+                self._process.stdin.close()
+            return self._process
+
+    def finish(self) -> None:
+        """Wait for its end. Raises UnsupportedModelError with its last words when it failed."""
+        status = self.start().wait()
+        with self._said as said:
+            said.seek(0)
+            lines = said.read().strip().splitlines() or [f"exit status {status}"]
+        if status != 0:
+            raise UnsupportedModelError(f"the graph could not be built: {lines[-1]}")
 
 
 def main() -> int:
