@@ -236,6 +236,9 @@ def _all_of(parts: list[MaskFacts]) -> MaskFacts:
 class _MarkerLayer:
     """One layer of a marker cache, for models that reach past the cache to its layers."""
 
+    is_initialized = False
+    supports_early_init = False
+
     def __init__(self, hooks: Hooks):
         self._hooks = hooks
 
