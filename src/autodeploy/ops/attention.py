@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autodeploy.ops.op import op
+from autodeploy.ops.op import Work, op
 from autodeploy.ops.state import PagedState, StateSpec
 
 
@@ -307,6 +307,14 @@ def _attention_states(key: Tensor, value: Tensor, sliding_window: int | None, **
             name="value_cache", shape=tuple(value.shape[2:]), dtype=value.dtype, window=sliding_window, shard_dim=0
         ),
     }
+
+
+@attention.with_work
+@cached_attention.with_work
+def _attention_work(query: Tensor, value: Tensor, sliding_window: int | None, chunk_size: int | None, **_: Any) -> Work:
+    heads, dim = query.shape[-2:]
+    window = min((size for size in (sliding_window, chunk_size) if size is not None), default=None)
+    return Work(flops_per_key=2 * heads * (dim + value.shape[-1]), window=window)
 
 
 @attention.with_samples

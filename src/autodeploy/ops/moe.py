@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autodeploy.ops.mlp import ACTIVATIONS
-from autodeploy.ops.op import op
+from autodeploy.ops.op import Work, op
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
@@ -123,6 +123,22 @@ def moe(
         result = F.linear(hidden, down[expert], None if down_bias is None else down_bias[expert])
         out.index_add_(0, tokens, (result * flat_weights[positions]).float())
     return out.to(x.dtype)
+
+
+@expert_linear.with_work
+def _expert_linear_work(indices: Tensor, weight: Tensor, **_: Any) -> Work:
+    return _chosen(indices, weight)
+
+
+@moe.with_work
+def _moe_work(indices: Tensor, gate_up: Tensor, down: Tensor, **_: Any) -> Work:
+    return _chosen(indices, gate_up, down)
+
+
+def _chosen(indices: Tensor, *weights: Tensor) -> Work:
+    """Each token multiplies with the weights of as many experts as it has choices."""
+    share = indices.shape[-1] / weights[0].shape[0]
+    return Work(flops_per_token=round(2 * share * sum(w.numel() for w in weights)), share_of_weights=share)
 
 
 @expert_linear.with_samples

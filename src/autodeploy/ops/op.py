@@ -24,6 +24,24 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 StateFunction = Callable[..., dict[str, StateSpec]]
 SampleFunction = Callable[[], list[dict[str, Any]]]
 SupportFunction = Callable[..., str | None]
+WorkFunction = Callable[..., "Work"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """The least work that a call of an op is, whoever does it; what it reads and writes can be seen from its arguments.
+
+    Attributes:
+        flops_per_token: operations for each token of the packed row (or row of logits), a multiply-add being two.
+        flops_per_key: operations for each token and each earlier token that it sees, itself included.
+        window: most tokens that a token sees, or None for all.
+        share_of_weights: share of the weights that one token needs, where a router chooses.
+    """
+
+    flops_per_token: int = 0
+    flops_per_key: int = 0
+    window: int | None = None
+    share_of_weights: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +76,7 @@ class Op:
         cached: the twin over state, when the op mixes tokens.
         states: for a token mixer, `states(**arguments) -> {state parameter of the cached twin: spec}`.
         samples: argument dictionaries that every implementation is tested on.
+        work: given the op's arguments (fake tensors), what a call costs; without it an estimate from their sizes.
         kernels: implementations by provider, in order of registration.
     """
 
@@ -70,6 +89,7 @@ class Op:
     cached: "Op | None" = None
     states: StateFunction | None = None
     samples: SampleFunction | None = None
+    work: WorkFunction | None = None
     kernels: dict[str, Kernel] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,6 +144,11 @@ class Op:
     def with_samples(self, function: SampleFunction) -> SampleFunction:
         """Declare, by decoration, the arguments every implementation is tested on."""
         self.samples = function
+        return function
+
+    def with_work(self, function: WorkFunction) -> WorkFunction:
+        """Declare, by decoration, what a call costs."""
+        self.work = function
         return function
 
 
