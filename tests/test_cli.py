@@ -235,19 +235,28 @@ class _IdleEngine:
     is_healthy = True
 
 
-def test_inspect_prints_the_report_or_a_graph(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_inspect_writes_a_page_or_prints_a_graph(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    calls: list[Any] = []
-
-    class Built:
-        report = REPORT
-
-    monkeypatch.setattr(sys.modules["autodeploy.build"], "build", lambda *args, **kwargs: Built())
-    assert run_cli("inspect", "m", "--compile-backend", "torch-simple") == 0
-    assert "fuse_qkv" in capsys.readouterr().out
     import autodeploy.debug.inspect
+    import autodeploy.debug.page
 
+    class Inspection:
+        report = BuildReport(transforms=REPORT.transforms, facts={"model": "m", "device": "cpu", "dtype": "float32"})
+
+    written: list[Any] = []
+    monkeypatch.setattr(autodeploy.debug.inspect, "inspect_model", lambda *args, **kwargs: Inspection())
+    monkeypatch.setattr(autodeploy.debug.page, "write_page", lambda *args: written.append(args))
+    page = tmp_path / "page.html"
+    assert run_cli("inspect", "m", "--output", str(page), "--rates", "50", "900") == 0
+    ((_, limits, path),) = written
+    assert (limits.memory_gb_per_second, limits.matmul_gflop_per_second, path) == (50, 900, page)
+    printed = capsys.readouterr().out
+    assert "fuse_qkv" in printed and printed.endswith(f"{page}\n")
+    assert run_cli("inspect", "m", "--rates", "0", "900") == 1
+    assert "both above 0" in capsys.readouterr().err
+
+    calls: list[Any] = []
     monkeypatch.setattr(autodeploy.debug.inspect, "graph_text", lambda *args: calls.append(args) or "graph as text")
     assert run_cli("inspect", "m", "--graph", "cached", "--strict") == 0
     assert capsys.readouterr().out == "graph as text\n"

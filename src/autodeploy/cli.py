@@ -203,12 +203,22 @@ def serve(
 
 
 @app.command
-def inspect(model: str, *, graph: str | None = None, config: ConfigFile = None, flags: Flags = NO_FLAGS) -> None:
-    """Show what the build of a model does: stages, rewrites, kernels; or one of its graphs.
+def inspect(
+    model: str,
+    *,
+    graph: str | None = None,
+    output: Path | None = None,
+    rates: tuple[float, float] | None = None,
+    config: ConfigFile = None,
+    flags: Flags = NO_FLAGS,
+) -> None:
+    """Show what a build makes of a model, as a page and in short; only the model's config is read, not its weights.
 
     Args:
         model: a checkpoint folder, a GGUF file, or a hub id.
-        graph: graph level to print as text (captured, canonical, cached, lowered) instead of the report.
+        graph: graph level to print as text (captured, canonical, cached, lowered) instead.
+        output: file for the page; default: the model's name and `.html`, here.
+        rates: GB/s and GFLOP/s of the machine that times are told for; default: measured on this one.
         config: YAML file with options by the same names; flags go before it.
     """
     options = _options(flags, config)
@@ -217,11 +227,17 @@ def inspect(model: str, *, graph: str | None = None, config: ConfigFile = None, 
 
         print(graph_text(_local_model(model), graph, options))
         return
-    from autodeploy.build import build
-
     with _progress(quiet=False) as report_stage:
-        program = build(_local_model(model), options, progress=report_stage)
-    print_report(program.report, Console(highlight=False))
+        report_stage("loading libraries")
+        from autodeploy.debug.inspect import inspect_model
+        from autodeploy.debug.page import machine_limits, write_page
+
+        inspection = inspect_model(_local_model(model), options, progress=report_stage)
+        report_stage("measuring the machine" if rates is None else "writing the page")
+        path = output or Path(f"{inspection.report.facts['model']}.html")
+        write_page(inspection, machine_limits(inspection, rates), path)
+    print_report(inspection.report, Console(highlight=False))
+    print(path)
 
 
 @app.command

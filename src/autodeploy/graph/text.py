@@ -1,6 +1,7 @@
 """Graphs as text: a compact listing with shapes and weights, and the difference between two listings."""
 
 import difflib
+import operator
 
 import torch
 from torch import fx
@@ -11,7 +12,7 @@ from autodeploy.ops.op import find_op
 
 def graph_text(graph: ModelGraph) -> str:
     """One line per node: name, type and call, with the recipe behind each weight."""
-    return "\n".join(_line(graph, node) for node in graph.graph.nodes) + "\n"
+    return "\n".join(node_text(graph, node) for node in graph.graph.nodes) + "\n"
 
 
 def diff_text(before: str, after: str, *, names: tuple[str, str] = ("before", "after")) -> str:
@@ -20,7 +21,8 @@ def diff_text(before: str, after: str, *, names: tuple[str, str] = ("before", "a
     return "\n".join(lines)
 
 
-def _line(graph: ModelGraph, node: fx.Node) -> str:
+def node_text(graph: ModelGraph, node: fx.Node) -> str:
+    """One node: name, type and call."""
     if node.op == "output":
         return f"return {fx.node.map_arg(node.args[0], str)}"
     label = f"%{node.name}: {_type(node.meta.get('val'))}"
@@ -29,7 +31,7 @@ def _line(graph: ModelGraph, node: fx.Node) -> str:
     if node.op == "get_attr":
         return f"{label} = weight {graph.weights.get(str(node.target), 'constant')}"
     op = find_op(node.target)
-    name = op.name if op is not None else str(node.target)
+    name = op.name if op is not None else "getitem" if node.target is operator.getitem else str(node.target)
     arguments = ", ".join([_argument(value) for value in node.args])
     arguments += "".join(f", {key}={_argument(value)}" for key, value in node.kwargs.items())
     provider = f"  [{node.meta['provider']}]" if "provider" in node.meta else ""
