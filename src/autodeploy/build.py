@@ -60,7 +60,8 @@ def build(
     clock = _Clock(BuildReport(), progress or (lambda _: None))
     device = resolve_device(options.compile.device)
     if isinstance(model, nn.Module):
-        subject = _subject_of_module(model, options)
+        with clock.stage("resolve", "looking at the module"):
+            subject = _subject_of_module(model, options)
         return _finish(_lower(subject, options.compile, device, clock), subject, options.compile, device, clock)
     with clock.stage("resolve", "finding the model"):
         located = locate_model(model, options.model) if isinstance(model, str) else model
