@@ -18,7 +18,7 @@ install := $(python) -m pip install -qq --disable-pip-version-check --constraint
 results := benchmarks/results/local
 demo_package := $(if $(filter smollm2 gemma3-270m,$(MODEL)),$(VENV)/.$(MODEL))
 
-.PHONY: help demo test test-slow test-gpu check sweep bench clean
+.PHONY: help demo test test-slow test-gpu check sweep bench real-dims clean
 
 help:
 	@echo "make demo        deploy a real model, answer a prompt, compare with transformers (MODEL=gemma3-270m for the other)"
@@ -28,6 +28,7 @@ help:
 	@echo "make check       ruff and mypy"
 	@echo "make sweep       every architecture of transformers through every stage; ARGS=\"mamba2 qwen3_moe\" takes some"
 	@echo "make bench       latency, throughput and the comparison with transformers, as JSON in $(results)"
+	@echo "make real-dims   capture the seeds' models at their real dimensions, without weights; writes docs/seed-models.md"
 	@echo "make clean       remove the environment"
 
 demo: $(VENV)/.runtime $(demo_package)
@@ -57,6 +58,9 @@ bench: $(VENV)/.runtime $(demo_package)
 	$(python) -m autodeploy bench throughput "$$($(python) -m autodeploy.packaged_models $(MODEL))" --json $(results)/throughput.json
 	$(python) benchmarks/compare_transformers.py "$(MODEL)" --output $(results)
 	$(python) benchmarks/starts.py "$(MODEL)" --output $(results)
+
+real-dims: $(VENV)/.dev
+	$(python) benchmarks/capture_cost.py --output $(results) --page docs/seed-models.md
 
 clean:
 	rm -rf $(VENV)

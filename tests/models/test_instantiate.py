@@ -84,11 +84,14 @@ def test_seventy_billion_parameters_cost_no_memory() -> None:
 
 
 def test_a_weight_larger_than_the_machine_is_never_reserved() -> None:
-    with module.init_empty_weights(include_buffers=False), module._LargeEmptyOnMeta():
+    with module.init_empty_weights(include_buffers=False), module._LargeOnMeta():
         linear = nn.Linear(2**23, 2**23, bias=False)  # 256 TiB
+        zeros, ones = nn.Parameter(torch.zeros(2**23, 2**23)), nn.Parameter(torch.ones(2**23, 2**23))
+        table = torch.zeros(4096, 4096)
         small = torch.empty(4)
         on_purpose = torch.empty(2, 2, device="cpu")
-    assert linear.weight.is_meta and not small.is_meta and not on_purpose.is_meta
+    assert linear.weight.is_meta and zeros.is_meta and ones.is_meta and not table.is_meta
+    assert not small.is_meta and not on_purpose.is_meta
 
 
 def test_a_lost_buffer_is_named() -> None:

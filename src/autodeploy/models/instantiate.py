@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from autodeploy.errors import UnsupportedModelError
 
-LARGE_NUMEL = 2**24
+LARGE_NUMEL = {torch.empty: 2**24, torch.zeros: 2**27, torch.ones: 2**27}
+"""From how many elements a tensor is taken for a weight. A buffer, whose zeros count, may be a table of 4096 x 4096."""
 FILLS = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_", "zeros_", "ones_", "constant_")
 """functions that give a tensor its first values"""
 
@@ -35,7 +36,7 @@ def instantiate(config: PreTrainedConfig, *, dtype: torch.dtype, trust_remote_co
     """
     config = copy.deepcopy(config)
     try:
-        with init_empty_weights(include_buffers=False), _LargeEmptyOnMeta():
+        with init_empty_weights(include_buffers=False), _LargeOnMeta():
             build: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
             model = build(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except ValueError as error:
@@ -53,11 +54,13 @@ def instantiate(config: PreTrainedConfig, *, dtype: torch.dtype, trust_remote_co
     return model
 
 
-class _LargeEmptyOnMeta(TorchFunctionMode):
-    """Lets a large `torch.empty` without a device give a meta tensor, and leaves meta tensors unfilled.
+class _LargeOnMeta(TorchFunctionMode):
+    """Lets a large `torch.empty`, or a very large `torch.zeros` or `torch.ones`, without a device give a meta tensor.
 
-    Parameters are made by `torch.empty` nearly everywhere and put on meta when they are registered. Without this, one
-    stacked expert weight of 20 GB would be reserved for a moment before, which a machine of 16 GB refuses.
+    Meta tensors are left unfilled.
+
+    Parameters are made by these and put on meta when they are registered. Without this, one stacked expert weight of
+    20 GB would be reserved, or even written, for a moment before, which a machine of 16 GB refuses.
     """
 
     def __torch_function__(
@@ -71,9 +74,9 @@ class _LargeEmptyOnMeta(TorchFunctionMode):
         filled = options.get("tensor", args[0] if args else None)
         if func.__name__ in FILLS and isinstance(filled, torch.Tensor) and filled.is_meta:
             return filled  # it has no values, and going through the motions takes longer than making the model
-        if func is torch.empty and options.get("device") is None:
+        if func in LARGE_NUMEL and options.get("device") is None:
             on_meta = func(*args, **{**options, "device": "meta"})
-            if on_meta.numel() >= LARGE_NUMEL:
+            if on_meta.numel() >= LARGE_NUMEL[func]:
                 return on_meta
         return func(*args, **options)
 
@@ -101,7 +104,7 @@ def _require_real_buffers(model: nn.Module) -> None:
                 continue
             if name in module._non_persistent_buffers_set:
                 raise UnsupportedModelError(
-                    f"buffer {module_name}.{name} of {buffer.numel():,} elements is made by torch.empty and is not "
+                    f"buffer {module_name}.{name} of {buffer.numel():,} elements was left on meta and is not "
                     "stored in checkpoints; make it with torch.zeros, or register it as persistent"
                 )
             setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
