@@ -221,7 +221,9 @@ def _build(
     name: str, config: str | None = None, head: str = "ForCausalLM", embedding_size: float = 0.1, **fields: Any
 ) -> PreTrainedModel:
     config_class: type[PreTrainedConfig] = getattr(transformers, f"{config or name}Config")
-    model: PreTrainedModel = getattr(transformers, f"{name}{head}")(config_class(**fields)).eval()
+    with torch.random.fork_rng(devices=[]):  # initialisers draw from the global generator
+        torch.manual_seed(0)
+        model: PreTrainedModel = getattr(transformers, f"{name}{head}")(config_class(**fields)).eval()
     model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
     _draw_weights(model, embedding_size, torch.Generator().manual_seed(sum(map(ord, name))))
     return model.requires_grad_(False)

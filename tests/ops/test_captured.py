@@ -58,8 +58,8 @@ def test_chosen_tokens_are_those_of_sparse_attention(kind: int) -> None:
     weights = None if sample["index_weights"] is None else sample["index_weights"][0]
     size, count = sample["block_size"], sample["top_k"]
     scores = index_scores(sample["index_query"][0], sample["index_key"][0], weights, size, sample["local_blocks"])
-    best = scores.topk(count, dim=-1)
-    indices = best.indices.masked_fill(best.values == -torch.inf, -1)[None]
+    values, indices = scores.sort(dim=-1, descending=True, stable=True)  # the earliest of equally good ones
+    indices = indices.masked_fill(values == -torch.inf, -1)[None, ..., :count]
     q, k, v = (sample[name].transpose(1, 2) for name in ("query", "key", "value"))
     result = captured_attention(q, k, v, None, sample["cu_seqlens"], None, 0.25, True, None, None, None, indices, size)
     torch.testing.assert_close(result, sparse_attention(**sample), rtol=1e-5, atol=1e-5)
