@@ -119,9 +119,9 @@ def starcoder2() -> PreTrainedModel:
     return _build("Starcoder2", **_DECODER, use_bias=True, sliding_window=None)
 
 
-def gpt_oss() -> PreTrainedModel:
+def gpt_oss(num_experts_per_tok: int = 2) -> PreTrainedModel:
     """Experts with biases, interleaved transposed weights and clamped gates; sinks, alternating windows."""
-    experts = {"num_local_experts": 5, "num_experts_per_tok": 2}
+    experts = {"num_local_experts": 5, "num_experts_per_tok": num_experts_per_tok}
     layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW, "head_dim": 16}
     return _build("GptOss", **_DECODER | {"num_hidden_layers": 2}, **experts, **layers)
 

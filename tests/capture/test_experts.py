@@ -153,7 +153,7 @@ def test_an_unknown_gate_stays_in_the_graph_between_two_products(has_norm: bool)
 
 
 def test_bfloat16_experts_stay_near_float32() -> None:
-    model = tiny.TINY["gpt_oss"]()
+    model = tiny.gpt_oss(num_experts_per_tok=5)  # all of them: rounding must not choose others
     rows = [torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(length)) for length in (1, 12)]
     exact = run_packed(build(model), rows)
     rounded = run_packed(build(copy.deepcopy(model).to(torch.bfloat16)), rows)
