@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from autodeploy import instant_on
 from autodeploy.build import build
+from autodeploy.checkpoint import files
 from autodeploy.compile.program import Program
 from autodeploy.config import EngineOptions, Options, parse_options
 from autodeploy.errors import UnsupportedModelError
@@ -79,7 +81,21 @@ def test_a_graph_that_cannot_be_built_is_reported_and_serving_goes_on(
     assert live.report.facts["successor"] == "no graph"
 
 
-def test_a_first_start_answers_at_once_and_the_next_one_has_the_graph(folder: Path) -> None:
+@pytest.fixture
+def headers_read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The weight files whose headers this process has read, once for each time."""
+    read: list[Path] = []
+    honest = files.SafetensorsFile.__init__
+
+    def counting(self: files.SafetensorsFile, path: Path) -> None:
+        read.append(path)
+        honest(self, path)
+
+    monkeypatch.setattr(files.SafetensorsFile, "__init__", counting)
+    return read
+
+
+def test_a_first_start_answers_at_once_and_the_next_one_has_the_graph(folder: Path, headers_read: list[Path]) -> None:
     prompts, params = tiny.prompts(2, seed=5), GREEDY
     with LLM(str(folder), skip_tokenizer_init=True) as llm:
         first = llm.generate(prompts, params, use_tqdm=False)
@@ -88,8 +104,10 @@ def test_a_first_start_answers_at_once_and_the_next_one_has_the_graph(folder: Pa
         second = llm.generate(prompts, params, use_tqdm=False)
         assert llm.async_engine.program.report.facts["graph"] == "restored"
     assert [o.outputs[0].token_ids for o in first] == [o.outputs[0].token_ids for o in second]
+    assert len(headers_read) == 1
     program, successor = deploy(_located(folder), Options())
     assert successor is None and program.report.facts["graph"] == "restored"
+    assert len(headers_read) == 2
 
 
 def test_a_start_that_ends_after_its_first_answer_leaves_the_graph_behind(folder: Path, tmp_path: Path) -> None:
@@ -128,6 +146,13 @@ def test_what_the_other_process_says_reaches_those_who_wait(folder: Path) -> Non
 def test_where_the_graph_is_built_first(folder: Path, options: dict[str, Any]) -> None:
     parsed = parse_options(options)
     program, successor = deploy(locate_model(str(folder), parsed.model), parsed)
+    assert successor is None and "match_attention" in program.report.rewrites()
+
+
+@pytest.mark.parametrize("value", [{"dtype": torch.float32}, {"id2label": {0: "a"}}], ids=str)
+def test_an_option_that_cannot_go_to_another_process_as_it_is_builds_the_graph_first(folder: Path, value: Any) -> None:
+    options = parse_options({"model_kwargs": value})
+    program, successor = deploy(_located(folder), options)
     assert successor is None and "match_attention" in program.report.rewrites()
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from autodeploy.checkpoint.files import StoredTensors
 from autodeploy.checkpoint.load import load_weights, weight_bytes
 from autodeploy.checkpoint.recipe import ReadTensor
 from autodeploy.compile.eager import compile_eager
@@ -31,7 +30,7 @@ from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport
 from autodeploy.graph.verify import verify
 from autodeploy.graph_cache import GraphCache
-from autodeploy.kernels.provider import is_prepared, prepare
+from autodeploy.kernels.provider import prepare
 from autodeploy.models.limits import longest_context
 from autodeploy.models.locate import LocatedModel, locate_model
 from autodeploy.ops.linear import linear
@@ -65,17 +64,15 @@ def build(
         return _finish(_lower(subject, options.compile, device, clock), subject, options.compile, device, clock)
     with clock.stage("resolve", "finding the model"):
         located = locate_model(model, options.model) if isinstance(model, str) else model
-        stored = StoredTensors(located.weight_files)
-    # Where kernels are still to be compiled, nothing can have been kept for them.
-    cache = GraphCache.of(located, stored.fingerprint(), device, options) if is_prepared(device) else None
-    kept = cache.restore(clock.report) if cache is not None else None
-    if kept is not None:
-        graph, facts = kept
-        subject = _kept_subject(facts, located, stored, options)
+        kept = GraphCache.kept(located, device, options)
+    restored = kept.restore(clock.report) if kept is not None else None
+    if restored is not None:
+        graph, facts = restored
+        subject = _kept_subject(facts, located, options)
         return _finish(graph, subject, options.compile, device, clock)
-    subject = subject_of_model(located, stored, options)
+    subject = subject_of_model(located, options)
     graph = _lower(subject, options.compile, device, clock)
-    cache = GraphCache.of(located, stored.fingerprint(), device, options)
+    cache = GraphCache.of(located, device, options)
     if cache is not None:
         cache.describe(graph)
     program = _finish(graph, subject, options.compile, device, clock)
@@ -148,7 +145,7 @@ class _Clock:
         self.report.seconds[name] = time.perf_counter() - start
 
 
-def subject_of_model(located: LocatedModel, stored: StoredTensors, options: Options) -> Subject:
+def subject_of_model(located: LocatedModel, options: Options) -> Subject:
     """The module of a located model, parameters on the meta device, and where its weights come from.
 
     Raises:
@@ -171,19 +168,19 @@ def subject_of_model(located: LocatedModel, stored: StoredTensors, options: Opti
     }
     if options.model.load_format == "dummy":
         return Subject(read=DummyReader(module).read, **known)
-    index = CheckpointIndex(stored, module)
+    index = CheckpointIndex(located.stored, module)
     facts["unexpected_tensors"] = list(index.check())
     return Subject(read=index.read, stored_names=index.stored_names, **known)
 
 
-def _kept_subject(kept: dict[str, Any], located: LocatedModel, stored: StoredTensors, options: Options) -> Subject:
+def _kept_subject(kept: dict[str, Any], located: LocatedModel, options: Options) -> Subject:
     """The subject of a kept graph; its module is made anew only where weights are not read as they are stored."""
     names = kept["stored_names"]
     if names is None:
-        return subject_of_model(located, stored, options)
+        return subject_of_model(located, options)
     return Subject(
         module=None,
-        read=lambda name: stored.read(names[name]),
+        read=lambda name: located.stored.read(names[name]),
         dtype=getattr(torch, kept["dtype"]),
         made_for=kept["made_for"],
         max_model_len=longest_context(kept["made_for"], options.model.max_model_len),

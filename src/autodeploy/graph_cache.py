@@ -7,6 +7,7 @@ must know of the model is kept beside the graph, so that a later start needs nei
 """
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import shutil
@@ -22,7 +23,7 @@ from autodeploy.config import Options
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport, TransformReport
 from autodeploy.graph.saved import NotSavable, describe, restore, save
-from autodeploy.kernels.provider import unavailable
+from autodeploy.kernels.provider import is_prepared, unavailable
 from autodeploy.models.locate import LocatedModel
 
 logger = logging.getLogger(__name__)
@@ -49,10 +50,17 @@ class GraphCache:
         return is_kept and options.compile.compile_backend != "torch-compile"
 
     @classmethod
-    def of(
-        cls, model: LocatedModel, fingerprint: str | None, device: torch.device, options: Options
-    ) -> "GraphCache | None":
-        """The entry for a model whose weight files have this fingerprint; None where graphs are not kept.
+    def kept(cls, model: LocatedModel, device: torch.device, options: Options) -> "GraphCache | None":
+        """The entry of a graph that an earlier start kept; None when there is none.
+
+        Where kernels are still to be compiled, nothing can have been kept for them.
+        """
+        cache = cls.of(model, device, options) if is_prepared(device) else None
+        return cache if cache is not None and cache.path.is_dir() else None
+
+    @classmethod
+    def of(cls, model: LocatedModel, device: torch.device, options: Options) -> "GraphCache | None":
+        """The entry for a model, whether it exists or not; None where graphs are not kept.
 
         They are not kept for remote code, whose text no config tells, nor for Inductor, which has a cache of its own.
         """
@@ -61,7 +69,7 @@ class GraphCache:
         compile_options = dataclasses.asdict(options.compile)
         key = {
             "config": model.config,
-            "weights": fingerprint,
+            "weights": model.stored.fingerprint(),
             "dtype": options.model.dtype,
             "model_kwargs": repr(sorted(options.model.model_kwargs.items())),
             "device": str(device),
@@ -75,10 +83,8 @@ class GraphCache:
     def restore(self, report: BuildReport) -> tuple[ModelGraph, dict[str, Any]] | None:
         """The kept graph and what was kept with it; its build's report goes into `report`.
 
-        None when there is none or it cannot be read.
+        None when it cannot be read.
         """
-        if not self.path.is_dir():
-            return None
         try:
             graph, extra = restore(self.path)
         except Exception as error:  # an entry is a convenience: whatever is wrong with it, the graph is built anew
@@ -114,6 +120,7 @@ class GraphCache:
         fill(self.path, lambda folder: save(self._description, graph, folder, extra))
 
 
+@functools.cache
 def _code_hash() -> str:
     """A hash of the compiler half's text."""
     root, content = Path(__file__).parent, hashlib.sha256()

@@ -25,7 +25,6 @@ import torch
 from torch import nn
 
 from autodeploy.build import Progress, Subject, build, resolve_device, subject_of_model
-from autodeploy.checkpoint.files import StoredTensors
 from autodeploy.compile.program import NamedGraph, Program
 from autodeploy.config import Options, parse_options
 from autodeploy.debug.isolation import check_apart
@@ -72,10 +71,9 @@ def _is_worthwhile(model: LocatedModel, options: Options) -> bool:
         return False
     if device.type != "cpu" or num_bytes < LEAST_BYTES or COPIES * num_bytes > available_bytes(device):
         return False
-    if not is_prepared(device):  # nothing can have been kept for kernels that are still to be compiled
-        return GraphCache.is_wanted(options)
-    entry = GraphCache.of(model, StoredTensors(model.weight_files).fingerprint(), device, options)
-    return entry is not None and not entry.path.is_dir()
+    if not GraphCache.is_wanted(options) or _work(model, options) is None:
+        return False
+    return GraphCache.kept(model, device, options) is None
 
 
 def live_program(model: LocatedModel, options: Options, progress: Progress) -> Program:
@@ -88,7 +86,7 @@ def live_program(model: LocatedModel, options: Options, progress: Progress) -> P
 
     progress("starting with the model's own code, while its graph is built")
     device = resolve_device(options.compile.device)
-    subject = subject_of_model(model, StoredTensors(model.weight_files), options)
+    subject = subject_of_model(model, options)
     module = _with_weights(subject, device)
     providers = mixer_priority(device, options.compile.attn_backend) if is_prepared(device) else ()
     live = LiveModel(module, providers)
@@ -135,8 +133,9 @@ def _with_weights(subject: Subject, device: torch.device) -> nn.Module:
 def successor(model: LocatedModel, options: Options) -> Future[Program]:
     """Build the model's graph in a process of its own, then restore it here; the result may be an AutoDeployError."""
     future: Future[Program] = Future()
-    values = {name: value for part in dataclasses.asdict(options).values() for name, value in part.items()}
-    builder = _Builder(json.dumps({"model": str(model.folder), "options": values}))
+    work = _work(model, options)
+    assert work is not None
+    builder = _Builder(work)
     atexit.register(
         builder.start
     )  # a process that ends before its head start is over leaves a graph behind all the same
@@ -153,6 +152,16 @@ def successor(model: LocatedModel, options: Options) -> Future[Program]:
 
     threading.Thread(target=run, name="autodeploy-successor", daemon=True).start()
     return future
+
+
+def _work(model: LocatedModel, options: Options) -> str | None:
+    """What the other process is to build, as JSON; None where an option is not the same after JSON."""
+    try:
+        values = {name: value for part in dataclasses.asdict(options).values() for name, value in part.items()}
+        work = json.dumps({"model": str(model.folder), "options": values})
+    except (TypeError, ValueError):
+        return None
+    return work if json.loads(work)["options"] == values else None
 
 
 class _Builder:

@@ -4,6 +4,7 @@ A model is a checkpoint folder, a `.gguf` file or a hub id. Nothing here imports
 starting a model whose graph was kept (`graph_cache.py`).
 """
 
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub.constants import CONFIG_NAME
 
-from autodeploy.checkpoint.files import find_weight_files
+from autodeploy.checkpoint.files import StoredTensors, find_weight_files
 from autodeploy.checkpoint.gguf import transcribe_gguf
 from autodeploy.config import ModelOptions
 from autodeploy.errors import CheckpointError, ModelNotFoundError
@@ -46,6 +47,11 @@ class LocatedModel:
     weight_files: tuple[Path, ...]
     config: dict[str, Any]
     generation: dict[str, Any]
+
+    @functools.cached_property
+    def stored(self) -> StoredTensors:
+        """The tensors in the weight files, whose headers are read when this is first asked for, and once."""
+        return StoredTensors(self.weight_files)
 
     @property
     def generation_defaults(self) -> dict[str, Any]:

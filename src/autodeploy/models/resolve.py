@@ -14,7 +14,6 @@ from huggingface_hub.constants import CONFIG_NAME
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from autodeploy.checkpoint.files import open_weight_file
 from autodeploy.config import ModelOptions
 from autodeploy.errors import CheckpointError, UnsupportedModelError
 from autodeploy.models.config_overrides import apply_overrides
@@ -67,7 +66,7 @@ def resolve_model(model: str | LocatedModel, options: ModelOptions) -> ResolvedM
     return ResolvedModel(
         located=located,
         config=config,
-        dtype=_resolve_dtype(config, located.weight_files, options.dtype),
+        dtype=_resolve_dtype(config, located, options.dtype),
         eos_token_ids=eos_token_ids(config, located.generation),
         made_for=made_for,
         max_model_len=longest_context(made_for, options.max_model_len),
@@ -95,7 +94,7 @@ def _load_config(located: LocatedModel, options: ModelOptions) -> PreTrainedConf
     return apply_overrides(config, options.model_kwargs)
 
 
-def _resolve_dtype(config: PreTrainedConfig, weight_files: tuple[Path, ...], wanted: str) -> torch.dtype:
+def _resolve_dtype(config: PreTrainedConfig, located: LocatedModel, wanted: str) -> torch.dtype:
     """What the user wants, else what the config says, else what the first floating-point weight has."""
     if wanted != "auto":
         chosen: torch.dtype = getattr(torch, wanted)
@@ -103,8 +102,8 @@ def _resolve_dtype(config: PreTrainedConfig, weight_files: tuple[Path, ...], wan
     for dtype in (config.dtype, config.get_text_config().dtype):
         if isinstance(dtype, torch.dtype):
             return dtype
-    for file in weight_files:
-        for tensor in open_weight_file(file).tensors.values():
+    for file in located.stored.files:
+        for tensor in file.tensors.values():
             if tensor.is_floating_point():
                 return tensor.dtype
     return torch.float32
