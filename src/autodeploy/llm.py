@@ -26,7 +26,7 @@ from autodeploy.runtime.async_engine import AsyncEngine, Delivery
 from autodeploy.runtime.demo import DemoEngine
 from autodeploy.runtime.engine import Engine, EngineStats
 from autodeploy.runtime.request import Limits, Request, SamplingParams, new_sequences
-from autodeploy.runtime.tokenizer import Tokenizer
+from autodeploy.runtime.tokenizer import Tokenizer, with_token_ids
 from autodeploy.start_up import without_collection
 
 if TYPE_CHECKING:  # importing it takes longer than a start
@@ -256,6 +256,7 @@ class LLM:
         works = []
         for prompt, params in zip(prompts, self._params_for(len(prompts), sampling_params), strict=True):
             text, token_ids = self._tokenize(prompt)
+            params = with_token_ids(params, self.tokenizer)
             if params.stop and (self.tokenizer is None or not params.detokenize):
                 raise InvalidRequestError("stop strings need text; without it, use stop_token_ids", "stop")
             # The engine checks with this function too, but it would be too late: earlier prompts would be running.

@@ -47,6 +47,7 @@ class RequestOutput:
     Attributes:
         prompt: the prompt's text; None when it was given as token ids.
         outputs: one entry per sequence, by index.
+        prompt_logprobs: per token of the prompt, log-probabilities by token id, None for the first; when asked for.
         finished: True when no sequence will grow any more.
     """
 
@@ -56,6 +57,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 @dataclass(kw_only=True)
@@ -68,6 +70,7 @@ class OutputDelta:
     logprobs: list[dict[int, Logprob]] | None
     finish_reason: str | None
     stop_reason: int | str | None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 class OutputCollector:
@@ -93,6 +96,7 @@ class OutputCollector:
         self.prompt_token_ids = list(prompt_token_ids)
         self.params = params
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self._abort = abort
         self._outputs = [_empty_output(index, params) for index in range(params.n)]
         wants_text = tokenizer is not None and params.detokenize
@@ -108,6 +112,7 @@ class OutputCollector:
         if sequence.finish_reason is not None:
             return None
         delta = self._delta(token_output)
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
         sequence.text += delta.text
         sequence.token_ids += delta.token_ids
         if sequence.logprobs is not None and delta.logprobs is not None:
@@ -140,6 +145,7 @@ class OutputCollector:
             outputs=outputs,
             finished=self.finished,
             metrics=RequestMetrics(**vars(self.metrics)),
+            prompt_logprobs=self.prompt_logprobs,
         )
 
     def _delta(self, token_output: TokenOutput) -> OutputDelta:
@@ -156,6 +162,7 @@ class OutputCollector:
             logprobs=None if token_output.logprobs is None else token_output.logprobs[:used],
             finish_reason="stop" if stop is not None else token_output.finish_reason,
             stop_reason=stop if stop is not None else token_output.stop_reason,
+            prompt_logprobs=token_output.prompt_logprobs,
         )
 
     def _note_times(self, delta: OutputDelta) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ IntArray = NDArray[np.int64]
 class Batch:
     """One step's inputs by name, and the sequences whose next token it decides.
 
-    Row i of the logits belongs to `sampled[i]`. A program is never asked for zero rows: when no sequence ends its
-    prompt in this step, one row of logits is computed all the same and `sampled` is empty.
+    Row i of the logits belongs to `sampled[i]`; after those come the rows of `prompt_rows`, whose logits tell the
+    log-probabilities of a prompt's tokens: (sequence, position of the first row, number of rows). A program is never
+    asked for zero rows: where nothing is wanted, one row of logits is computed all the same.
 
     On CUDA the copies may still be under way: sampled tokens must have been read before the next `build`.
     """
@@ -32,6 +33,7 @@ class Batch:
     inputs: dict[str, Tensor]
     sampled: list[Sequence]
     num_tokens: int
+    prompt_rows: list[tuple[Sequence, int, int]] = field(default_factory=list)
 
 
 class BatchBuilder:
@@ -62,7 +64,8 @@ class BatchBuilder:
         self._dtypes: dict[str, np.dtype[np.integer]] = {}
         self._pinned: dict[str, Tensor] = {}
         self._arange: IntArray = np.arange(max(max_num_batched_tokens, max_num_seqs) + 1, dtype=np.int64)
-        lengths = {"T": max_num_batched_tokens, "S": max_num_seqs, "S+1": max_num_seqs + 1, "R": max_num_seqs, 1: 1}
+        num_rows = max_num_seqs + max_num_batched_tokens
+        lengths = {"T": max_num_batched_tokens, "S": max_num_seqs, "S+1": max_num_seqs + 1, "R": num_rows, 1: 1}
         for name in self._names:
             declared = lookup(name)
             group = name.removeprefix(PAGE_TABLE).removeprefix(SLOT_MAPPING)
@@ -95,6 +98,11 @@ class BatchBuilder:
             positions = self._arange[:num_tokens] + np.repeat(starts - offsets[:-1], counts)
         is_complete = ends == lengths
         rows = offsets[1:][is_complete] - 1
+        prompt_rows = _prompt_rows(scheduled)
+        if prompt_rows:
+            firsts = dict(zip(scheduled, offsets.tolist(), strict=False))
+            wanted = [self._arange[firsts[of] : firsts[of] + count] for of, _, count in prompt_rows]
+            rows = np.concatenate([rows, *wanted])
         values: dict[str, IntArray] = {
             "input_ids": _token_ids(scheduled, num_tokens).reshape(1, -1),
             "position_ids": positions.reshape(1, -1),
@@ -116,7 +124,7 @@ class BatchBuilder:
                 value = values[name]
             inputs[name] = self._place(name, value)
         sampled = [sequence for sequence, complete in zip(scheduled, is_complete.tolist(), strict=True) if complete]
-        return Batch(inputs=inputs, sampled=sampled, num_tokens=num_tokens)
+        return Batch(inputs=inputs, sampled=sampled, num_tokens=num_tokens, prompt_rows=prompt_rows)
 
     def _place(self, name: str, value: NDArray[np.integer]) -> Tensor:
         """The value as a contiguous tensor on the device, through the name's pinned buffer when there is a copy."""
@@ -125,6 +133,18 @@ class BatchBuilder:
         buffer = self._pinned[name][: value.size]
         buffer.numpy()[:] = value.reshape(-1)
         return buffer.view(value.shape).to(self._device, non_blocking=True)
+
+
+def _prompt_rows(scheduled: Mapping[Sequence, int]) -> list[tuple[Sequence, int, int]]:
+    """Which of the scheduled tokens predict a token of a prompt whose log-probabilities are asked for."""
+    rows = []
+    for sequence, count in scheduled.items():
+        if sequence.wants_prompt_logprobs:
+            first = sequence.num_computed_tokens
+            num_rows = min(first + count, sequence.num_prompt_tokens - 1) - first
+            if num_rows > 0:
+                rows.append((sequence, first, num_rows))
+    return rows
 
 
 def _token_ids(scheduled: Mapping[Sequence, int], num_tokens: int) -> IntArray:

@@ -50,6 +50,8 @@ class DemoEngine:
     ) -> None:
         if any(sequence.request.request_id == request_id for sequence in self._queue):
             raise InvalidRequestError(f"request id {request_id!r} is in use; give each request its own", "request_id")
+        if params.prompt_logprobs is not None:
+            raise InvalidRequestError("runtime=demollm gives no prompt_logprobs; use runtime=engine", "prompt_logprobs")
         request = Request(request_id, prompt_token_ids, params, self._num_arrivals, priority)
         self._queue += new_sequences(request, self._limits)
         self._num_arrivals += 1

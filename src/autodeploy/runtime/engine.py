@@ -6,6 +6,8 @@ from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from autodeploy.compile.program import Program
 from autodeploy.config import EngineOptions, Options, check_options
 from autodeploy.errors import EngineDeadError, EngineOverloadedError, InvalidRequestError
@@ -20,13 +22,16 @@ from autodeploy.runtime.request import (
     TokenOutput,
     new_sequences,
 )
-from autodeploy.runtime.sampler import Sampler, Samples
+from autodeploy.runtime.sampler import Sampler, Samples, token_logprobs
 from autodeploy.runtime.scheduler import ScheduledStep, Scheduler
 from autodeploy.runtime.states import allocate_states, clear_slots, plan_states
 
 logger = logging.getLogger(__name__)
 
-UNUSABLE_LOGITS = "the model returned logits that are not numbers; check dtype and weights"
+UNUSABLE_LOGITS = (
+    "no token can be sampled: the model returned logits that are not numbers (check dtype and weights), or the request "
+    "rules out every token"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +201,7 @@ class Engine:
         running = time.perf_counter()
         logits = self.program.run(batch.inputs, self._states)
         samples = self._sampler.sample(logits[: len(batch.sampled)], batch.sampled)
+        _note_prompt_logprobs(batch, logits[len(batch.sampled) :])
         committing = time.perf_counter()
         outputs += self._commit(step, batch, samples)
         self._num_steps += 1
@@ -256,3 +262,14 @@ class Engine:
     def _check_alive(self) -> None:
         if self._failure is not None:
             raise EngineDeadError("the engine has stopped; start a new one") from self._failure
+
+
+def _note_prompt_logprobs(batch: Batch, logits_RV: Tensor) -> None:
+    """Keep what the rows behind the sampled ones say of their prompts; a recomputed prompt says it anew."""
+    at = 0
+    for sequence, first, count in batch.prompt_rows:
+        token_ids = sequence.token_ids[first + 1 : first + 1 + count]
+        wanted = [sequence.params.prompt_logprobs or 0] * count
+        entries = token_logprobs(logits_RV[at : at + count], token_ids, wanted)
+        sequence.prompt_logprobs[first + 1 :] = entries
+        at += count

@@ -1,5 +1,6 @@
 """Requests: what a caller asks for and gets back, and the mutable state of each sequence in flight (no torch)."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from enum import Enum
@@ -12,6 +13,9 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 32
 MAX_STOP_STRING_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIASES = 1024
+MAX_LOGIT_BIAS = 100.0
+MAX_BAD_WORDS = 256
 MAX_TEMPERATURE = 1e6
 GREEDY_TEMPERATURE = 1e-5
 """Below this temperature sampling is greedy: dividing by it would only overflow."""
@@ -39,6 +43,11 @@ class SamplingParams:
         max_tokens: most tokens generated per sequence; None means until the context is full.
         min_tokens: end-of-sequence and stop tokens are not sampled before this many tokens.
         logprobs: return log-probabilities of this many most likely tokens and of the sampled one.
+        prompt_logprobs: the same for each token of the prompt but the first, which nothing predicts.
+        logit_bias: added to the logits of these tokens. Kept as a copy.
+        allowed_token_ids: no other tokens are sampled. Kept as a tuple.
+        bad_words: texts that are never completed; the text layer turns them into `bad_token_sequences`.
+        bad_token_sequences: token sequences whose last token is not sampled after the others. Kept as tuples.
         detokenize, skip_special_tokens, include_stop_str_in_output: for the text layer.
 
     Raises:
@@ -60,6 +69,11 @@ class SamplingParams:
     max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: SequenceOf[int] | None = None
+    bad_words: SequenceOf[str] | None = None
+    bad_token_sequences: SequenceOf[SequenceOf[int]] | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -71,8 +85,13 @@ class SamplingParams:
             if not isinstance(getattr(self, name), bool):
                 raise _invalid(name, getattr(self, name), "must be true or false")
         # Copied into tuples, so that what was checked cannot be changed behind our back.
-        object.__setattr__(self, "stop", _checked_stop_strings(self.stop))
-        object.__setattr__(self, "stop_token_ids", _checked_stop_token_ids(self.stop_token_ids))
+        object.__setattr__(self, "stop", _checked_strings("stop", self.stop, MAX_STOP_STRINGS))
+        object.__setattr__(self, "stop_token_ids", _checked_ids("stop_token_ids", self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _checked_logit_bias(self.logit_bias))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", _checked_allowed_ids(self.allowed_token_ids))
+        object.__setattr__(self, "bad_words", _checked_strings("bad_words", self.bad_words, MAX_BAD_WORDS))
+        object.__setattr__(self, "bad_token_sequences", _checked_bad_sequences(self.bad_token_sequences))
 
     def _check_numbers(self) -> None:
         _check_real("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
@@ -94,12 +113,20 @@ class SamplingParams:
         _check_int("min_tokens", self.min_tokens, 0, None)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _invalid("min_tokens", self.min_tokens, f"must be at most max_tokens, which is {self.max_tokens}")
-        if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def has_constraints(self) -> bool:
+        """Some tokens are more or less welcome than the model has it."""
+        return (
+            bool(self.logit_bias or self.bad_token_sequences or self.min_tokens) or self.allowed_token_ids is not None
+        )
 
     @property
     def has_penalties(self) -> bool:
@@ -123,27 +150,58 @@ def _check_int(name: str, value: object, low: int, high: int | None) -> None:
         raise _invalid(name, value, expected)
 
 
-def _checked_stop_strings(stop: object) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else () if stop is None else stop
+def _checked_strings(name: str, given: object, most: int) -> tuple[str, ...]:
+    strings = (given,) if isinstance(given, str) else () if given is None else given
     if not isinstance(strings, SequenceOf) or not all(isinstance(string, str) for string in strings):
-        raise _invalid("stop", stop, "must be a string or a list of strings")
-    if len(strings) > MAX_STOP_STRINGS:
-        raise InvalidRequestError(f"stop has {len(strings)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop")
+        raise _invalid(name, given, "must be a string or a list of strings")
+    if len(strings) > most:
+        raise InvalidRequestError(f"{name} has {len(strings)} strings; at most {most} are allowed", name)
     if not all(0 < len(string) <= MAX_STOP_STRING_LENGTH for string in strings):
-        raise InvalidRequestError(f"stop strings must have 1 to {MAX_STOP_STRING_LENGTH} characters each", "stop")
+        raise InvalidRequestError(f"{name} strings must have 1 to {MAX_STOP_STRING_LENGTH} characters each", name)
     return tuple(strings)
 
 
-def _checked_stop_token_ids(token_ids: object) -> tuple[int, ...]:
-    name = "stop_token_ids"
+def _checked_ids(name: str, token_ids: object, most: int | None = MAX_STOP_TOKEN_IDS) -> tuple[int, ...]:
     ids = () if token_ids is None else token_ids
     if not isinstance(ids, SequenceOf) or isinstance(ids, str | bytes):
         raise _invalid(name, token_ids, "must be a list of token ids")
-    if len(ids) > MAX_STOP_TOKEN_IDS:
-        raise InvalidRequestError(f"{name} has {len(ids)} ids; at most {MAX_STOP_TOKEN_IDS} are allowed", name)
+    if most is not None and len(ids) > most:
+        raise InvalidRequestError(f"{name} has {len(ids)} ids; at most {most} are allowed", name)
     for token_id in ids:
         _check_int(name, token_id, 0, None)
     return tuple(ids)
+
+
+def _checked_allowed_ids(token_ids: object) -> tuple[int, ...]:
+    name = "allowed_token_ids"
+    ids = _checked_ids(name, token_ids, most=None)
+    if not ids:
+        raise InvalidRequestError(f"{name} is empty, so no token could be sampled; give at least one id", name)
+    return tuple(sorted(set(ids)))
+
+
+def _checked_logit_bias(given: object) -> dict[int, float]:
+    name = "logit_bias"
+    biases = {} if given is None else given
+    if not isinstance(biases, Mapping):
+        raise _invalid(name, given, "must map token ids to numbers")
+    if len(biases) > MAX_LOGIT_BIASES:
+        raise InvalidRequestError(f"{name} has {len(biases)} entries; at most {MAX_LOGIT_BIASES} are allowed", name)
+    for token_id, bias in biases.items():
+        _check_int(name, token_id, 0, None)
+        _check_real(name, bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+    return {token_id: float(bias) for token_id, bias in biases.items()}
+
+
+def _checked_bad_sequences(given: object) -> tuple[tuple[int, ...], ...]:
+    name = "bad_token_sequences"
+    sequences = () if given is None else given
+    if not isinstance(sequences, SequenceOf) or isinstance(sequences, str | bytes):
+        raise _invalid(name, given, "must be a list of lists of token ids")
+    checked = tuple(_checked_ids(name, token_ids, MAX_STOP_STRING_LENGTH) for token_ids in sequences)
+    if not all(checked):
+        raise InvalidRequestError(f"{name} has an empty sequence; each needs at least one token", name)
+    return checked
 
 
 @dataclass(frozen=True)
@@ -182,6 +240,8 @@ class TokenOutput:
         request_id, index: which sequence.
         token_ids: the new tokens; empty when a sequence ends without one.
         logprobs: per new token, log-probabilities by token id (the sampled token first); None when not asked for.
+        prompt_logprobs: with a sequence's first output, per token of the prompt, None for the first of them; None when
+            not asked for.
         finish_reason: None while the sequence goes on.
         stop_reason: the token of `stop_token_ids` that ended it; None for the model's own end-of-sequence tokens.
             With `finish_reason="error"`, one sentence that says why.
@@ -193,6 +253,7 @@ class TokenOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 class Status(Enum):
@@ -213,6 +274,7 @@ class Sequence:
         order: sort key; the smallest runs first and is preempted last.
         stop_ids: tokens that end it.
         is_plain: argmax of the logits is all the sampling it needs.
+        prompt_logprobs: those known so far, if they are asked for; handed out with the first output.
     """
 
     __slots__ = (
@@ -225,6 +287,7 @@ class Sequence:
         "num_prompt_tokens",
         "order",
         "params",
+        "prompt_logprobs",
         "request",
         "slot",
         "status",
@@ -249,8 +312,9 @@ class Sequence:
         self.eos_ids: frozenset[int] = frozenset() if params.ignore_eos else eos_ids
         self.stop_ids = self.eos_ids.union(params.stop_token_ids or ())
         self.is_plain = (
-            params.is_greedy and not params.has_penalties and params.logprobs is None and not params.min_tokens
+            params.is_greedy and not params.has_penalties and params.logprobs is None and not params.has_constraints
         )
+        self.prompt_logprobs: list[dict[int, Logprob] | None] = [None]
         self.num_computed_tokens = 0
         self.slot = 0
         self.status = Status.WAITING
@@ -260,6 +324,10 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.params.prompt_logprobs is not None and self.num_output_tokens == 0
 
     def append(self, token_id: int) -> None:
         """Add a sampled token and decide whether it ends the sequence. A stop token is kept as the last token."""
@@ -272,6 +340,7 @@ class Sequence:
 
     def output(self, token_ids: list[int], logprobs: dict[int, Logprob] | None = None) -> TokenOutput:
         """What to tell the caller: these new tokens, and how the sequence ended, if it did."""
+        is_first = self.params.prompt_logprobs is not None and 0 < len(token_ids) == self.num_output_tokens
         return TokenOutput(
             request_id=self.request.request_id,
             index=self.index,
@@ -279,6 +348,7 @@ class Sequence:
             logprobs=None if logprobs is None else [logprobs],
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            prompt_logprobs=self.prompt_logprobs if is_first else None,
         )
 
 
@@ -291,8 +361,18 @@ def new_sequences(request: Request, limits: Limits) -> list[Sequence]:
     """
     _check_prompt(request.prompt_token_ids, limits)
     _check_int("priority", request.priority, -(2**31), 2**31 - 1)
-    if request.params.stop_token_ids:
-        _check_token_ids("stop_token_ids", request.params.stop_token_ids, limits.vocab_size)
+    params = request.params
+    bad_tokens = [token_id for bad in params.bad_token_sequences or () for token_id in bad]
+    for name, token_ids in (
+        ("stop_token_ids", params.stop_token_ids),
+        ("logit_bias", list(params.logit_bias or ())),
+        ("allowed_token_ids", params.allowed_token_ids),
+        ("bad_token_sequences", bad_tokens),
+    ):
+        if token_ids:
+            _check_token_ids(name, token_ids, limits.vocab_size)
+    if params.bad_words:
+        raise InvalidRequestError("bad_words need a tokenizer; give bad_token_sequences instead", "bad_words")
     return [Sequence(request, index, limits) for index in range(request.params.n)]
 
 

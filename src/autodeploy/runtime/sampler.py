@@ -1,6 +1,6 @@
 """Sampling: logits and the sequences they belong to go in, one token per row and its log-probabilities come out.
 
-The order is: penalties, minimum length, temperature, min-p, top-k, top-p, then one uniform draw per row through the
+The order is: penalties, constraints, temperature, min-p, top-k, top-p, then one uniform draw per row through the
 cumulative distribution. Every row depends on its own logits, parameters and random numbers only, never on its
 neighbours in the batch. Random numbers are drawn on the host, one per token: a seed means the same on every device.
 
@@ -14,10 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autodeploy.runtime.constraints import constrain
 from autodeploy.runtime.request import Logprob, Sequence
 
 NUM_CANDIDATES = 256
 """Most likely tokens looked at before a whole row is sorted; enough for all but flat distributions."""
+
+ROWS_AT_ONCE = 64
+"""Rows whose log-probabilities are computed together: those of a whole prompt would be a copy of all its logits."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Sampler:
             best_R, tokens_R = _best(logits_RV)
             return Samples(_valid_tokens(tokens_R, best_R), [None] * len(sequences))
         raw_RV = logits_RV.float()
-        logits_RV = self._forbid_early_stops(self._penalise(raw_RV, sequences), sequences)
+        logits_RV = constrain(self._penalise(raw_RV, sequences), sequences)
         best_R, tokens_R = _best(logits_RV)
         random_rows = [row for row, sequence in enumerate(sequences) if not sequence.params.is_greedy]
         if random_rows:
@@ -113,20 +117,6 @@ class Sampler:
             history = self._histories[sequence] = _History(zeros.bool(), zeros)
         history.update(sequence)
         return history
-
-    def _forbid_early_stops(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
-        """-inf for the tokens that would end a sequence before `min_tokens`."""
-        early = [
-            (row, sorted(sequence.stop_ids))
-            for row, sequence in enumerate(sequences)
-            if sequence.num_output_tokens < sequence.params.min_tokens and sequence.stop_ids
-        ]
-        if not early:
-            return logits_RV
-        result_RV = logits_RV.clone()
-        for row, stop_ids in early:
-            result_RV[row, stop_ids] = -torch.inf
-        return result_RV
 
     def _uniforms(self, sequences: SequenceOf[Sequence]) -> Tensor:
         """One float64 in [0, 1) per sequence, from its own generator if it has a seed."""
@@ -248,19 +238,35 @@ def _logprobs(
 ) -> list[dict[int, Logprob] | None]:
     """Log-probabilities under the model itself, before penalties and temperature."""
     result: list[dict[int, Logprob] | None] = [None] * len(sequences)
-    counts = {row: s.params.logprobs for row, s in enumerate(sequences) if s.params.logprobs is not None}
-    rows = [row for row in counts if token_ids[row] is not None]
-    if not rows:
-        return result
-    logprobs = torch.log_softmax(raw_RV[rows], dim=-1)
-    sampled = torch.tensor([token_ids[row] for row in rows], device=raw_RV.device).unsqueeze(1)
-    own = logprobs.gather(-1, sampled)
-    ranks = (logprobs > own).sum(dim=-1) + 1
-    top = logprobs.topk(min(max(counts.values()), logprobs.shape[-1]), dim=-1)
-    columns = (sampled.squeeze(1), own.squeeze(1), ranks, top.indices, top.values)
-    for row, token, value, rank, ids, values in zip(rows, *(column.tolist() for column in columns), strict=True):
-        entry = {token: Logprob(value, rank)}
-        for at in range(min(counts[row], len(ids))):
-            entry.setdefault(ids[at], Logprob(values[at], at + 1))
-        result[row] = entry
+    wanted = [
+        (row, token_id, sequence.params.logprobs)
+        for row, (sequence, token_id) in enumerate(zip(sequences, token_ids, strict=True))
+        if sequence.params.logprobs is not None and token_id is not None
+    ]
+    if wanted:
+        rows, tokens, counts = map(list, zip(*wanted, strict=True))
+        for row, entry in zip(rows, token_logprobs(raw_RV[rows], tokens, counts), strict=True):
+            result[row] = entry
     return result
+
+
+@torch.inference_mode()
+def token_logprobs(raw_RV: Tensor, token_ids: SequenceOf[int], counts: SequenceOf[int]) -> list[dict[int, Logprob]]:
+    """Per row, the log-probability of its token, which comes first, and of the `counts` most likely ones."""
+    entries = []
+    for start in range(0, len(token_ids), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        logprobs = torch.log_softmax(raw_RV[rows].float(), dim=-1)
+        chosen = torch.tensor(token_ids[rows], device=raw_RV.device).unsqueeze(1)
+        own = logprobs.gather(-1, chosen)
+        ranks = (logprobs > own).sum(dim=-1) + 1
+        top = logprobs.topk(min(max(counts[rows]), logprobs.shape[-1]), dim=-1)
+        columns = (chosen.squeeze(1), own.squeeze(1), ranks, top.indices, top.values)
+        for count, token, value, rank, ids, values in zip(
+            counts[rows], *(column.tolist() for column in columns), strict=True
+        ):
+            entry = {token: Logprob(value, rank)}
+            for at in range(min(count, len(ids))):
+                entry.setdefault(ids[at], Logprob(values[at], at + 1))
+            entries.append(entry)
+    return entries

@@ -4,10 +4,12 @@ import inspect
 import json
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autodeploy.errors import CheckpointError, InvalidRequestError
+from autodeploy.runtime.request import SamplingParams
 
 if TYPE_CHECKING:  # importing transformers takes longer than a start without it
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -97,6 +99,12 @@ class Tokenizer:
         with self._lock:
             return list(self.hf.encode(text, add_special_tokens=add_special_tokens))
 
+    def bad_token_sequences(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """How each word can be written, at the start of a text and after a space."""
+        spellings = (spelling for word in words for spelling in (word, f" {word.lstrip()}"))
+        sequences = (tuple(self.encode(spelling, add_special_tokens=False)) for spelling in spellings)
+        return tuple(dict.fromkeys(token_ids for token_ids in sequences if token_ids))
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`, spaces left as the model wrote them."""
         text = self.hf.decode(
@@ -156,6 +164,14 @@ def _check_encodable(text: str) -> None:
         raise InvalidRequestError(
             f"the text is not valid Unicode at character {error.start} (a lone surrogate); send valid UTF-8"
         ) from error
+
+
+def with_token_ids(params: SamplingParams, tokenizer: Tokenizer | None) -> SamplingParams:
+    """Parameters as the engine reads them: what they say in words that matters to it, said in tokens."""
+    if not params.bad_words or tokenizer is None:
+        return params  # without a tokenizer, the engine refuses words
+    sequences = (*(params.bad_token_sequences or ()), *tokenizer.bad_token_sequences(params.bad_words))
+    return replace(params, bad_words=None, bad_token_sequences=sequences)
 
 
 class IncrementalDetokenizer:
