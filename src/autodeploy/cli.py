@@ -186,7 +186,8 @@ def serve(
     try:
         import uvicorn
 
-        from autodeploy.server.app import ServedModel, create_app
+        from autodeploy.server.app import create_app
+        from autodeploy.server.served import ServedModel
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs {error.name!r}: pip install 'autodeploy[serve]'") from error
 

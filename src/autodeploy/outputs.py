@@ -106,6 +106,10 @@ class OutputCollector:
     def finished(self) -> bool:
         return all(output.finish_reason for output in self._outputs)
 
+    @property
+    def num_output_tokens(self) -> int:
+        return sum(len(output.token_ids) for output in self._outputs)
+
     def add(self, token_output: TokenOutput) -> OutputDelta | None:
         """Add what one step produced; None when its sequence had already ended (by a stop string, say)."""
         sequence = self._outputs[token_output.index]

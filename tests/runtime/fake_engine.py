@@ -103,6 +103,14 @@ class FakeEngine:
         if params.logprobs is not None:
             others = {token_id + rank: Logprob(math.log(0.5**rank), rank) for rank in range(2, 2 + params.logprobs)}
             logprobs = [{token_id: Logprob(math.log(0.5), 1)} | others]
+        prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        if params.prompt_logprobs is not None and position == 0:
+            prompt_logprobs = [None, *({token: Logprob(-1.0 - at, 1)} for at, token in enumerate(prompt[1:]))]
         return TokenOutput(
-            request_id=key[0], index=key[1], token_ids=[token_id], logprobs=logprobs, finish_reason=reason
+            request_id=key[0],
+            index=key[1],
+            token_ids=[token_id],
+            logprobs=logprobs,
+            finish_reason=reason,
+            prompt_logprobs=prompt_logprobs,
         )

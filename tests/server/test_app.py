@@ -3,95 +3,17 @@
 import asyncio
 import http.client
 import json
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
 
-from autodeploy.runtime.async_engine import AsyncEngine
 from autodeploy.runtime.request import SamplingParams
-from autodeploy.server.app import ServedModel, create_app
 from tests.runtime.fake_engine import FakeEngine
 from tests.runtime.tiny_tokenizers import byte_level
-
-TOKENIZER = byte_level()
-ANSWER = "hello wörld 😀 the end"
-ANSWER_IDS = TOKENIZER.encode(ANSWER)
-EOS: int = TOKENIZER.hf.eos_token_id
-MESSAGES: Any = [{"role": "user", "content": "hello"}]
-
-
-@dataclass
-class Server:
-    """A running server and the scripted engine behind it."""
-
-    url: str
-    fake: FakeEngine
-    engine: AsyncEngine
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=20)
-
-    def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=20, **options)
-
-
-Start = Callable[..., Server]
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts servers with the given engine; stops them all at the end."""
-    running: list[tuple[uvicorn.Server, threading.Thread, AsyncEngine, FakeEngine]] = []
-
-    def start_server(fake: FakeEngine | None = None, tokenizer: Any = TOKENIZER, **options: Any) -> Server:
-        fake = fake or FakeEngine(ANSWER_IDS, eos_id=EOS)
-        engine = AsyncEngine(fake, step_timeout_seconds=options.pop("step_timeout_seconds", 600))
-        served = ServedModel(
-            engine=engine,
-            names=["tiny", "alias"],
-            tokenizer=tokenizer,
-            max_model_len=fake.max_model_len,
-            default_sampling=options.pop("default_sampling", {}),
-        )
-        app = create_app(served, version="1.2.3", **options)
-        listener = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        running.append((server, thread, engine, fake))
-        wait_until(lambda: server.started)
-        return Server(f"http://127.0.0.1:{listener.getsockname()[1]}", fake, engine)
-
-    yield start_server
-    for server, thread, engine, fake in running:
-        fake.hold.clear()
-        server.should_exit = True
-        thread.join(10)
-        engine.shutdown()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.005)
-
-
-def assert_error(response: httpx.Response, status: int, message: str, param: str | None = None) -> None:
-    """Every answer that is no success looks like this."""
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert message in error["message"]
-    assert error["param"] == param
+from tests.server.running import ANSWER, ANSWER_IDS, EOS, MESSAGES, TOKENIZER, Start, assert_error, wait_until
 
 
 def test_openai_client_completions(start: Start) -> None:
@@ -216,9 +138,7 @@ BAD_BODIES: list[tuple[str, dict[str, Any], str, str | None]] = [
     ("completions", {"prompt": "x", "temperature": "1"}, "temperature", "temperature"),
     ("completions", {"prompt": "x", "n": 100_000}, "n is", "n"),
     ("completions", {"prompt": "x", "stop": [""]}, "stop", "stop"),
-    ("completions", {"prompt": "x", "echo": True}, "not supported", "echo"),
     ("completions", {"prompt": "x", "best_of": 4}, "not supported", "best_of"),
-    ("completions", {"prompt": "x", "logit_bias": {"3": 1}}, "not supported", "logit_bias"),
     ("completions", {"prompt": "x", "temprature": 1}, "did you mean 'temperature'", "temprature"),
     ("completions", {"prompt": "x", "stream_options": {"include_usage": True}}, "stream=true", "stream_options"),
     ("completions", {"prompt": "x", "stream": True, "stream_options": {"chunk": 1}}, "unknown field", "chunk"),

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -48,6 +49,10 @@ def _plain_config(folder: Path) -> "PreTrainedConfig | None":
     return config
 
 
+RESERVED_TEMPLATE_NAMES = frozenset({"messages", "tools", "documents", "raise_exception", "strftime_now", "tojson"})
+"""What templates read besides the arguments of `apply_chat_template`; nobody else may set these."""
+
+
 class Tokenizer:
     """A Hugging Face tokenizer, narrowed to what serving needs. Safe to call from several threads."""
 
@@ -56,10 +61,13 @@ class Tokenizer:
         marked = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special_ids = frozenset(marked | set(tokenizer.all_special_ids))
         names = {f"<0x{byte:02X}>": byte for byte in range(256)}
-        self.byte_of = {i: names[token] for token, i in tokenizer.get_vocab().items() if token in names}
+        vocabulary = tokenizer.get_vocab()
+        self.longest_token = max(map(len, vocabulary), default=1)
+        self.byte_of = {i: names[token] for token, i in vocabulary.items() if token in names}
         """byte-fallback tokens: token id -> the byte it stands for"""
         self._lock = threading.Lock()
         template_arguments = inspect.signature(tokenizer.apply_chat_template).parameters
+        self._reserved_names = {*template_arguments, *RESERVED_TEMPLATE_NAMES, *tokenizer.special_tokens_map}
         # transformers before 5.23 has no such argument; drop this when the supported range starts there.
         self._can_sanitize = "sanitize_control_tokens" in template_arguments
 
@@ -99,6 +107,18 @@ class Tokenizer:
         with self._lock:
             return list(self.hf.encode(text, add_special_tokens=add_special_tokens))
 
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """The vocabulary's own spelling of each token."""
+        return [str(piece) for piece in self.hf.convert_ids_to_tokens(list(token_ids))]
+
+    def check_known(self, token_ids: Sequence[int], parameter: str) -> None:
+        """Raises InvalidRequestError, about the field `parameter`, for ids outside the vocabulary."""
+        unknown = next((token_id for token_id in token_ids if not 0 <= token_id < len(self.hf)), None)
+        if unknown is not None:
+            raise InvalidRequestError(
+                f"{parameter} has {unknown}, which is not a token; ids go from 0 to {len(self.hf) - 1}", parameter
+            )
+
     def bad_token_sequences(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """How each word can be written, at the start of a text and after a space."""
         spellings = (spelling for word in words for spelling in (word, f" {word.lstrip()}"))
@@ -111,6 +131,21 @@ class Tokenizer:
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         return str(text)
+
+    def check_template_arguments(self, arguments: Mapping[str, Any], parameter: str) -> None:
+        """Whether a stranger may set these variables: those that the template reads by name, to plain small values.
+
+        Raises:
+            InvalidRequestError: about the field `parameter`.
+        """
+        words = set(re.findall(r"[A-Za-z_]\w*", str(self.hf.chat_template)))
+        for name, value in arguments.items():
+            if name not in words or name.startswith("_") or name in self._reserved_names:
+                message = f"the chat template takes no variable {name[:100]!r} from a request"
+                raise InvalidRequestError(message, parameter)
+            is_short = isinstance(value, str) and len(value) < 1000
+            if not (is_short or value is None or isinstance(value, bool | int | float)):
+                raise InvalidRequestError(f"{name!r} must be true, false, a number or a short string", parameter)
 
     def apply_chat_template(
         self,

@@ -5,16 +5,15 @@ all, prompt by prompt.
 """
 
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from autodeploy.errors import AutoDeployError, EngineDeadError
+from autodeploy.errors import AutoDeployError
 from autodeploy.outputs import CompletionOutput, OutputCollector, OutputDelta
 from autodeploy.runtime.async_engine import TokenStream
-from autodeploy.runtime.request import Logprob
-from autodeploy.runtime.tokenizer import Tokenizer
-from autodeploy.server.protocol import (
+from autodeploy.server.answers import (
     AnswerDelta,
     AnswerMessage,
     ChatChoice,
@@ -22,24 +21,38 @@ from autodeploy.server.protocol import (
     ChatCompletionChunk,
     ChatCompletionResponse,
     ChatLogprobs,
-    ChatTokenLogprob,
     CompletionChoice,
     CompletionLogprobs,
     CompletionResponse,
-    TokenLogprob,
     Usage,
 )
+from autodeploy.server.failures import RequestFailedError, public_message
+from autodeploy.server.logprobs import Entries, TokenNames
 
 
-class RequestFailedError(AutoDeployError):
-    """The engine gave up on one request; the message is the engine's reason."""
+@dataclass(frozen=True, kw_only=True)
+class AnswerForm:
+    """What one call's answer looks like.
 
+    Attributes:
+        usage, usage_in_every_chunk: whether a stream tells the tokens used, at its end or all along.
+        token_ids: answers carry token ids besides text.
+        prompt_logprobs: answers carry the prompt's log-probabilities, in vLLM's form.
+        top_logprobs: most likely tokens told in each place of a chat answer.
+        echoes: texts of the prompts, for completions that begin with them.
+        only_scores: the answer is the prompt alone.
+    """
 
-def public_message(error: AutoDeployError) -> str:
-    """What a client may read of a failure; what else an exception says stays in the log."""
-    if isinstance(error, RequestFailedError):
-        return f"the request failed: {error}"
-    return "the engine has stopped" if isinstance(error, EngineDeadError) else "the request failed"
+    answer_id: str
+    model: str
+    names: TokenNames
+    usage: bool = False
+    usage_in_every_chunk: bool = False
+    token_ids: bool = False
+    prompt_logprobs: bool = False
+    top_logprobs: int = 0
+    echoes: Sequence[str] | None = None
+    only_scores: bool = False
 
 
 class Generation:
@@ -58,10 +71,12 @@ class Generation:
         self._first_choice = {
             collector.request_id: sum(sizes[:position]) for position, collector in enumerate(collectors)
         }
+        self.prompt_of = [position for position, size in enumerate(sizes) for _ in range(size)]
+        """the prompt of each choice"""
 
     @property
     def num_choices(self) -> int:
-        return sum(collector.params.n for collector in self.collectors)
+        return len(self.prompt_of)
 
     async def deltas(self) -> AsyncIterator[tuple[int, OutputDelta]]:
         """(choice index, what is new) until all have ended.
@@ -84,140 +99,131 @@ class Generation:
             pass
         return [output for collector in self.collectors for output in collector.snapshot().outputs]
 
-    def usage(self) -> Usage:
+    def usage(self, form: AnswerForm) -> Usage:
         """Tokens so far."""
-        outputs = [collector.snapshot() for collector in self.collectors]
-        prompt = sum(len(output.prompt_token_ids) for output in outputs)
-        completion = sum(len(choice.token_ids) for output in outputs for choice in output.outputs)
+        prompt = sum(len(collector.prompt_token_ids) for collector in self.collectors)
+        completion = 0 if form.only_scores else sum(collector.num_output_tokens for collector in self.collectors)
         return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
-class TokenNames:
-    """Tokens as text, for log-probabilities."""
-
-    def __init__(self, tokenizer: Tokenizer | None):
-        self._tokenizer = tokenizer
-
-    def name(self, token_id: int) -> str:
-        if self._tokenizer is None:
-            return f"token_id:{token_id}"
-        return self._tokenizer.decode([token_id], skip_special_tokens=False)
-
-    def completion_logprobs(
-        self, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]] | None, offset: int
-    ) -> CompletionLogprobs | None:
-        """OpenAI's older form. offset: characters of text before the first token."""
-        if logprobs is None:
-            return None
-        tokens = [self.name(token_id) for token_id in token_ids]
-        chosen = [entry[token_id].logprob for token_id, entry in zip(token_ids, logprobs, strict=True)]
-        top = [
-            {self.name(token_id): item.logprob for token_id, item in _least_likely_first(entry)} for entry in logprobs
-        ]
-        offsets = [offset + sum(len(token) for token in tokens[:position]) for position in range(len(tokens))]
-        return CompletionLogprobs(tokens=tokens, token_logprobs=chosen, top_logprobs=top, text_offset=offsets)
-
-    def chat_logprobs(
-        self, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]] | None, top: int
-    ) -> ChatLogprobs | None:
-        """OpenAI's newer form, with the `top` most likely tokens in each place."""
-        if logprobs is None:
-            return None
-        content = []
-        for token_id, entry in zip(token_ids, logprobs, strict=True):
-            likeliest = [
-                self._token(other, item.logprob)
-                for other, item in reversed(_least_likely_first(entry))
-                if item.rank <= top
-            ]
-            own = self._token(token_id, entry[token_id].logprob)
-            content.append(ChatTokenLogprob(**own.model_dump(), top_logprobs=likeliest))
-        return ChatLogprobs(content=content)
-
-    def _token(self, token_id: int, logprob: float) -> TokenLogprob:
-        name = self.name(token_id)
-        return TokenLogprob(token=name, logprob=logprob, bytes=list(name.encode()))
-
-
-def _least_likely_first(entry: Mapping[int, Logprob]) -> list[tuple[int, Logprob]]:
-    """In this order, the likelier of two tokens with the same text wins a place in a dict."""
-    return sorted(entry.items(), key=lambda item: -item[1].rank)
-
-
 def completion_response(
-    answer_id: str, model: str, outputs: Sequence[CompletionOutput], usage: Usage, names: TokenNames
+    form: AnswerForm, generation: Generation, outputs: Sequence[CompletionOutput]
 ) -> CompletionResponse:
-    choices = [
-        CompletionChoice(
+    choices = []
+    for index, output in enumerate(outputs):
+        collector = generation.collectors[generation.prompt_of[index]]
+        echo = None if form.echoes is None else form.echoes[generation.prompt_of[index]]
+        prompt = (echo, collector.prompt_token_ids, collector.prompt_logprobs)
+        text, logprobs = _completion_piece(form, prompt, (output.text, output.token_ids, output.logprobs), 0)
+        choice = CompletionChoice(
             index=index,
-            text=output.text,
-            logprobs=names.completion_logprobs(output.token_ids, output.logprobs, 0),
+            text=text,
+            logprobs=logprobs,
             finish_reason=output.finish_reason,
             stop_reason=output.stop_reason,
+            prompt_logprobs=form.names.prompt_logprobs(collector.prompt_logprobs if form.prompt_logprobs else None),
+            token_ids=output.token_ids if form.token_ids else None,
+            prompt_token_ids=collector.prompt_token_ids if form.token_ids else None,
         )
-        for index, output in enumerate(outputs)
-    ]
-    return CompletionResponse(id=answer_id, model=model, choices=choices, usage=usage)
+        choices.append(choice)
+    return CompletionResponse(id=form.answer_id, model=form.model, choices=choices, usage=generation.usage(form))
 
 
-async def completion_chunks(
-    answer_id: str, model: str, generation: Generation, names: TokenNames, include_usage: bool
-) -> AsyncIterator[CompletionResponse]:
-    """A completion piece by piece."""
+async def completion_chunks(form: AnswerForm, generation: Generation) -> AsyncIterator[CompletionResponse]:
+    """A completion piece by piece; where prompts are repeated, they come with each choice's first piece."""
+    is_begun = [form.echoes is None] * generation.num_choices
     offsets = [0] * generation.num_choices
     async for index, delta in generation.deltas():
-        logprobs = names.completion_logprobs(delta.token_ids, delta.logprobs, offsets[index])
-        if logprobs is not None:
-            offsets[index] += sum(len(token) for token in logprobs.tokens)
-        if delta.text or delta.finish_reason or logprobs is not None:
+        position = generation.prompt_of[index]
+        echo = None if is_begun[index] or form.echoes is None else form.echoes[position]
+        is_begun[index] = True
+        prompt = (echo, generation.collectors[position].prompt_token_ids, delta.prompt_logprobs)
+        piece = (delta.text, delta.token_ids, delta.logprobs)
+        text, logprobs = _completion_piece(form, prompt, piece, offsets[index])
+        offsets[index] += sum(map(len, logprobs.tokens)) if logprobs is not None else 0
+        if text or delta.finish_reason or logprobs is not None or form.token_ids:
             choice = CompletionChoice(
                 index=index,
-                text=delta.text,
+                text=text,
                 logprobs=logprobs,
                 finish_reason=delta.finish_reason,
                 stop_reason=delta.stop_reason,
+                token_ids=delta.token_ids if form.token_ids else None,
             )
-            yield CompletionResponse(id=answer_id, model=model, choices=[choice])
-    if include_usage:
-        yield CompletionResponse(id=answer_id, model=model, choices=[], usage=generation.usage())
+            usage = generation.usage(form) if form.usage_in_every_chunk else None
+            yield CompletionResponse(id=form.answer_id, model=form.model, choices=[choice], usage=usage)
+    if form.usage:
+        yield CompletionResponse(id=form.answer_id, model=form.model, choices=[], usage=generation.usage(form))
+
+
+def _completion_piece(
+    form: AnswerForm,
+    prompt: tuple[str | None, Sequence[int], Entries | None],
+    piece: tuple[str, Sequence[int], Entries | None],
+    offset: int,
+) -> tuple[str, CompletionLogprobs | None]:
+    """Text and log-probabilities of a piece, behind those of its prompt, whose text is None unless it is repeated."""
+    text, token_ids, entries = piece
+    if form.only_scores:
+        text, token_ids, entries = "", (), None if entries is None else ()
+    echo, prompt_token_ids, prompt_entries = prompt
+    if echo is not None:
+        text, token_ids = echo + text, [*prompt_token_ids, *token_ids]
+        entries = None if entries is None else [*(prompt_entries or ()), *entries]
+    return text, None if entries is None else form.names.completion_logprobs(token_ids, entries, offset)
 
 
 def chat_response(
-    answer_id: str, model: str, outputs: Sequence[CompletionOutput], usage: Usage, names: TokenNames, top: int
+    form: AnswerForm, generation: Generation, outputs: Sequence[CompletionOutput]
 ) -> ChatCompletionResponse:
     choices = [
         ChatChoice(
             index=index,
             message=AnswerMessage(content=output.text),
-            logprobs=names.chat_logprobs(output.token_ids, output.logprobs, top),
+            logprobs=_chat_logprobs(form, output),
             finish_reason=output.finish_reason,
             stop_reason=output.stop_reason,
+            token_ids=output.token_ids if form.token_ids else None,
         )
         for index, output in enumerate(outputs)
     ]
-    return ChatCompletionResponse(id=answer_id, model=model, choices=choices, usage=usage)
+    (collector,) = generation.collectors
+    return ChatCompletionResponse(
+        id=form.answer_id,
+        model=form.model,
+        choices=choices,
+        usage=generation.usage(form),
+        prompt_logprobs=form.names.prompt_logprobs(collector.prompt_logprobs if form.prompt_logprobs else None),
+        prompt_token_ids=collector.prompt_token_ids if form.token_ids else None,
+    )
 
 
-async def chat_chunks(
-    answer_id: str, model: str, generation: Generation, names: TokenNames, include_usage: bool, top: int
-) -> AsyncIterator[ChatCompletionChunk]:
+async def chat_chunks(form: AnswerForm, generation: Generation) -> AsyncIterator[ChatCompletionChunk]:
     """A chat answer piece by piece; the first chunk of every choice says who speaks."""
     for index in range(generation.num_choices):
         first = ChatChunkChoice(index=index, delta=AnswerDelta(role="assistant", content=""))
-        yield ChatCompletionChunk(id=answer_id, model=model, choices=[first])
+        yield ChatCompletionChunk(id=form.answer_id, model=form.model, choices=[first])
     async for index, delta in generation.deltas():
-        logprobs = names.chat_logprobs(delta.token_ids, delta.logprobs, top)
-        if delta.text or delta.finish_reason or logprobs is not None:
+        logprobs = _chat_logprobs(form, delta)
+        if delta.text or delta.finish_reason or logprobs is not None or form.token_ids:
             choice = ChatChunkChoice(
                 index=index,
                 delta=AnswerDelta(content=delta.text) if delta.text else AnswerDelta(),
                 logprobs=logprobs,
                 finish_reason=delta.finish_reason,
                 stop_reason=delta.stop_reason,
+                token_ids=delta.token_ids if form.token_ids else None,
             )
-            yield ChatCompletionChunk(id=answer_id, model=model, choices=[choice])
-    if include_usage:
-        yield ChatCompletionChunk(id=answer_id, model=model, choices=[], usage=generation.usage())
+            usage = generation.usage(form) if form.usage_in_every_chunk else None
+            yield ChatCompletionChunk(id=form.answer_id, model=form.model, choices=[choice], usage=usage)
+    if form.usage:
+        yield ChatCompletionChunk(id=form.answer_id, model=form.model, choices=[], usage=generation.usage(form))
+
+
+def _chat_logprobs(form: AnswerForm, output: CompletionOutput | OutputDelta) -> ChatLogprobs | None:
+    if output.logprobs is None:
+        return None
+    return form.names.chat_logprobs(output.token_ids, output.logprobs, form.top_logprobs)
 
 
 async def server_sent_events(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[str]:

@@ -1,0 +1,81 @@
+"""What all parts of a request have in common: no field is ignored. Unknown and unsupported ones are refused by name."""
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from autodeploy.errors import InvalidRequestError
+
+UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "cache_salt": (),
+    "chat_template": (),
+    "documents": (),
+    "function_call": ("none",),
+    "functions": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_reasoning": (),
+    "kv_transfer_params": (),
+    "length_penalty": (1.0,),
+    "logits_processors": (),
+    "mm_processor_kwargs": (),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (True,),
+    "prediction": (),
+    "prompt_embeds": (),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "spaces_between_special_tokens": (True,),
+    "store": (),
+    "structured_outputs": (),
+    "suffix": (),
+    "tool_choice": ("none", "auto"),
+    "tools": (),
+    "use_beam_search": (),
+    "verbosity": (),
+    "web_search_options": (),
+}
+"""Fields of OpenAI's and vLLM's APIs that are not supported, and values that ask for nothing beside null and empty."""
+
+_EMPTY: tuple[Any, ...] = (None, False, "", [], {})
+
+
+class StrictModel(BaseModel):
+    """A part of a request: no unknown fields, no silent conversion of types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_done(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        kept = {}
+        for name, value in values.items():
+            if name in cls.model_fields:
+                kept[name] = value
+            elif not _asks_for_nothing(name, value):
+                raise _refusal(name, sorted(cls.model_fields))
+        return kept
+
+
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    neutral = UNSUPPORTED_FIELDS.get(name)
+    # Equality alone would take 0 for False and 1 for True.
+    return neutral is not None and any(
+        value == known and isinstance(value, bool) == isinstance(known, bool) for known in (*neutral, *_EMPTY)
+    )
+
+
+def _refusal(name: str, known: list[str]) -> InvalidRequestError:
+    if name in UNSUPPORTED_FIELDS:
+        return InvalidRequestError(f"the field {name!r} is not supported with this value; leave it out", name)
+    nearest = difflib.get_close_matches(name[:100], known, n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known fields: {', '.join(known)}"
+    return InvalidRequestError(f"unknown field {name[:100]!r}; {hint}", name[:100])

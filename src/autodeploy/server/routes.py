@@ -1,0 +1,168 @@
+"""The routes that run the model: a checked request goes to the engine, its answer comes back whole or as a stream.
+
+A client that goes away takes its requests with it.
+"""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from autodeploy.errors import InvalidRequestError
+from autodeploy.outputs import CompletionOutput, OutputCollector
+from autodeploy.runtime.async_engine import TokenStream
+from autodeploy.runtime.request import MAX_SEQUENCES_PER_REQUEST, SamplingParams
+from autodeploy.runtime.tokenizer import with_token_ids
+from autodeploy.server import streaming
+from autodeploy.server.failures import ClientDisconnectedError
+from autodeploy.server.logprobs import TokenNames
+from autodeploy.server.prompts import PromptReader
+from autodeploy.server.requests import ChatCompletionRequest, CompletionRequest, SamplingRequest
+from autodeploy.server.served import ServedModel
+from autodeploy.server.streaming import AnswerForm, Generation
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+Whole = Callable[[AnswerForm, Generation, Sequence[CompletionOutput]], BaseModel]
+Chunks = Callable[[AnswerForm, Generation], AsyncIterator[BaseModel]]
+
+
+class GenerationRoutes:
+    """`/v1/completions` and `/v1/chat/completions`."""
+
+    def __init__(self, served: ServedModel):
+        self._served = served
+        self._prompts = PromptReader(served)
+
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+        """Continue one or more prompts."""
+        model = self._served.checked_name(body.model)
+        params = with_token_ids(body.sampling_params(self._served.default_sampling), self._served.tokenizer)
+        prompts = body.prompts()
+        if not prompts:
+            raise InvalidRequestError("the prompt is empty; give at least one", "prompt")
+        if len(prompts) * params.n > MAX_SEQUENCES_PER_REQUEST:
+            raise InvalidRequestError(
+                f"{len(prompts)} prompts times n={params.n} are more than {MAX_SEQUENCES_PER_REQUEST} sequences; "
+                "send several requests",
+                "prompt",
+            )
+        token_ids = [await self._prompts.encode(prompt, body) for prompt in prompts]
+        echoes = None
+        if body.echo:
+            echoes = [self._prompts.text(prompt, ids) for prompt, ids in zip(prompts, token_ids, strict=True)]
+        form = self._form("cmpl", model, body, echoes=echoes, only_scores=body.only_scores, names=self._names(body))
+        return await self._answer(
+            request, form, body, token_ids, params, streaming.completion_response, streaming.completion_chunks
+        )
+
+    async def chat_completions(self, body: ChatCompletionRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        model = self._served.checked_name(body.model)
+        params = with_token_ids(body.sampling_params(self._served.default_sampling), self._served.tokenizer)
+        token_ids = [await self._prompts.encode_chat(body, truncate=body.truncate_prompt_tokens)]
+        form = self._form("chatcmpl", model, body, top_logprobs=body.top_logprobs or 0, names=self._names(body))
+        return await self._answer(
+            request, form, body, token_ids, params, streaming.chat_response, streaming.chat_chunks
+        )
+
+    def _names(self, body: SamplingRequest) -> TokenNames:
+        return TokenNames(self._served.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
+
+    @staticmethod
+    def _form(kind: str, model: str, body: SamplingRequest, **own: Any) -> AnswerForm:
+        return AnswerForm(
+            answer_id=f"{kind}-{body.request_id or uuid.uuid4().hex}",
+            model=model,
+            usage=body.wants_usage,
+            usage_in_every_chunk=body.wants_usage_in_every_chunk,
+            token_ids=bool(body.return_token_ids),
+            prompt_logprobs=body.prompt_logprobs is not None,
+            **own,
+        )
+
+    async def _answer(
+        self,
+        request: Request,
+        form: AnswerForm,
+        body: SamplingRequest,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        make_whole: Whole,
+        make_chunks: Chunks,
+    ) -> Response:
+        start = self._start(prompts, params, body.priority)
+        if body.stream:
+            generation = await until_disconnect(request.receive, start)
+            return _EventStream(streaming.server_sent_events(make_chunks(form, generation)), generation.stream)
+
+        async def whole() -> Response:
+            generation = await start
+            with generation.stream:
+                outputs = await generation.finish()
+            answer = make_whole(form, generation, outputs)
+            return Response(answer.model_dump_json(), media_type="application/json")
+
+        return await until_disconnect(request.receive, whole())
+
+    async def _start(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, priority: int | None
+    ) -> Generation:
+        """Give all prompts to the engine; the engine has accepted all of them, or none when an error is raised."""
+        stream = self._served.engine.open()
+        call_id = uuid.uuid4().hex
+        collectors = []
+        try:
+            for position, token_ids in enumerate(prompts):
+                request_id = f"{call_id}-{position}"
+                await stream.add(request_id, token_ids, params, priority=priority or 0)
+                abort = partial(stream.abort, request_id)
+                collectors.append(OutputCollector(request_id, token_ids, params, self._served.tokenizer, abort))
+        except BaseException:
+            stream.close()
+            raise
+        return Generation(stream, collectors)
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """Run `work`; cancel it when the client goes away (ClientDisconnectedError)."""
+
+    async def disconnected() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnectedError
+        return task.result()
+    finally:
+        task.cancel()
+        watcher.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events of a token stream, which is closed whichever way the answer ends."""
+
+    def __init__(self, events: AsyncIterator[str], stream: TokenStream):
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._token_stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await until_disconnect(receive, self.stream_response(send))
+        except (ClientDisconnectedError, OSError):
+            logger.info("a client went away before its answer was complete")
+        finally:
+            self._token_stream.close()

@@ -1,0 +1,41 @@
+"""What the routes work with: an engine, a tokenizer, and the names of the model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from autodeploy.errors import InvalidRequestError
+from autodeploy.runtime.async_engine import AsyncEngine
+from autodeploy.runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """One model, as clients see it.
+
+    Attributes:
+        names: names that clients may ask for; the first is the one answers carry.
+        tokenizer: None serves token ids only.
+        max_model_len: longest context in tokens, told to clients.
+        default_sampling: `SamplingParams` values for what a request leaves out.
+    """
+
+    engine: AsyncEngine
+    names: Sequence[str]
+    tokenizer: Tokenizer | None = None
+    max_model_len: int | None = None
+    default_sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    def require_tokenizer(self, parameter: str) -> Tokenizer:
+        """Raises InvalidRequestError, about the field `parameter`, where there is none."""
+        if self.tokenizer is None:
+            raise InvalidRequestError("this server has no tokenizer; send prompts as token ids", parameter)
+        return self.tokenizer
+
+    def checked_name(self, name: str | None) -> str:
+        """The name an answer carries. Raises HTTPException 404 for a model that is not served."""
+        if name is not None and name not in self.names:
+            raise HTTPException(404, f"the model {name[:200]!r} does not exist; served: {', '.join(self.names)}")
+        return name or self.names[0]

@@ -1,0 +1,47 @@
+"""Servers for tests, stopped at their end."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+
+from autodeploy.runtime.async_engine import AsyncEngine
+from autodeploy.server.app import create_app
+from autodeploy.server.served import ServedModel
+from tests.runtime.fake_engine import FakeEngine
+from tests.server.running import ANSWER_IDS, EOS, TOKENIZER, Server, Start, wait_until
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts servers with the given engine; stops them all at the end."""
+    running: list[tuple[uvicorn.Server, threading.Thread, AsyncEngine, FakeEngine]] = []
+
+    def start_server(fake: FakeEngine | None = None, tokenizer: Any = TOKENIZER, **options: Any) -> Server:
+        fake = fake or FakeEngine(ANSWER_IDS, eos_id=EOS)
+        engine = AsyncEngine(fake, step_timeout_seconds=options.pop("step_timeout_seconds", 600))
+        served = ServedModel(
+            engine=engine,
+            names=["tiny", "alias"],
+            tokenizer=tokenizer,
+            max_model_len=fake.max_model_len,
+            default_sampling=options.pop("default_sampling", {}),
+        )
+        app = create_app(served, version="1.2.3", **options)
+        listener = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        running.append((server, thread, engine, fake))
+        wait_until(lambda: server.started)
+        return Server(f"http://127.0.0.1:{listener.getsockname()[1]}", fake, engine)
+
+    yield start_server
+    for server, thread, engine, fake in running:
+        fake.hold.clear()
+        server.should_exit = True
+        thread.join(10)
+        engine.shutdown()
