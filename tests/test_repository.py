@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kernels": (*_BASE, "ops"),
     "checkpoint": (*_BASE, "ops"),
     # A graph carries its weights as recipes; of reading them it knows nothing.
-    "graph": (*_BASE, "ops", "checkpoint.recipe"),
+    "graph": (*_BASE, "ops", "checkpoint.recipe", "checkpoint.quantize"),
     "models": (*_BASE, "ops", "checkpoint"),
     "capture": (*_BASE, "graph", "ops", "checkpoint", "models"),
     "transforms": (*_BASE, "graph", "ops", "checkpoint"),

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from autodeploy.checkpoint import load
 from autodeploy.checkpoint.load import load_weights, weight_bytes
-from autodeploy.checkpoint.recipe import Cast, Concat, Recipe, Source, Transpose
+from autodeploy.checkpoint.quantize import NumberFormat, quantize_rows
+from autodeploy.checkpoint.recipe import Cast, Concat, Quantize, Recipe, Source, Transpose
 from autodeploy.errors import CheckpointError, OutOfMemoryError
 
 CPU = torch.device("cpu")
@@ -78,6 +79,23 @@ def test_reads_one_at_a_time_and_raises_what_reading_raises() -> None:
 
     with pytest.raises(CheckpointError, match="is damaged"):
         load_weights(recipes, broken, device=CPU)
+
+
+def test_parts_of_a_quantised_matrix_are_made_in_one_reading() -> None:
+    matrix, read = source("a", 32, 64), []
+
+    def stored(name: str) -> Tensor:
+        read.append(name)
+        return torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+
+    number_format = NumberFormat(4, 32, has_offsets=True)
+    recipes: dict[str, Recipe] = {
+        part: Quantize(matrix, number_format, part) for part in ("numbers", "scales", "offsets")
+    }
+    loaded = load_weights(recipes | {"plain": source("b", 32, 64)}, stored, device=CPU)
+    assert sorted(read) == ["a", "b"]
+    expected = quantize_rows(stored("a"), number_format)
+    assert all(torch.equal(loaded[part], expected[part]) for part in recipes)
 
 
 def test_loads_under_inference_mode_too() -> None:

@@ -7,7 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from autodeploy.checkpoint.recipe import Cast, Concat, Recipe, Reshape, Slice, Source, Transpose, evaluate
+from autodeploy.checkpoint.quantize import NumberFormat, quantize_rows
+from autodeploy.checkpoint.recipe import (
+    Cast,
+    Concat,
+    Quantize,
+    Recipe,
+    Reshape,
+    Slice,
+    Source,
+    Transpose,
+    evaluate,
+    evaluate_quantized,
+)
 from autodeploy.errors import CheckpointError, TransformError
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -131,6 +143,46 @@ def test_interleaved_rows_come_apart_in_one_reading() -> None:
     assert torch.equal(evaluate(apart, lambda _: weight, torch.empty(2, 6, 4)), expected)
 
 
+INT4 = NumberFormat(4, 32, has_offsets=True)
+
+
+def test_quantised_parts_are_those_of_the_whole_matrix() -> None:
+    parts = tuple(Source(f"{name}", (rows, 64), F32) for name, rows in (("a", 32), ("b", 8), ("c", 17)))
+    matrix = torch.cat([stored(part.name, part.shape) for part in parts])
+    whole = quantize_rows(matrix, INT4)
+    read = lambda name: stored(name, next(part.shape for part in parts if part.name == name))  # noqa: E731
+    for part in ("numbers", "scales", "offsets"):
+        recipe = Quantize(Concat(parts, 0), INT4, part)
+        made = evaluate(recipe, read)
+        assert (tuple(made.shape), made.dtype) == (recipe.shape, recipe.dtype)
+        assert torch.equal(made, whole[part])
+        assert torch.equal(evaluate(recipe, read, torch.empty_like(made)), made)
+    assert str(Quantize(parts[0], INT4, "scales")) == "scales(a, int4 per 32 inputs, with offsets)"
+
+
+def test_quantising_holds_one_source_and_never_the_matrix() -> None:
+    """Parts of 512 rows; beside the one that is read, no more than 256 rows of anything exist at once."""
+    parts = tuple(Source(f"{i}", (512, 64), BF16) for i in range(3))
+    matrix = Reshape(Reshape(Concat(parts, 0), (3, 512, 64)), (1536, 64))
+    alive: list[weakref.ref[Tensor]] = []
+
+    def read(name: str) -> Tensor:
+        gc.collect()
+        assert all(ref() is None for ref in alive), "the previous source is still held"
+        tensor = stored(name, (512, 64)).bfloat16()
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    recipes = [Quantize(matrix, INT4, part) for part in ("numbers", "scales", "offsets")]
+    made = {recipe: torch.empty(recipe.shape, dtype=recipe.dtype) for recipe in recipes}
+    with _Allocations() as allocated:
+        evaluate_quantized(made, read)
+    assert len(alive) == 3, "each source is read once for all parts"
+    assert max(allocated.numels) <= max(512, 4 * 256) * 64, "something as large as the whole was allocated"
+    whole = quantize_rows(torch.cat([stored(part.name, (512, 64)).bfloat16() for part in parts]), INT4)
+    assert all(torch.equal(tensor, whole[recipe.part]) for recipe, tensor in made.items())
+
+
 def test_a_source_of_another_shape_is_named_with_both_shapes() -> None:
     with pytest.raises(CheckpointError, match=r"'w'.*\[2, 3\].*\[3, 2\]"):
         evaluate(Source("w", (3, 2), F32), lambda name: torch.zeros(2, 3))
@@ -151,6 +203,9 @@ def test_a_source_of_another_shape_is_named_with_both_shapes() -> None:
         lambda w: Concat((w, Source("v", (4, 4), F32)), 0),
         lambda w: Concat((w, Source("v", (4,), F32)), 0),
         lambda w: Concat((w, Cast(w, BF16)), 0),
+        lambda w: Quantize(w, INT4, "numbers"),
+        lambda w: Quantize(w, NumberFormat(8, None), "offsets"),
+        lambda w: Quantize(Reshape(w, (12,)), NumberFormat(8, None), "numbers"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused_when_made(make: "type[Recipe]") -> None:

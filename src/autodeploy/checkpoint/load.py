@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from autodeploy.checkpoint.recipe import ReadTensor, Recipe, evaluate
+from autodeploy.checkpoint.recipe import Quantize, ReadTensor, Recipe, evaluate, evaluate_quantized
 from autodeploy.errors import OutOfMemoryError
 from autodeploy.memory import available_bytes, huge_pages
 
@@ -49,18 +49,31 @@ def load_weights(
 
     is_inference = torch.is_inference_mode_enabled()  # holds for one thread; tensors made under it want it again
 
-    def make(recipe: Recipe) -> int:
+    def make(recipes: Sequence[Recipe]) -> int:
+        parts = {recipe: loaded[recipe] for recipe in recipes if isinstance(recipe, Quantize)}
         with torch.inference_mode(is_inference):
-            evaluate(recipe, read_alone, loaded[recipe])
-        return weight_bytes(recipe)
+            if parts:
+                evaluate_quantized(parts, read_alone)
+            else:
+                evaluate(recipes[0], read_alone, loaded[recipes[0]])
+        return sum(map(weight_bytes, recipes))
 
     done_bytes = 0
     with ThreadPoolExecutor(torch.get_num_threads() if device.type == "cpu" else 1) as pool:
-        for made_bytes in pool.map(make, distinct):
+        for made_bytes in pool.map(make, _made_together(distinct)):
             done_bytes += made_bytes
             if progress is not None:
                 progress(done_bytes, total_bytes)
     return {name: loaded[recipe] for name, recipe in recipes.items()}
+
+
+def _made_together(recipes: Sequence[Recipe]) -> list[list[Recipe]]:
+    """The recipes in their order, parts of one quantised matrix together."""
+    groups: dict[object, list[Recipe]] = {}
+    for recipe in recipes:
+        key = (recipe.of, recipe.number_format) if isinstance(recipe, Quantize) else recipe
+        groups.setdefault(key, []).append(recipe)
+    return list(groups.values())
 
 
 def _allocate(recipes: Sequence[Recipe], device: torch.device) -> dict[Recipe, Tensor]:

@@ -6,14 +6,16 @@ added to the union and to `evaluate`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor
 
+from autodeploy.checkpoint.quantize import NumberFormat, quantize_rows
 from autodeploy.errors import CheckpointError, TransformError
+from autodeploy.ops.quantized_linear import TILE, packed_shape
 
 ReadTensor = Callable[[str], Tensor]
 """The tensor of that name in the module's state dict. The caller does not write to it; it may be a view of a file."""
@@ -169,7 +171,48 @@ class Reshape:
         return f"reshape({self.of}, {list(self.shape)})"
 
 
-Recipe = Source | Slice | Concat | Cast | Transpose | Reshape
+QuantizedPart = Literal["numbers", "scales", "offsets"]
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """A part of the matrix `of` with fewer bits, as `quantized_linear` reads it; each part has a recipe of its own."""
+
+    of: "Recipe"
+    number_format: NumberFormat
+    part: QuantizedPart
+
+    def __post_init__(self) -> None:
+        size = self.number_format.group_size
+        if len(self.of.shape) != 2 or (size is not None and self.of.shape[1] % size):
+            raise TransformError(
+                f"{self.of} {list(self.of.shape)} as {self.number_format}; it must be a matrix of whole groups"
+            )
+        if self.part == "offsets" and not self.number_format.has_offsets:
+            raise TransformError(f"offsets of {self.of} as {self.number_format}; that format has none")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        num_outputs, num_inputs = self.of.shape
+        if self.part == "numbers":
+            return packed_shape(num_outputs, num_inputs, self.number_format.bits)
+        return -(-num_outputs // TILE), self.number_format.num_groups(num_inputs), TILE
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.uint8 if self.part == "numbers" else torch.float16
+
+    def sources(self) -> tuple[str, ...]:
+        return self.of.sources()
+
+    def __str__(self) -> str:
+        return f"{self.part}({self.of}, {self.number_format})"
+
+
+Recipe = Source | Slice | Concat | Cast | Transpose | Reshape | Quantize
+
+_ROWS_AT_ONCE = 16 * TILE
+"""Rows quantised at a time, so that no whole matrix exists in float32."""
 
 
 def evaluate(recipe: Recipe, read: ReadTensor, out: Tensor | None = None) -> Tensor:
@@ -205,6 +248,10 @@ def evaluate(recipe: Recipe, read: ReadTensor, out: Tensor | None = None) -> Ten
             return _written(evaluate(recipe.of, read).to(recipe.dtype), out)
         case Concat():
             return _concatenate(recipe, read, out)
+        case Quantize():
+            made = torch.empty(recipe.shape, dtype=recipe.dtype) if out is None else out
+            evaluate_quantized({recipe: made}, read)
+            return made
         case _:
             assert_never(recipe)
 
@@ -238,6 +285,30 @@ def _reshape(recipe: Reshape, read: ReadTensor, out: Tensor | None) -> Tensor:
         return out.copy_(evaluate(recipe.of, read).reshape(recipe.shape))
     evaluate(recipe.of, read, place)
     return out
+
+
+def evaluate_quantized(parts: Mapping[Quantize, Tensor], read: ReadTensor) -> None:
+    """Write several parts of one matrix in one number format; its sources are read once for all of them."""
+    ((of, number_format),) = {(recipe.of, recipe.number_format) for recipe in parts}
+    tile = 0
+    for rows in _runs_of_rows(of, read):
+        made = quantize_rows(rows, number_format)
+        end = tile + len(made["numbers"])
+        for recipe, out in parts.items():
+            out[tile:end].copy_(made[recipe.part])
+        tile = end
+
+
+def _runs_of_rows(recipe: Recipe, read: ReadTensor) -> Iterator[Tensor]:
+    """All rows `[..., I]` in order, some whole tiles of them at a time; parts of a concatenation one after another."""
+    match recipe:
+        case Concat(parts=parts, dim=0) if all(math.prod(part.shape[:-1]) % TILE == 0 for part in parts):
+            for part in parts:
+                yield from _runs_of_rows(part, read)
+        case Reshape(of=of) if of.shape[-1] == recipe.shape[-1]:
+            yield from _runs_of_rows(of, read)
+        case _:
+            yield from evaluate(recipe, read).reshape(-1, recipe.shape[-1]).split(_ROWS_AT_ONCE)
 
 
 def _written(tensor: Tensor, out: Tensor | None) -> Tensor:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import fx, nn
 from torch._ops import OpOverload
 
-from autodeploy.checkpoint.recipe import Cast, Concat, Recipe, Reshape, Slice, Source, Transpose
+from autodeploy.checkpoint.quantize import NumberFormat
+from autodeploy.checkpoint.recipe import Cast, Concat, Quantize, Recipe, Reshape, Slice, Source, Transpose
 from autodeploy.graph.levels import Level
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.ops.state import PagedState, SlotState
@@ -23,7 +24,8 @@ from autodeploy.ops.state import PagedState, SlotState
 GRAPH_FILE, CONSTANTS_FILE = "graph.json", "constants.safetensors"
 
 _RECORDS: dict[str, type[Any]] = {
-    cls.__name__: cls for cls in (Source, Slice, Concat, Cast, Transpose, Reshape, PagedState, SlotState)
+    cls.__name__: cls
+    for cls in (Source, Slice, Concat, Cast, Transpose, Reshape, Quantize, NumberFormat, PagedState, SlotState)
 }
 """Dataclasses that may stand in a file, by name."""
 

@@ -1,0 +1,97 @@
+"""Quantising: rows of a matrix go in; whole numbers, scales and offsets come out, as `quantized_linear` reads them."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autodeploy.ops.quantized_linear import TILE, pack
+
+_LEAST_SCALE, _LARGEST_SCALE = 2.0**-24, 65504.0
+"""Of float16; a group of zeros has the least."""
+_REACHES = (8.0, 7.5, 7.0, 8.5)
+"""With 4 bits: the level at which a group's largest weight is tried. Beyond 8 it is cut off, for finer steps."""
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """How a weight is rounded.
+
+    Attributes:
+        bits: 8 or 4 per weight.
+        group_size: inputs that share a scale; None for whole rows.
+        has_offsets: numbers count from a group's least weight to its largest; else from below zero to above it.
+    """
+
+    bits: int
+    group_size: int | None
+    has_offsets: bool = False
+
+    def __str__(self) -> str:
+        shared = "row" if self.group_size is None else f"{self.group_size} inputs"
+        return f"int{self.bits} per {shared}{', with offsets' if self.has_offsets else ''}"
+
+    def num_groups(self, num_inputs: int) -> int:
+        """Scales per row."""
+        return 1 if self.group_size is None else num_inputs // self.group_size
+
+
+def quantize_rows(rows: Tensor, number_format: NumberFormat) -> dict[str, Tensor]:
+    """`numbers`, `scales` and, where the format has them, `offsets` of a matrix `[O, I]`, tiles of outputs first."""
+    bits = number_format.bits
+    groups: Tensor = rows.float().unflatten(1, (number_format.num_groups(rows.shape[1]), -1))
+    parts: dict[str, Tensor] = {}
+    if number_format.has_offsets:
+        numbers, scales, offsets = _between_extremes(groups, bits)
+        parts["offsets"] = _tiled(offsets)
+    elif bits == 4:
+        numbers, scales = _around_zero_by_least_error(groups)
+    else:
+        scales = _as_scales(groups.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1))
+        numbers = _levels(groups, scales, bits) + 2 ** (bits - 1)
+    return parts | {"numbers": pack(numbers.to(torch.uint8).flatten(1), bits), "scales": _tiled(scales)}
+
+
+def _between_extremes(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers from the least weight, the offset, to the largest."""
+    least, largest = groups.aminmax(dim=-1, keepdim=True)
+    scales = _as_scales((largest - least) / (2**bits - 1))
+    offsets = least.clamp(-_LARGEST_SCALE, _LARGEST_SCALE).half().float()
+    return ((groups - offsets) / scales).round_().clamp_(0, 2**bits - 1), scales, offsets
+
+
+def _around_zero_by_least_error(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Sixteen levels have no middle: the side with the largest weight gets the eighth.
+
+    Of several steps the best is taken, each fitted to the levels that it gives.
+    """
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    found: list[tuple[Tensor, Tensor]] = []
+    for reach in _REACHES:
+        levels = _levels(groups, _as_scales(extreme / -reach), 4)
+        fitted = (groups * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True).clamp_min(1.0)
+        scales = _as_scales(fitted)
+        levels = _levels(groups, scales, 4)
+        error = (levels * scales - groups).square_().sum(-1, keepdim=True)
+        found.append((scales, error))
+    errors = torch.stack([error for _, error in found])
+    scales = torch.stack([scales for scales, _ in found]).gather(0, errors.argmin(0, keepdim=True))[0]
+    return _levels(groups, scales, 4) + 8, scales
+
+
+def _levels(groups: Tensor, scales: Tensor, bits: int) -> Tensor:
+    return (groups / scales).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _as_scales(scales: Tensor) -> Tensor:
+    """Scales as they will be stored, float16, so that weights are rounded to the levels there will be."""
+    bounded = scales.clamp(-_LARGEST_SCALE, _LARGEST_SCALE).half().float()
+    return torch.where(bounded == 0, _LEAST_SCALE, bounded)
+
+
+def _tiled(by_group: Tensor) -> Tensor:
+    """`[O, G, 1]` to float16 `[⌈O/16⌉, G, 16]`."""
+    padded = F.pad(by_group[..., 0], (0, 0, 0, -by_group.shape[0] % TILE))
+    tiled: Tensor = padded.unflatten(0, (-1, TILE))
+    return tiled.transpose(1, 2).half()
