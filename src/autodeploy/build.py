@@ -35,6 +35,7 @@ from autodeploy.models.limits import longest_context
 from autodeploy.models.locate import LocatedModel, locate_model
 from autodeploy.ops.linear import linear
 from autodeploy.ops.moe import expert_linear, moe
+from autodeploy.ops.quantized_linear import quantized_linear
 
 # Importing transformers, and torch.export, takes longer than the whole start of a model whose graph was kept. So the
 # steps that need them import them.
@@ -316,9 +317,12 @@ def _count_flops(graph: ModelGraph) -> tuple[int, int]:
     assert input_ids is not None
     num_tokens = str(input_ids.meta["val"].shape[1])
     flops = {True: 0, False: 0}
-    for node in graph.nodes(linear):
-        x, weight = (argument.meta["val"] for argument in node.args[:2])  # type: ignore[union-attr]
-        flops[any(num_tokens == str(size) for size in x.shape[:-1])] += 2 * weight.numel()
+    for op in (linear, quantized_linear):
+        assert op.work is not None
+        for node in graph.nodes(op):
+            arguments = fx.map_arg(op.arguments(node.args, node.kwargs), lambda argument: argument.meta["val"])
+            is_per_token = any(num_tokens == str(size) for size in arguments["x"].shape[:-1])
+            flops[is_per_token] += op.work(**arguments).flops_per_token
     return flops[True] + sum(2 * count for _, count in _chosen_weights(graph)), flops[False]
 
 

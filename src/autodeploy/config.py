@@ -15,6 +15,7 @@ from autodeploy.errors import ConfigError
 
 COMPILE_BACKENDS = ("auto", "torch-simple", "torch-compile")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = (None, "int8", "int4")
 RUNTIMES = ("engine", "demollm")
 
 
@@ -51,6 +52,9 @@ class CompileOptions:
         device: `auto` takes CUDA where there is one, else the CPU.
         compile_backend: `torch-simple` runs the transformed graph as it is; `torch-compile` puts it through Inductor.
         attn_backend: provider preferred for attention kernels; `auto` takes the first that supports the case.
+        quantization: `int8` or `int4` rounds the weights of products while they are read; default: as `dtype` says.
+        quantization_group_size: inputs of a weight that share a scale, a multiple of 32; default: a row for `int8`, 32
+            for `int4`.
         transforms: overrides by transform name, e.g. `{"fuse_qkv": {"enabled": False}}`.
         strict: fail when a transform leaves a site it expected to rewrite.
         check_isolation: pack two sequences and compare with each alone, once after loading.
@@ -61,6 +65,8 @@ class CompileOptions:
     device: str = "auto"
     compile_backend: str = "auto"
     attn_backend: str = "auto"
+    quantization: str | None = None
+    quantization_group_size: int | None = None
     transforms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     strict: bool = False
     check_isolation: bool = True
@@ -146,6 +152,12 @@ def check_options(options: Options) -> None:
     _one_of("dtype", options.model.dtype, DTYPES)
     _one_of("load_format", options.model.load_format, ("auto", "dummy"))
     _one_of("compile_backend", options.compile.compile_backend, COMPILE_BACKENDS)
+    _one_of("quantization", options.compile.quantization, QUANTIZATIONS)
+    group_size = options.compile.quantization_group_size
+    if group_size is not None and (group_size not in range(32, 2**31, 32) or isinstance(group_size, bool)):
+        raise ConfigError(f"quantization_group_size must be a multiple of 32, got {group_size!r}")
+    if group_size is not None and options.compile.quantization is None:
+        raise ConfigError("quantization_group_size is given without quantization; choose int8 or int4 too")
     _one_of("runtime", options.engine.runtime, RUNTIMES)
     for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "max_queued_requests"):
         _at_least_one(name, getattr(options.engine, name))
@@ -159,9 +171,9 @@ def check_options(options: Options) -> None:
         raise ConfigError(f"memory_fraction must be in (0, 1], got {options.engine.memory_fraction!r}")
 
 
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def _one_of(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
 
 
 def _at_least_one(name: str, value: object) -> None:

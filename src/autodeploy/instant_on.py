@@ -67,8 +67,8 @@ def _is_worthwhile(model: LocatedModel, options: Options) -> bool:
     device = resolve_device(options.compile.device)
     num_bytes = sum(path.stat().st_size for path in model.weight_files)
     asked_for = options.compile.instant_on and not options.compile.strict and options.model.load_format == "auto"
-    if not asked_for or options.engine.runtime != "engine":
-        return False
+    if not asked_for or options.engine.runtime != "engine" or options.compile.quantization is not None:
+        return False  # the model's own code would answer with other numbers than its graph with rounded weights
     if device.type != "cpu" or num_bytes < LEAST_BYTES or COPIES * num_bytes > available_bytes(device):
         return False
     if not GraphCache.is_wanted(options) or _work(model, options) is None:

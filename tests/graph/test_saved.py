@@ -16,15 +16,17 @@ from tests import tiny
 from tests.graphs import Sketch, captured
 
 
-def _lowered(name: str) -> ModelGraph:
+def _lowered(name: str, quantization: str | None) -> ModelGraph:
     graph = capture(tiny.TINY[name]())
-    transform(graph, CompileOptions(), torch.device("cpu"))
+    transform(graph, CompileOptions(quantization=quantization), torch.device("cpu"))
     return graph
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "cohere2"])
-def test_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
-    graph = _lowered(name)
+@pytest.mark.parametrize(
+    ("name", "quantization"), [("llama", None), ("gemma3_text", None), ("gpt2", None), ("cohere2", "int8")]
+)
+def test_comes_back_as_it_was(name: str, quantization: str | None, tmp_path: Path) -> None:
+    graph = _lowered(name, quantization)
     save(describe(graph), graph, tmp_path, {"note": [1, None]})
     again, extra = restore(tmp_path)
     assert extra == {"note": [1, None]}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from typing import Any
 
 import torch
 
@@ -30,6 +31,7 @@ from autodeploy.transforms.fuse.fuse_gate_up import FuseGateUp
 from autodeploy.transforms.fuse.fuse_qkv import FuseQKV
 from autodeploy.transforms.lower.place_on_device import PlaceOnDevice
 from autodeploy.transforms.lower.select_kernels import SelectKernels
+from autodeploy.transforms.quantize.quantize_weights import QuantizeWeights
 
 
 def default_pipeline(device: torch.device, select_kernels: SelectKernels | None = None) -> Pipeline:
@@ -65,6 +67,8 @@ def default_pipeline(device: torch.device, select_kernels: SelectKernels | None 
             Stage("fuse", (FuseQKV(), FuseGateUp(), FuseAddRMSNorm()), ensures=Level.CANONICAL),
             # Whole-sequence mixers become their twins over state; the head runs for wanted rows only.
             Stage("cache", (InsertCachedOps(), GatherLogits()), ensures=Level.CACHED),
+            # Fused weights with fewer bits, where they are wanted.
+            Stage("quantize", (QuantizeWeights(),), ensures=Level.CACHED),
             # The device, and a kernel provider for every op.
             Stage("lower", (PlaceOnDevice(device=device), select_kernels or SelectKernels()), ensures=Level.LOWERED),
         )
@@ -72,7 +76,7 @@ def default_pipeline(device: torch.device, select_kernels: SelectKernels | None 
 
 
 def configure(pipeline: Pipeline, options: CompileOptions) -> Pipeline:
-    """The pipeline with the user's overrides by transform name.
+    """The pipeline with the user's options, and overrides by transform name.
 
     Raises:
         ConfigError: no such transform or no such option of it, with the nearest known name.
@@ -86,8 +90,13 @@ def configure(pipeline: Pipeline, options: CompileOptions) -> Pipeline:
             if option not in fields:
                 raise ConfigError(f"transform {name!r} has no option {option!r}{_nearest(option, fields)}")
 
+    overrides: dict[str, dict[str, Any]] = {name: dict(values) for name, values in options.transforms.items()}
+    if options.quantization is not None:
+        wanted = {"enabled": True, "format": options.quantization, "group_size": options.quantization_group_size}
+        overrides[QuantizeWeights.name()] = wanted | overrides.get(QuantizeWeights.name(), {})
+
     def override(transform: Transform) -> Transform:
-        values = options.transforms.get(transform.name())
+        values = overrides.get(transform.name())
         return dataclasses.replace(transform, **values) if values else transform
 
     return Pipeline(
