@@ -22,7 +22,20 @@ CROWDED = EngineOptions(max_num_batched_tokens=16, page_size=4, max_num_seqs=6)
 
 
 def _generate(program: Program, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    return _run(Engine(program, CROWDED, max_model_len=96), prompts, num_tokens)
+    engine = Engine(program, CROWDED, max_model_len=96)
+    tokens = _run(engine, prompts, num_tokens)
+    _check_prefix_cache(engine, prompts, tokens)
+    return tokens
+
+
+def _check_prefix_cache(engine: Engine, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    """A prompt gets the same tokens when it starts behind what it left the time before."""
+    longest = max(range(len(prompts)), key=lambda at: len(prompts[at]))
+    num_tokens = len(expected[longest])
+    assert _run(engine, [prompts[longest]], num_tokens) == [expected[longest]]
+    num_hits = engine.stats().prefix_cache_hit_tokens
+    assert _run(engine, [prompts[longest]], num_tokens) == [expected[longest]]
+    assert engine.stats().prefix_cache_hit_tokens > num_hits
 
 
 def _run(engine: Engine, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
@@ -72,6 +85,7 @@ def test_recurrent_states_survive_chunks_and_preemption(name: str, monkeypatch: 
     engine = Engine(program, CROWDED, max_model_len=96)
     assert _run(engine, prompts, 14) == expected
     assert engine.stats().num_preemptions > 0
+    _check_prefix_cache(engine, prompts, expected)
 
 
 def _whole_sequence_greedy(model: nn.Module, prompt: list[int], num_tokens: int) -> list[int]:

@@ -86,6 +86,7 @@ class EngineOptions:
         kv_cache_memory_bytes: memory for all states; default: `memory_fraction` of what is free after loading.
         memory_fraction: share of the free memory that states may take when no byte count is given.
         max_queued_requests: requests waiting before new ones are refused.
+        enable_prefix_caching: share the states of prefixes that requests have in common instead of computing them anew.
         seed: seed of requests that bring none.
     """
 
@@ -96,6 +97,7 @@ class EngineOptions:
     kv_cache_memory_bytes: int | None = None
     memory_fraction: float = 0.5
     max_queued_requests: int = 1024
+    enable_prefix_caching: bool = True
     seed: int | None = None
 
 

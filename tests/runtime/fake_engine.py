@@ -4,11 +4,12 @@ import math
 import threading
 import time
 from collections.abc import Sequence
+from typing import Unpack
 
 from autodeploy.compile.program import Program
 from autodeploy.errors import EngineOverloadedError, InvalidRequestError
 from autodeploy.runtime.engine import EngineStats
-from autodeploy.runtime.request import Logprob, SamplingParams, TokenOutput
+from autodeploy.runtime.request import Logprob, RequestOptions, SamplingParams, TokenOutput
 
 
 class FakeEngine:
@@ -33,6 +34,7 @@ class FakeEngine:
         step_seconds: float = 0.0,
         crash_at_step: int | None = None,
         max_queued: int = 10_000,
+        num_cached_tokens: int = 0,
     ):
         self.script = script
         self.eos_id = eos_id
@@ -41,16 +43,22 @@ class FakeEngine:
         self.step_seconds = step_seconds
         self.crash_at_step = crash_at_step
         self.max_queued = max_queued
+        self.num_cached_tokens = num_cached_tokens
         self.hold = threading.Event()
         self.aborted: list[tuple[str, int | None]] = []
         self.added: list[str] = []
+        self.options: dict[str, RequestOptions] = {}
         self.most_at_once = 0
         self.num_steps = 0
         self._tokens = 0
         self._live: dict[tuple[str, int], tuple[list[int], SamplingParams, int]] = {}
 
     def add_request(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        **options: Unpack[RequestOptions],
     ) -> None:
         if not prompt_token_ids or len(prompt_token_ids) >= self.max_model_len:
             raise InvalidRequestError("the prompt is empty or too long", "prompt_token_ids")
@@ -59,6 +67,7 @@ class FakeEngine:
         if len(self._live) >= self.max_queued:
             raise EngineOverloadedError("the queue is full")
         self.added.append(request_id)
+        self.options[request_id] = options
         for index in range(params.n):
             self._live[request_id, index] = (list(prompt_token_ids), params, 0)
         self.most_at_once = max(self.most_at_once, len(self._live))
@@ -111,6 +120,7 @@ class FakeEngine:
             index=key[1],
             token_ids=[token_id],
             logprobs=logprobs,
+            num_cached_tokens=self.num_cached_tokens,
             finish_reason=reason,
             prompt_logprobs=prompt_logprobs,
         )

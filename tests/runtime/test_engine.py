@@ -20,7 +20,7 @@ from autodeploy.errors import (
     OutOfMemoryError,
     UnsupportedModelError,
 )
-from autodeploy.runtime.engine import Engine
+from autodeploy.runtime.engine import Engine, EngineStats
 from autodeploy.runtime.request import SamplingParams, TokenOutput
 from tests.runtime.toy import VOCAB, reference_tokens, toy_program
 
@@ -58,23 +58,37 @@ class Job:
     n: int
     priority: int
     abort_after: int | None
+    salt: str | None = None
 
 
+STEM = Random(0).choices(range(VOCAB), k=24)
+prompts = st.builds(
+    lambda shared, own: STEM[:shared] + own,
+    shared=st.sampled_from([0, 3, 8, 15, 24]),  # what prompts have in common
+    own=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=10),
+)
 jobs = st.builds(
     Job,
     when=st.sampled_from([0, 0, 1, 4, 8]),
-    prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20),
+    prompt=prompts,
     max_tokens=st.sampled_from([1, 4, 13, 24]),
     n=st.sampled_from([1, 1, 3]),
     priority=st.integers(0, 1),
     abort_after=st.sampled_from([None, None, None, 2, 6]),
+    salt=st.sampled_from([None, None, "salt"]),
 )
 
 
 def run_schedule(
-    layers: tuple[str, ...], jobs: list[Job], page_size: int, max_num_seqs: int, budget: int, is_short_of_memory: bool
-) -> int:
-    """Run the jobs and check every token; returns the number of preemptions."""
+    layers: tuple[str, ...],
+    jobs: list[Job],
+    page_size: int,
+    max_num_seqs: int,
+    budget: int,
+    is_short_of_memory: bool,
+    **options: Any,
+) -> EngineStats:
+    """Run the jobs and check every token."""
     engine = make_engine(
         layers,
         page_size=page_size,
@@ -83,6 +97,7 @@ def run_schedule(
         # room for one longest sequence (48 tokens, a window more) and little else: what preempts
         kv_cache_memory_bytes=short_memory(layers, 48 + 12) if is_short_of_memory else None,
         max_model_len=48,
+        **options,
     )
     got: dict[tuple[int, int], list[int]] = {(at, i): [] for at, job in enumerate(jobs) for i in range(job.n)}
     finished: dict[tuple[int, int], str] = {}
@@ -100,7 +115,7 @@ def run_schedule(
         for at, job in enumerate(jobs):
             if job.when == num_steps:
                 params = SamplingParams(temperature=0, max_tokens=job.max_tokens, n=job.n)
-                engine.add_request(str(at), job.prompt, params, priority=job.priority)
+                engine.add_request(str(at), job.prompt, params, priority=job.priority, cache_salt=job.salt)
             if job.abort_after is not None and job.when + job.abort_after == num_steps:
                 take(engine.abort_request(str(at), job.n - 1))
         take(engine.step())
@@ -115,7 +130,7 @@ def run_schedule(
             assert finished[at, index] == "length"
         assert tokens == expected
     assert engine.stats().state_usage_fraction == 0
-    return engine.stats().num_preemptions
+    return engine.stats()
 
 
 @settings(max_examples=80)
@@ -126,23 +141,30 @@ def run_schedule(
     max_num_seqs=st.sampled_from([1, 3, 5]),
     budget=st.integers(1, 20),
     is_short_of_memory=st.booleans(),
+    caches=st.sampled_from([True, True, False]),
 )
 def test_every_schedule_gives_the_tokens_of_a_plain_loop(
-    layers: tuple[str, ...], jobs: list[Job], page_size: int, max_num_seqs: int, budget: int, is_short_of_memory: bool
+    layers: tuple[str, ...],
+    jobs: list[Job],
+    page_size: int,
+    max_num_seqs: int,
+    budget: int,
+    is_short_of_memory: bool,
+    caches: bool,
 ) -> None:
-    run_schedule(layers, jobs, page_size, max_num_seqs, budget, is_short_of_memory)
+    run_schedule(layers, jobs, page_size, max_num_seqs, budget, is_short_of_memory, enable_prefix_caching=caches)
 
 
 @pytest.mark.parametrize("layers", LAYERS)
 def test_crowded_schedules_give_the_tokens_of_a_plain_loop(layers: tuple[str, ...]) -> None:
     """Random play rarely crowds the memory; here it always is."""
-    num_preemptions = 0
+    num_preemptions = num_hits = 0
     for seed in range(6):
         random = Random(seed)
         jobs = [
             Job(
                 when=random.randrange(6),
-                prompt=random.choices(range(VOCAB), k=random.randint(1, 15)),
+                prompt=STEM[: random.choice([0, 5, 12])] + random.choices(range(VOCAB), k=random.randint(1, 9)),
                 max_tokens=random.randint(10, 30),
                 n=random.choice([1, 2]),
                 priority=random.randrange(2),
@@ -151,8 +173,11 @@ def test_crowded_schedules_give_the_tokens_of_a_plain_loop(layers: tuple[str, ..
             for _ in range(7)
         ]
         budget = random.choice([5, 9, 40])
-        num_preemptions += run_schedule(layers, jobs, random.choice([1, 2, 3]), 6, budget, is_short_of_memory=True)
+        stats = run_schedule(layers, jobs, random.choice([1, 2, 3]), 6, budget, is_short_of_memory=True)
+        num_preemptions += stats.num_preemptions
+        num_hits += stats.prefix_cache_hit_tokens
     assert num_preemptions > 10 or "full" not in layers  # without pages that grow, little runs short
+    assert num_hits > 10
 
 
 @pytest.mark.parametrize("layers", [layers for layers in LAYERS if "full" in layers])
@@ -164,6 +189,33 @@ def test_preemption_happens_and_changes_nothing(layers: tuple[str, ...]) -> None
     tokens = drain(engine)
     assert engine.stats().num_preemptions > 0
     assert tokens == {(str(at), 0): reference_tokens(layers, prompt, 23) for at, prompt in enumerate(prompts)}
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_a_known_prefix_is_not_computed_again(layers: tuple[str, ...]) -> None:
+    """Twenty tokens in common, pages of two: whoever comes when they are known computes its own tokens only."""
+    engine = make_engine(layers, page_size=2, kv_cache_memory_bytes=10_000)
+    cached = []
+    for at, own in enumerate(([1, 2, 3], [4, 5], [6])):
+        prompt = [*STEM[:20], *own]
+        engine.add_request(str(at), prompt, SamplingParams(temperature=0, max_tokens=5))
+        outputs = [output for _ in range(7) for output in engine.step()]
+        assert [token for output in outputs for token in output.token_ids] == reference_tokens(layers, prompt, 5)
+        assert outputs[0].num_cached_tokens == outputs[-1].num_cached_tokens
+        cached.append(outputs[0].num_cached_tokens)
+    # Slots are known where they were kept: at the end of the first prompt's pages, then where the second parts from it.
+    assert cached == ([0, 0, 20] if "slot" in layers else [0, 20, 20])
+    stats = engine.stats()
+    assert (stats.prefix_cache_queried_tokens, stats.prefix_cache_hit_tokens) == (66, sum(cached))
+
+
+def test_prefixes_are_not_shared_across_salts_and_not_when_switched_off() -> None:
+    for caches, salts, hits in ((True, ["a", "b", None], 0), (False, [None] * 3, 0), (True, ["a"] * 3, 32)):
+        engine = make_engine(enable_prefix_caching=caches)
+        for at, salt in enumerate(salts):
+            engine.add_request(str(at), STEM[:19], GREEDY, cache_salt=salt)
+            assert drain(engine)[str(at), 0] == reference_tokens(("full",), STEM[:19], 12)
+        assert engine.stats().prefix_cache_hit_tokens == hits
 
 
 def test_a_window_group_needs_bounded_pages() -> None:

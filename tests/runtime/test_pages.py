@@ -1,11 +1,14 @@
-"""No page leaked, none owned twice, nothing freed that can still be seen: checked after every move of random play."""
+"""No page leaked, none with two writers, none freed that can still be seen: checked after every move of random play."""
+
+from collections import Counter
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from autodeploy.runtime.pages import PageGroup, PagePool, StateAllocator
+from autodeploy.runtime.pages import PageGroup, PagePool, Prefix, StateAllocator
+from autodeploy.runtime.prefix_cache import PrefixCache
 from autodeploy.runtime.request import Limits, Request, SamplingParams, Sequence
 
 PAGE_SIZE = 4
@@ -23,17 +26,27 @@ def make_allocator(full: int = 0, windows: dict[int, int] | None = None, num_slo
 
 
 class AllocatorPlay(RuleBasedStateMachine):
-    """Sequences come, grow by chunks, commit, and go, in any order."""
+    """Sequences come, alone or behind a known prefix, grow by chunks, commit, and go, in any order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.allocator = make_allocator(full=13, windows={1: 6, 5: 9, 12: 8}, num_slots=4)
+        self.prefixes = PrefixCache(self.allocator, snapshot_rows=None)
         self.live: list[Sequence] = []
+        self.written: dict[tuple[str, int], list[int]] = {}
+        """by page, the tokens up to the last one written to it"""
 
     @precondition(lambda self: len(self.live) < 5)
-    @rule()
-    def arrive(self) -> None:
-        self.live.append(make_sequence())
+    @rule(common=st.sampled_from([0, 10, 25, MAX_MODEL_LEN]), own=st.integers(1, 3), is_cached=st.booleans())
+    def arrive(self, common: int, own: int, is_cached: bool) -> None:
+        """All play from a few texts: `common` tokens of one, then tokens of their own."""
+        sequence = make_sequence()
+        sequence.token_ids = [0] * common + [own] * (MAX_MODEL_LEN - common)
+        prefix = self.prefixes.find(sequence)
+        if is_cached and self.allocator.can_admit(sequence, prefix, num_reserved_pages=0):
+            self.allocator.adopt(sequence, prefix)
+            sequence.num_computed_tokens = prefix.num_tokens
+        self.live.append(sequence)
 
     @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 4), count=st.integers(1, 20), commits=st.booleans())
@@ -50,8 +63,17 @@ class AllocatorPlay(RuleBasedStateMachine):
             assert before == sum(table.pool.num_free for table in self.allocator.groups.values())
             assert not self.allocator.can_allocate(sequence, 1)
         if granted and commits:
+            before = sequence.num_computed_tokens
             sequence.num_computed_tokens += granted
+            self.write(sequence, before)
+            self.prefixes.publish(sequence, before)
             self.allocator.release_unreachable(sequence)
+
+    def write(self, sequence: Sequence, before: int) -> None:
+        for table in self.allocator.tables:
+            for entry in range(before // PAGE_SIZE, -(-sequence.num_computed_tokens // PAGE_SIZE)):
+                end = min((entry + 1) * PAGE_SIZE, sequence.num_computed_tokens)
+                self.written[table.group.name, int(table.table[sequence.slot, entry])] = sequence.token_ids[:end]
 
     @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 4))
@@ -67,12 +89,27 @@ class AllocatorPlay(RuleBasedStateMachine):
         assert len(slots) == len(set(slots)) and all(0 < slot < 4 for slot in slots)
 
     @invariant()
-    def pages_are_owned_once_and_none_is_lost(self) -> None:
+    def no_page_is_lost_and_none_has_two_writers(self) -> None:
         for table in self.allocator.groups.values():
-            owned = [int(page) for row in table.table for page in row if page]
-            assert len(owned) == len(set(owned)), "a page has two owners"
+            owned = Counter(int(page) for row in table.table for page in row if page)
             assert all(0 < page < table.group.num_pages for page in owned)
             assert len(owned) + table.pool.num_free == table.group.num_pages - 1, "a page is lost"
+            for sequence in self.live:
+                row = table.table[sequence.slot] if sequence.slot else []
+                for entry, page in enumerate(row):
+                    if page and entry >= sequence.num_computed_tokens // PAGE_SIZE:
+                        assert owned[int(page)] == 1, "a page that is still written to has two owners"
+
+    @invariant()
+    def known_pages_hold_what_they_say(self) -> None:
+        """What was last written to the pages of a prefix that is found are the sequence's own tokens."""
+        for sequence in self.live:
+            prefix = self.prefixes.find(sequence)
+            for table, pages in zip(self.allocator.tables, prefix.pages, strict=False):
+                first = prefix.num_tokens // PAGE_SIZE - len(pages)
+                for entry, page in enumerate(pages, start=first):
+                    end = (entry + 1) * PAGE_SIZE
+                    assert self.written[table.group.name, page] == sequence.token_ids[:end]
 
     @invariant()
     def what_can_be_seen_is_there_and_nothing_else(self) -> None:
@@ -117,7 +154,7 @@ def test_without_a_slot_nothing_is_granted() -> None:
     other = make_sequence()
     assert not allocator.can_allocate(other, 1)
     assert allocator.allocate(other, 1) == 0
-    assert not allocator.can_admit(other, num_reserved_pages=0)
+    assert not allocator.can_admit(other, Prefix(), num_reserved_pages=0)
 
 
 @pytest.mark.parametrize("window", [1, 2, 4, 5, 6, 7, 11])
@@ -149,5 +186,42 @@ def test_freeing_what_nobody_owns_is_an_error() -> None:
     for bad in (pages[:1], [0], [3]):
         with pytest.raises(RuntimeError, match="nobody owns"):
             pool.give(bad)
+    with pytest.raises(RuntimeError, match="not known"):
+        pool.share(pages[:1])
     with pytest.raises(RuntimeError, match="4 pages"):
         pool.take(4)
+
+
+def test_pages_of_no_known_content_go_first_then_those_freed_longest_ago() -> None:
+    pool = PagePool(6)
+    pages = pool.take(5)
+    for page in pages[:4]:
+        pool.publish(page, bytes([page]))
+    pool.publish(pages[4], bytes([pages[0]]))  # the same as another page: that one stays the known one
+    pool.give([pages[2], pages[0], pages[4], pages[3], pages[1]])
+    assert pool.find(bytes([pages[0]])) == pages[0]
+    pool.share([pages[2]])
+    assert pool.take(3) == [pages[4], pages[0], pages[3]]
+    assert pool.find(bytes([pages[0]])) is None and pool.find(bytes([pages[1]])) == pages[1]
+
+
+def test_what_will_hardly_be_asked_for_goes_before_what_was_freed_long_ago() -> None:
+    pool = PagePool(5)
+    pages = pool.take(4)
+    for page in pages:
+        pool.publish(page, bytes([page]))
+    pool.give(pages[:2])
+    pool.give(pages[2:3], is_wanted=False)
+    assert pool.find(bytes([pages[2]])) == pages[2]
+    assert pool.take(2) == [pages[2], pages[0]]
+
+
+def test_a_page_is_free_when_its_last_owner_is_gone() -> None:
+    pool = PagePool(2)
+    (page,) = pool.take(1)
+    pool.publish(page, b"a")
+    pool.share([page])
+    pool.give([page])
+    assert pool.num_free == 0 and pool.is_owned(page)
+    pool.give([page])
+    assert pool.num_free == 1 and not pool.is_owned(page)

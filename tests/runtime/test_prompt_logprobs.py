@@ -54,7 +54,7 @@ def test_whole_and_in_chunks_beside_others(budget: int, count: int) -> None:
 
 def test_after_a_preemption_and_for_every_sequence() -> None:
     prompt = (PROMPT * 2)[:28]
-    memory = short_memory(LAYERS, 40)
+    memory = short_memory(LAYERS, 48)
     engine = make_engine(LAYERS, max_model_len=40, max_num_batched_tokens=4, kv_cache_memory_bytes=memory)
     engine.add_request("first", [1, 2, 3, 4, 5, 6], SamplingParams(temperature=0, max_tokens=30))
     engine.add_request("asks", prompt, SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1, n=2))

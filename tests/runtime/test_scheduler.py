@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 
 from autodeploy.runtime.pages import PageGroup, StateAllocator
+from autodeploy.runtime.prefix_cache import PrefixCache
 from autodeploy.runtime.request import Limits, Request, SamplingParams, Sequence, Status
 from autodeploy.runtime.scheduler import ScheduledStep, Scheduler
 
@@ -27,11 +28,14 @@ class Loop:
     budget: int
 
     @staticmethod
-    def make(*, num_pages: int = 100, window_pages: int = 0, num_slots: int = 9, budget: int = 16) -> "Loop":
+    def make(
+        *, num_pages: int = 100, window_pages: int = 0, num_slots: int = 9, budget: int = 16, caches: bool = False
+    ) -> "Loop":
         groups = [PageGroup(name="full", num_pages=num_pages)]
         groups += [PageGroup(name="window_5", num_pages=window_pages, window=5)] if window_pages else []
         allocator = StateAllocator(groups, num_slots=num_slots, page_size=PAGE_SIZE, max_model_len=64)
-        return Loop(Scheduler(allocator, max_num_batched_tokens=budget), allocator, budget)
+        prefixes = PrefixCache(allocator, snapshot_rows=None, is_enabled=caches)
+        return Loop(Scheduler(allocator, prefixes, max_num_batched_tokens=budget), allocator, budget)
 
     def add(self, num_tokens: int, *, arrival: int, priority: int = 0, max_tokens: int = 1000) -> Sequence:
         sequence = make_sequence(num_tokens, arrival=arrival, priority=priority, max_tokens=max_tokens)
@@ -84,6 +88,19 @@ def test_the_last_running_sequence_is_preempted_and_recomputed() -> None:
     assert loop.scheduler.num_preemptions == 1
     loop.scheduler.finish(first)
     assert loop.step().scheduled == {second: len(second.token_ids) - 1}
+
+
+def test_a_preempted_sequence_goes_on_from_the_pages_that_nobody_took() -> None:
+    loop = Loop.make(num_pages=9, caches=True)  # eight pages
+    first, second = loop.add(11, arrival=0), make_sequence(15, arrival=1)
+    second.token_ids[0] = 1  # not the first one's prefix
+    loop.scheduler.add(second)
+    steps = [loop.step() for _ in range(8)]
+    assert [step.preempted for step in steps if step.preempted] == [[second]]
+    loop.scheduler.finish(first)
+    step = loop.step()
+    # The pages of 16 tokens were given back; the first one took the page of the last four.
+    assert second.num_cached_tokens == 0 and step.scheduled == {second: len(second.token_ids) - 1 - 12}
 
 
 def test_a_lower_priority_is_preempted_although_it_came_first() -> None:
@@ -143,11 +160,17 @@ arrivals = st.lists(
     window_pages=st.sampled_from([0, 5, 9]),
     num_slots=st.integers(2, 6),
     budget=st.integers(1, 24),
+    caches=st.booleans(),
 )
 def test_every_sequence_finishes_and_everything_is_given_back(
-    arrivals: list[tuple[int, int, int, int]], num_pages: int, window_pages: int, num_slots: int, budget: int
+    arrivals: list[tuple[int, int, int, int]],
+    num_pages: int,
+    window_pages: int,
+    num_slots: int,
+    budget: int,
+    caches: bool,
 ) -> None:
-    loop = Loop.make(num_pages=num_pages, window_pages=window_pages, num_slots=num_slots, budget=budget)
+    loop = Loop.make(num_pages=num_pages, window_pages=window_pages, num_slots=num_slots, budget=budget, caches=caches)
     sequences = []
     num_steps = 0
     while len(sequences) < len(arrivals) or any(sequence.status is not Status.FINISHED for sequence in sequences):

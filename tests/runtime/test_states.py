@@ -13,7 +13,7 @@ from autodeploy.runtime.states import (
     UNLIMITED_MODEL_LEN,
     StatePlan,
     allocate_states,
-    clear_slots,
+    copy_slot,
     plan_states,
 )
 
@@ -24,9 +24,20 @@ SLOT = SlotState(name="running", shape=(3, 5), dtype=torch.float32)  # 60 bytes
 
 
 def plan(
-    specs: list[StateSpec], budget: int | None, *, max_len: int | None = None, limit: int | None = 4096
+    specs: list[StateSpec],
+    budget: int | None,
+    *,
+    max_len: int | None = None,
+    limit: int | None = 4096,
+    caches: bool = True,
 ) -> StatePlan:
-    options = EngineOptions(page_size=16, max_num_seqs=8, max_num_batched_tokens=256, kv_cache_memory_bytes=budget)
+    options = EngineOptions(
+        page_size=16,
+        max_num_seqs=8,
+        max_num_batched_tokens=256,
+        kv_cache_memory_bytes=budget,
+        enable_prefix_caching=caches,
+    )
     return plan_states(specs, options, device=CPU, max_model_len=max_len, model_limit=limit)
 
 
@@ -62,7 +73,8 @@ def test_with_plenty_of_memory_every_sequence_gets_all_it_can_need() -> None:
     made = plan([*FULL, WINDOW, SLOT], 10**9, max_len=160)
     pages = {group.name: group.num_pages for group in made.groups}
     assert made.num_slots == 9 and pages["full"] == 1 + 8 * 10
-    assert pages["window_64"] == 1 + 8 * 5 + 256 // 16  # 64 tokens span five pages; and one step's tokens
+    # 64 tokens span five pages; then one step's tokens, and as many windows of known prefixes
+    assert pages["window_64"] == 1 + 8 * 5 + 256 // 16 + 8 * 5
 
 
 def test_slots_do_not_starve_pages_when_memory_is_short() -> None:
@@ -78,18 +90,30 @@ def test_tensors_have_the_shapes_of_their_specs_and_are_zero() -> None:
     tensors = allocate_states([*FULL, WINDOW, SLOT], made, CPU)
     assert tensors["key"].shape == (pages["full"], 16, 2, 8) and tensors["key"].dtype == torch.float32
     assert tensors["near"].shape == (pages["window_64"], 16, 4) and tensors["near"].dtype == torch.float16
-    assert tensors["running"].shape == (made.num_slots, 3, 5)
+    assert tensors["running"].shape == (made.num_slots + made.num_snapshots, 3, 5)
     assert not any(tensor.any() for tensor in tensors.values())
 
 
-def test_only_slot_states_of_starting_sequences_are_cleared() -> None:
+def test_a_slot_is_copied_or_starts_from_zero_and_the_others_stay() -> None:
     made = plan([*FULL, SLOT], 500_000, max_len=160)
     states = allocate_states([*FULL, SLOT], made, CPU)
-    for tensor in states.values():
-        tensor.fill_(1)
-    clear_slots([*FULL, SLOT], states, [1, 3])
-    assert [bool(row.any()) for row in states["running"][:5]] == [True, False, True, False, True]
+    states["key"].fill_(1)
+    states["running"][:] = torch.arange(len(states["running"]))[:, None, None]
+    copy_slot([*FULL, SLOT], states, 0, 1)
+    copy_slot([*FULL, SLOT], states, 4, 3)
+    assert states["running"][:6, 0, 0].tolist() == [0, 0, 2, 4, 4, 5]
     assert states["key"].all()
+
+
+def test_snapshots_take_a_share_of_what_slots_leave_and_none_without_the_cache() -> None:
+    made = plan([*FULL, SLOT], 500_000, max_len=160)
+    assert made.num_snapshots == 8
+    without = plan([*FULL, SLOT], 500_000, max_len=160, caches=False)
+    assert without.num_snapshots == 0 and made.num_bytes - 8 * 60 <= without.num_bytes <= 500_000
+    assert plan(list(FULL), 500_000, max_len=160).num_snapshots == 0
+    big_slot = SlotState(name="running", shape=(10_000,), dtype=torch.float32)
+    short = plan([*FULL, big_slot], 650_000, max_len=1600)
+    assert short.num_slots - 1 == 5 and short.num_snapshots == 1
 
 
 def test_a_limit_of_the_user_is_refused_and_not_shortened() -> None:

@@ -10,12 +10,12 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Unpack
 
 from autodeploy.compile.program import Program
 from autodeploy.errors import AutoDeployError, EngineDeadError, InvalidRequestError
 from autodeploy.runtime.engine import EngineStats
-from autodeploy.runtime.request import SamplingParams, TokenOutput
+from autodeploy.runtime.request import RequestOptions, SamplingParams, TokenOutput
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,11 @@ class TokenEngine(Protocol):
     program: Program
 
     def add_request(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        **options: Unpack[RequestOptions],
     ) -> None: ...
     def abort_request(self, request_id: str, index: int | None = None) -> list[TokenOutput]: ...
     def step(self) -> list[TokenOutput]: ...
@@ -45,7 +49,7 @@ class _Submit:
     request_id: str
     prompt_token_ids: Sequence[int]
     params: SamplingParams
-    priority: int
+    options: RequestOptions
     deliver: Callable[[Delivery], None]
 
 
@@ -111,8 +115,7 @@ class AsyncEngine:
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
         deliver: Callable[[Delivery], None],
-        *,
-        priority: int = 0,
+        **options: Unpack[RequestOptions],
     ) -> None:
         """Hand a request to the engine and return at once.
 
@@ -125,7 +128,7 @@ class AsyncEngine:
             request_id=request_id,
             prompt_token_ids=prompt_token_ids,
             params=params,
-            priority=priority,
+            options=options,
             deliver=deliver,
         )
         with self._lock:
@@ -142,7 +145,11 @@ class AsyncEngine:
         return TokenStream(self)
 
     async def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        **options: Unpack[RequestOptions],
     ) -> AsyncIterator[TokenOutput]:
         """Token outputs of one request as they come. Leaving the loop, or being cancelled, aborts the request.
 
@@ -151,7 +158,7 @@ class AsyncEngine:
             EngineDeadError: the engine stopped.
         """
         with self.open() as stream:
-            await stream.add(request_id, prompt_token_ids, params, priority=priority)
+            await stream.add(request_id, prompt_token_ids, params, **options)
             async for output in stream:
                 yield output
 
@@ -196,9 +203,7 @@ class AsyncEngine:
         try:
             if message.request_id in self._routes:
                 raise InvalidRequestError(f"a request with id {message.request_id!r} is already running", "request_id")
-            self._engine.add_request(
-                message.request_id, message.prompt_token_ids, message.params, priority=message.priority
-            )
+            self._engine.add_request(message.request_id, message.prompt_token_ids, message.params, **message.options)
         except AutoDeployError as error:
             message.deliver(error)
         except Exception as error:  # one odd request must not take the others with it
@@ -288,7 +293,11 @@ class TokenStream:
         self.close()
 
     async def add(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        **options: Unpack[RequestOptions],
     ) -> None:
         """Add a request; return when the engine has accepted it.
 
@@ -302,7 +311,7 @@ class TokenStream:
 
         accepted: asyncio.Future[None] = self._loop.create_future()
         self._accepted[request_id] = accepted
-        self._engine.submit(request_id, prompt_token_ids, params, deliver, priority=priority)
+        self._engine.submit(request_id, prompt_token_ids, params, deliver, **options)
         try:
             await accepted
         except AutoDeployError:

@@ -7,6 +7,7 @@ To be read, and to check the real engine against. The whole prompt runs in one s
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -17,9 +18,17 @@ from autodeploy.errors import EngineDeadError, InvalidRequestError
 from autodeploy.ops.batch_inputs import lookup
 from autodeploy.ops.state import PagedState
 from autodeploy.runtime.engine import UNUSABLE_LOGITS, EngineStats
-from autodeploy.runtime.request import Limits, Request, SamplingParams, Sequence, TokenOutput, new_sequences
+from autodeploy.runtime.request import (
+    Limits,
+    Request,
+    RequestOptions,
+    SamplingParams,
+    Sequence,
+    TokenOutput,
+    new_sequences,
+)
 from autodeploy.runtime.sampler import Sampler
-from autodeploy.runtime.states import allocate_states, clear_slots, plan_states
+from autodeploy.runtime.states import allocate_states, copy_slot, plan_states
 
 SLOT = 1
 
@@ -32,7 +41,7 @@ class DemoEngine:
         self._specs = [replace(spec, window=None) if isinstance(spec, PagedState) else spec for spec in program.states]
         self.plan = plan_states(
             self._specs,
-            replace(options, max_num_seqs=1),
+            replace(options, max_num_seqs=1, enable_prefix_caching=False),
             device=program.device,
             max_model_len=max_model_len,
             model_limit=program.max_model_len,
@@ -46,13 +55,17 @@ class DemoEngine:
         self._model_seconds = 0.0
 
     def add_request(
-        self, request_id: str, prompt_token_ids: SequenceOf[int], params: SamplingParams, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: SequenceOf[int],
+        params: SamplingParams,
+        **options: Unpack[RequestOptions],
     ) -> None:
         if any(sequence.request.request_id == request_id for sequence in self._queue):
             raise InvalidRequestError(f"request id {request_id!r} is in use; give each request its own", "request_id")
         if params.prompt_logprobs is not None:
             raise InvalidRequestError("runtime=demollm gives no prompt_logprobs; use runtime=engine", "prompt_logprobs")
-        request = Request(request_id, prompt_token_ids, params, self._num_arrivals, priority)
+        request = Request(request_id, prompt_token_ids, params, self._num_arrivals, **options)
         self._queue += new_sequences(request, self._limits)
         self._num_arrivals += 1
 
@@ -73,7 +86,7 @@ class DemoEngine:
         began = time.perf_counter()
         try:
             if sequence.num_computed_tokens == 0:
-                clear_slots(self._specs, self._states, [SLOT])
+                copy_slot(self._specs, self._states, 0, SLOT)
             logits = self.program.run(self._inputs(sequence), self._states)
             samples = self._sampler.sample(logits, [sequence])
         except Exception as error:

@@ -5,18 +5,22 @@ import time
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import Unpack
 
 from torch import Tensor
 
 from autodeploy.compile.program import Program
 from autodeploy.config import EngineOptions, Options, check_options
 from autodeploy.errors import EngineDeadError, EngineOverloadedError, InvalidRequestError
+from autodeploy.ops.state import SlotState
 from autodeploy.runtime.batch import Batch, BatchBuilder
 from autodeploy.runtime.pages import StateAllocator
+from autodeploy.runtime.prefix_cache import PrefixCache
 from autodeploy.runtime.request import (
     FinishReason,
     Limits,
     Request,
+    RequestOptions,
     SamplingParams,
     Sequence,
     TokenOutput,
@@ -24,7 +28,7 @@ from autodeploy.runtime.request import (
 )
 from autodeploy.runtime.sampler import Sampler, Samples, token_logprobs
 from autodeploy.runtime.scheduler import ScheduledStep, Scheduler
-from autodeploy.runtime.states import allocate_states, clear_slots, plan_states
+from autodeploy.runtime.states import allocate_states, copy_slot, plan_states
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +47,8 @@ class EngineStats:
         num_preemptions: since the start.
         state_usage_fraction: share of pages (or slots) in use, of the fullest group.
         num_steps, prompt_tokens, generation_tokens: since the start; a prompt counts once, when its first token is out.
+        prefix_cache_queried_tokens, prefix_cache_hit_tokens: tokens of prompts that started since the start, and how
+            many of them were found in the prefix cache; one that starts again after a preemption is not counted again.
         last_step_host_seconds: scheduling, building the batch and committing, in the last step.
         last_step_model_seconds: running the model and sampling, in the last step.
     """
@@ -54,6 +60,8 @@ class EngineStats:
     num_steps: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    prefix_cache_queried_tokens: int = 0
+    prefix_cache_hit_tokens: int = 0
     last_step_host_seconds: float = 0.0
     last_step_model_seconds: float = 0.0
 
@@ -86,7 +94,7 @@ class Engine:
         """sequences of each request that are not finished"""
         self._failure: Exception | None = None
         self._num_arrivals = self._num_steps = self._num_preemptions = 0
-        self._prompt_tokens = self._generation_tokens = 0
+        self._prompt_tokens = self._generation_tokens = self._queried_tokens = self._hit_tokens = 0
         self._host_seconds = self._model_seconds = 0.0
         self._sampler = Sampler(options.seed)
         self._run_with(program, options, max_model_len)
@@ -109,7 +117,15 @@ class Engine:
         self._allocator = StateAllocator(
             plan.groups, num_slots=plan.num_slots, page_size=plan.page_size, max_model_len=plan.max_model_len
         )
-        self._scheduler = Scheduler(self._allocator, max_num_batched_tokens=options.max_num_batched_tokens)
+        has_slots = any(isinstance(spec, SlotState) for spec in program.states)
+        self._prefixes = PrefixCache(
+            self._allocator,
+            snapshot_rows=range(plan.num_slots, plan.num_slots + plan.num_snapshots) if has_slots else None,
+            is_enabled=options.enable_prefix_caching,
+        )
+        self._scheduler = Scheduler(
+            self._allocator, self._prefixes, max_num_batched_tokens=options.max_num_batched_tokens
+        )
         self._batches = BatchBuilder(
             program.batch_inputs(),
             page_tables=self._allocator.page_tables,
@@ -120,9 +136,13 @@ class Engine:
         )
 
     def add_request(
-        self, request_id: str, prompt_token_ids: SequenceOf[int], params: SamplingParams, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: SequenceOf[int],
+        params: SamplingParams,
+        **options: Unpack[RequestOptions],
     ) -> None:
-        """Queue a request; a lower `priority` runs sooner. Its tokens come out of `step`.
+        """Queue a request. Its tokens come out of `step`.
 
         Raises:
             InvalidRequestError: a prompt or parameter that cannot be served, or an id already in use.
@@ -132,7 +152,7 @@ class Engine:
         self._check_alive()
         if request_id in self._requests:
             raise InvalidRequestError(f"request id {request_id!r} is in use; give each request its own", "request_id")
-        request = Request(request_id, prompt_token_ids, params, self._num_arrivals, priority)
+        request = Request(request_id, prompt_token_ids, params, self._num_arrivals, **options)
         sequences = new_sequences(request, self._limits)
         if not self._allocator.can_ever_fit(len(prompt_token_ids) + 1):
             raise InvalidRequestError(
@@ -184,6 +204,8 @@ class Engine:
             num_steps=self._num_steps,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
+            prefix_cache_queried_tokens=self._queried_tokens + self._prefixes.num_queried_tokens,
+            prefix_cache_hit_tokens=self._hit_tokens + self._prefixes.num_hit_tokens,
             last_step_host_seconds=self._host_seconds,
             last_step_model_seconds=self._model_seconds,
         )
@@ -194,9 +216,10 @@ class Engine:
         began = time.perf_counter()
         step = self._scheduler.schedule()
         outputs = [self._finish(sequence, "error", sequence.stop_reason) for sequence in step.failed]
+        for sequence, row in step.admitted.items():
+            copy_slot(self.program.states, self._states, row, sequence.slot)
         if not step.scheduled:
             return outputs
-        clear_slots(self.program.states, self._states, [sequence.slot for sequence in step.admitted])
         batch = self._batches.build(step.scheduled)
         running = time.perf_counter()
         logits = self.program.run(batch.inputs, self._states)
@@ -219,6 +242,8 @@ class Engine:
             return
         unfinished = list(self._scheduler.sequences())
         self._num_preemptions += self._scheduler.num_preemptions
+        self._queried_tokens += self._prefixes.num_queried_tokens
+        self._hit_tokens += self._prefixes.num_hit_tokens
         for sequence in unfinished:
             self._allocator.free(sequence)
             sequence.num_computed_tokens = 0
@@ -230,7 +255,9 @@ class Engine:
 
     def _commit(self, step: ScheduledStep, batch: Batch, samples: Samples) -> list[TokenOutput]:
         for sequence, num_tokens in step.scheduled.items():
-            self._scheduler.commit(sequence, num_tokens)
+            row = self._scheduler.commit(sequence, num_tokens)
+            if row:
+                copy_slot(self.program.states, self._states, sequence.slot, row)
         outputs = []
         for sequence, token_id, logprobs in zip(batch.sampled, samples.token_ids, samples.logprobs, strict=True):
             if token_id is None:

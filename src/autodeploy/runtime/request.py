@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Literal, TypedDict
 
 from autodeploy.errors import InvalidRequestError
 
@@ -16,6 +16,7 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIASES = 1024
 MAX_LOGIT_BIAS = 100.0
 MAX_BAD_WORDS = 256
+MAX_SALT_LENGTH = 1024
 MAX_TEMPERATURE = 1e6
 GREEDY_TEMPERATURE = 1e-5
 """Below this temperature sampling is greedy: dividing by it would only overflow."""
@@ -213,15 +214,28 @@ class Limits:
     eos_token_ids: SequenceOf[int] = ()
 
 
+class RequestOptions(TypedDict, total=False):
+    """How a request is served, as keyword arguments that every layer passes on. Each may be left out.
+
+    Attributes:
+        priority: a lower one runs sooner; 0 by default.
+        cache_salt: prefixes are shared only among requests with the same salt; None, the default, is one too.
+    """
+
+    priority: int
+    cache_salt: str | None
+
+
 @dataclass(frozen=True)
 class Request:
-    """One request. `arrival` counts requests in the order they came; a lower `priority` runs sooner."""
+    """One request. `arrival` counts requests in the order they came; for the others see `RequestOptions`."""
 
     request_id: str
     prompt_token_ids: SequenceOf[int]
     params: SamplingParams
     arrival: int
     priority: int = 0
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +259,7 @@ class TokenOutput:
         finish_reason: None while the sequence goes on.
         stop_reason: the token of `stop_token_ids` that ended it; None for the model's own end-of-sequence tokens.
             With `finish_reason="error"`, one sentence that says why.
+        num_cached_tokens: tokens of the prompt whose states were found in the prefix cache.
     """
 
     request_id: str
@@ -254,6 +269,7 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
 
 
 class Status(Enum):
@@ -270,6 +286,8 @@ class Sequence:
     Attributes:
         token_ids: prompt and output so far.
         num_computed_tokens: leading tokens whose states are in memory; 0 again after a preemption.
+        num_cached_tokens: those that were found in the prefix cache when it first started; None before.
+        page_hashes, snapshot_tokens, shared_tokens: notes of the prefix cache.
         slot: row in the page tables and slot states; 0 while it has none. The pages are in `StateAllocator`'s tables.
         order: sort key; the smallest runs first and is preempted last.
         stop_ids: tokens that end it.
@@ -283,13 +301,17 @@ class Sequence:
         "index",
         "is_plain",
         "max_length",
+        "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
         "order",
+        "page_hashes",
         "params",
         "prompt_logprobs",
         "request",
+        "shared_tokens",
         "slot",
+        "snapshot_tokens",
         "status",
         "stop_ids",
         "stop_reason",
@@ -316,6 +338,9 @@ class Sequence:
         )
         self.prompt_logprobs: list[dict[int, Logprob] | None] = [None]
         self.num_computed_tokens = 0
+        self.num_cached_tokens: int | None = None
+        self.page_hashes: list[bytes] = []
+        self.snapshot_tokens = self.shared_tokens = 0
         self.slot = 0
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
@@ -349,6 +374,7 @@ class Sequence:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             prompt_logprobs=self.prompt_logprobs if is_first else None,
+            num_cached_tokens=self.num_cached_tokens or 0,
         )
 
 
@@ -357,7 +383,7 @@ def new_sequences(request: Request, limits: Limits) -> list[Sequence]:
 
     Raises:
         InvalidRequestError: a prompt that is empty, not a list of ints or too long; a token outside the vocabulary; a
-            priority that is no int.
+            priority that is no int; a salt that is no text or too long.
     """
     _check_prompt(request.prompt_token_ids, limits)
     _check_int("priority", request.priority, -(2**31), 2**31 - 1)
@@ -373,6 +399,11 @@ def new_sequences(request: Request, limits: Limits) -> list[Sequence]:
             _check_token_ids(name, token_ids, limits.vocab_size)
     if params.bad_words:
         raise InvalidRequestError("bad_words need a tokenizer; give bad_token_sequences instead", "bad_words")
+    salt = request.cache_salt
+    if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= MAX_SALT_LENGTH):
+        raise _invalid("cache_salt", salt, f"must be text of 1 to {MAX_SALT_LENGTH} characters")
+    if request.params.stop_token_ids:
+        _check_token_ids("stop_token_ids", request.params.stop_token_ids, limits.vocab_size)
     return [Sequence(request, index, limits) for index in range(request.params.n)]
 
 

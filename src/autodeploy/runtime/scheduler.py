@@ -2,9 +2,11 @@
 
 One order rules everything: (priority, arrival, index), see `Sequence.order`. Within the token budget of a step, running
 sequences that decode come first, then those still in their prompt, then waiting ones, each in order. Long prompts are
-cut into chunks by what the budget leaves. When pages run out, the last running sequence gives up all it owns and waits
-again; its tokens are recomputed later. Nobody overtakes the first waiting sequence, and the first running sequence is
-never preempted for another, so every sequence finishes.
+cut into chunks by what the budget leaves. A sequence starts behind the longest prefix that is known.
+
+When pages run out, the last running sequence gives up all it owns and waits again; of that it finds again, as a known
+prefix, what nobody has overwritten, and the rest is recomputed. Nobody overtakes the first waiting sequence, and the
+first running sequence is never preempted for another, so every sequence finishes.
 """
 
 import heapq
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from autodeploy.runtime.pages import StateAllocator
+from autodeploy.runtime.prefix_cache import PrefixCache
 from autodeploy.runtime.request import Sequence, Status
 
 
@@ -22,13 +25,14 @@ class ScheduledStep:
 
     Attributes:
         scheduled: tokens to compute now, per sequence; they follow its `num_computed_tokens`.
-        admitted: sequences that start in this step; their slot states must be zero.
+        admitted: sequences that start in this step, and the row that their slot states are copied from; 0: they start
+            from zero.
         preempted: sequences that lost their states and wait again.
         failed: sequences that cannot fit even alone; already finished.
     """
 
     scheduled: dict[Sequence, int] = field(default_factory=dict)
-    admitted: list[Sequence] = field(default_factory=list)
+    admitted: dict[Sequence, int] = field(default_factory=dict)
     preempted: list[Sequence] = field(default_factory=list)
     failed: list[Sequence] = field(default_factory=list)
 
@@ -36,12 +40,13 @@ class ScheduledStep:
 class Scheduler:
     """Decides what runs. `schedule` allocates; `commit` and `finish` release."""
 
-    def __init__(self, allocator: StateAllocator, *, max_num_batched_tokens: int) -> None:
+    def __init__(self, allocator: StateAllocator, prefixes: PrefixCache, *, max_num_batched_tokens: int) -> None:
         self.running: list[Sequence] = []
         """always sorted by `order`"""
         self.num_preemptions = 0
         self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
         self._allocator = allocator
+        self._prefixes = prefixes
         self._max_num_batched_tokens = max_num_batched_tokens
 
     @property
@@ -82,22 +87,42 @@ class Scheduler:
             budget -= granted
         while budget > 0 and self._waiting and not step.preempted:
             sequence = self._waiting[0][1]
-            if not self._allocator.can_admit(sequence, num_reserved_pages=len(self.running)):
-                if self.running:
-                    break
-                self._fail(sequence, step)
-                continue
-            heapq.heappop(self._waiting)
-            sequence.status = Status.RUNNING
-            insort(self.running, sequence, key=lambda running: running.order)
-            step.admitted.append(sequence)
+            if not self._admit(sequence, step):
+                break
             budget -= self._grant(sequence, budget, step)
         return step
 
-    def commit(self, sequence: Sequence, num_tokens: int) -> None:
-        """Record that the states of `num_tokens` more tokens are in memory."""
+    def commit(self, sequence: Sequence, num_tokens: int) -> int:
+        """Record that the states of `num_tokens` more tokens are in memory.
+
+        Returns the row that the sequence's slot states are to be copied to before the next step; 0 for none.
+        """
+        before = sequence.num_computed_tokens
         sequence.num_computed_tokens += num_tokens
+        row = self._prefixes.publish(sequence, before)
         self._allocator.release_unreachable(sequence)
+        return row
+
+    def _admit(self, sequence: Sequence, step: ScheduledStep) -> bool:
+        """Start the first waiting sequence, behind the longest known prefix; or fail it, when it cannot fit alone.
+
+        Returns False when it has to wait on.
+        """
+        if not self._allocator.has_free_slot:
+            return False
+        prefix = self._prefixes.find(sequence)
+        if not self._allocator.can_admit(sequence, prefix, num_reserved_pages=len(self.running)):
+            if not self.running:
+                self._fail(sequence, step)
+            return not self.running
+        heapq.heappop(self._waiting)
+        self._allocator.adopt(sequence, prefix)
+        self._prefixes.start(sequence, prefix)
+        sequence.num_computed_tokens = prefix.num_tokens
+        sequence.status = Status.RUNNING
+        insort(self.running, sequence, key=lambda running: running.order)
+        step.admitted[sequence] = prefix.snapshot
+        return True
 
     def _in_service_order(self) -> list[Sequence]:
         decoding: list[Sequence] = []
@@ -109,9 +134,10 @@ class Scheduler:
 
     def _grant(self, sequence: Sequence, budget: int, step: ScheduledStep) -> int:
         """Allocate the sequence's next tokens, as many as the budget and the pages allow."""
-        if sequence.status is not Status.RUNNING:  # preempted for an earlier one in this very step
+        if sequence.status is not Status.RUNNING:  # failed, or preempted for an earlier one in this very step
             return 0
         wanted = min(budget, len(sequence.token_ids) - sequence.num_computed_tokens)
+        wanted = self._prefixes.limit_chunk(sequence, wanted)
         granted = self._allocator.allocate(sequence, wanted)
         if granted:
             step.scheduled[sequence] = granted

@@ -30,6 +30,7 @@ class StatePlan:
     Attributes:
         groups: geometry of each group of paged states; page counts include scratch page 0.
         num_slots: slots, scratch slot 0 included; one less is how many sequences run at once.
+        num_snapshots: rows behind the slots that keep slot states for the prefix cache.
         page_size: tokens per page.
         max_model_len: longest sequence in tokens, prompt and output together.
         num_bytes: memory of all state tensors.
@@ -37,6 +38,7 @@ class StatePlan:
 
     groups: tuple[PageGroup, ...]
     num_slots: int
+    num_snapshots: int
     page_size: int
     max_model_len: int
     num_bytes: int
@@ -93,9 +95,14 @@ def plan_states(
     return _divide(sizes, options, length, budget)
 
 
-def _chunk_pages(group: PageGroup, options: EngineOptions) -> int:
-    """Pages that the tokens of one step may take in a window group beyond what the windows themselves keep."""
-    return 0 if group.window is None else -(-options.max_num_batched_tokens // options.page_size)
+def _further_window_pages(group: PageGroup, options: EngineOptions, window_pages: int) -> int:
+    """Pages that a window group can use beyond the `window_pages` of all sequences' windows: those that the tokens of
+    one step take before the windows have moved on, and the windows of as many known prefixes as there are sequences.
+    """
+    if group.window is None:
+        return 0
+    chunk_pages = -(-options.max_num_batched_tokens // options.page_size)
+    return chunk_pages + (window_pages if options.enable_prefix_caching else 0)
 
 
 def _minimum_bytes(sizes: StateBytes, options: EngineOptions, length: int) -> int:
@@ -119,7 +126,8 @@ def _longest_fitting(sizes: StateBytes, options: EngineOptions, wanted: int, bud
 
 
 def _divide(sizes: StateBytes, options: EngineOptions, length: int, budget: int) -> StatePlan:
-    """Share the budget: one longest sequence first, then slots, at most half of what is left, then pages.
+    """Share the budget: one longest sequence first, then slots, at most half of what is left, then snapshots, at most a
+    quarter of what is left then and as many as there may be sequences, then pages.
 
     All groups get the same number of further pages, up to what `max_num_seqs` longest sequences could use: while
     sequences are shorter than a window, each needs as many pages of a window group as of any other.
@@ -129,8 +137,15 @@ def _divide(sizes: StateBytes, options: EngineOptions, length: int, budget: int)
     if sizes.slot_bytes:
         num_seqs = min(num_seqs, 1 + (spare // 2 if sizes.page_bytes else spare) // sizes.slot_bytes)
     spare -= (num_seqs - 1) * sizes.slot_bytes
+    num_snapshots = 0
+    if sizes.slot_bytes and options.enable_prefix_caching:
+        num_snapshots = min(options.max_num_seqs, (spare // 4 if sizes.page_bytes else spare) // sizes.slot_bytes)
+    spare -= num_snapshots * sizes.slot_bytes
     one = {group: group.max_pages(length, options.page_size) for group in sizes.page_bytes}
-    most = {group: (num_seqs - 1) * one[group] + _chunk_pages(group, options) for group in sizes.page_bytes}
+    most = {
+        group: (num_seqs - 1) * one[group] + _further_window_pages(group, options, num_seqs * one[group])
+        for group in sizes.page_bytes
+    }
     low, high = 0, max(most.values(), default=0)
     while low < high:
         middle = (low + high + 1) // 2
@@ -142,10 +157,12 @@ def _divide(sizes: StateBytes, options: EngineOptions, length: int, budget: int)
     groups = tuple(
         PageGroup(name=group.name, num_pages=pages[group], window=group.window) for group in sizes.page_bytes
     )
-    num_bytes = (num_seqs + 1) * sizes.slot_bytes + sum(pages[group] * size for group, size in sizes.page_bytes.items())
+    num_bytes = (num_seqs + 1 + num_snapshots) * sizes.slot_bytes
+    num_bytes += sum(pages[group] * size for group, size in sizes.page_bytes.items())
     return StatePlan(
         groups=groups,
         num_slots=num_seqs + 1,
+        num_snapshots=num_snapshots,
         page_size=options.page_size,
         max_model_len=length,
         num_bytes=num_bytes,
@@ -167,7 +184,9 @@ def _refusal(sizes: StateBytes, options: EngineOptions, length: int, budget: int
 
 
 def allocate_states(specs: Iterable[StateSpec], plan: StatePlan, device: torch.device) -> dict[str, Tensor]:
-    """Zeroed tensors by spec name: `[num_pages, page_size, *shape]` for paged states, `[num_slots, *shape]` for slots.
+    """Zeroed tensors by spec name.
+
+    `[num_pages, page_size, *shape]` for paged states, `[num_slots + num_snapshots, *shape]` for slot states.
 
     Raises:
         OutOfMemoryError: the device refuses the memory after all.
@@ -179,7 +198,7 @@ def allocate_states(specs: Iterable[StateSpec], plan: StatePlan, device: torch.d
             if isinstance(spec, PagedState):
                 leading: tuple[int, ...] = (num_pages[spec.group], plan.page_size)
             else:
-                leading = (plan.num_slots,)
+                leading = (plan.num_slots + plan.num_snapshots,)
             tensors[spec.name] = _zeros((*leading, *spec.shape), spec.dtype, device)
     except (RuntimeError, MemoryError, ValueError) as error:  # from CUDA, NumPy, and NumPy beyond the address space
         raise OutOfMemoryError(
@@ -197,9 +216,11 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
-def clear_slots(specs: Iterable[StateSpec], states: dict[str, Tensor], slots: Sequence[int]) -> None:
-    """Zero the slot states of sequences that start in these slots."""
+def copy_slot(specs: Iterable[StateSpec], states: dict[str, Tensor], source: int, target: int) -> None:
+    """Copy the slot states of one row to another; from row 0, which is scratch, come zeros: a sequence starts."""
     for spec in specs:
         if isinstance(spec, SlotState):
-            for slot in slots:
-                states[spec.name][slot].zero_()
+            if source:
+                states[spec.name][target].copy_(states[spec.name][source])
+            else:
+                states[spec.name][target].zero_()
