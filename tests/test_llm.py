@@ -81,6 +81,18 @@ def test_every_form_of_prompt(make: Make) -> None:
     assert llm.generate([ids, ids], LONG, use_tqdm=False)[1].prompt_token_ids == ids
 
 
+def test_priority_and_salt_reach_the_engine_and_cached_tokens_come_back(make: Make) -> None:
+    fake = FakeEngine(ANSWER_IDS, eos_id=EOS, num_cached_tokens=2)
+    llm = make(fake)
+    prompts = [{"prompt": "one", "cache_salt": "a"}, {"prompt_token_ids": [1, 2, 3], "cache_salt": "b"}, "two"]
+    outputs = llm.generate(prompts, LONG, use_tqdm=False, priority=3)
+    assert [options.get("cache_salt") for options in fake.options.values()] == ["a", "b", None]
+    assert all(options.get("priority") == 3 for options in fake.options.values())
+    assert [output.num_cached_tokens for output in outputs] == [2, 2, 2]
+    with pytest.raises(InvalidRequestError, match="cache_salt"):
+        llm.generate({"prompt": "one", "cache_salt": ""}, use_tqdm=False)
+
+
 def test_outputs_are_in_the_order_of_the_prompts(make: Make) -> None:
     llm = make(FakeEngine())  # repeats the prompt's tokens
     params = [SamplingParams(max_tokens=limit) for limit in (9, 1, 5)]

@@ -37,7 +37,9 @@ logger = logging.getLogger(__name__)
 DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
+"""Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`, each with `"cache_salt"` if wanted."""
+
+_PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "cache_salt"})
 
 Messages = Sequence[Mapping[str, Any]]
 """A conversation: dicts with `role` and `content`."""
@@ -50,6 +52,7 @@ class _Work:
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
+    cache_salt: str | None
 
     def collector(self, request_id: str, tokenizer: Tokenizer | None, abort: Callable[[int], None]) -> OutputCollector:
         return OutputCollector(request_id, self.prompt_token_ids, self.params, tokenizer, abort, prompt=self.prompt)
@@ -260,8 +263,9 @@ class LLM:
             if params.stop and (self.tokenizer is None or not params.detokenize):
                 raise InvalidRequestError("stop strings need text; without it, use stop_token_ids", "stop")
             # The engine checks with this function too, but it would be too late: earlier prompts would be running.
-            new_sequences(Request("check", token_ids, params, arrival=0), self._limits)
-            works.append(_Work(prompt=text, prompt_token_ids=token_ids, params=params))
+            salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
+            new_sequences(Request("check", token_ids, params, arrival=0, cache_salt=salt), self._limits)
+            works.append(_Work(prompt=text, prompt_token_ids=token_ids, params=params, cache_salt=salt))
         return works
 
     def _params_for(
@@ -284,7 +288,7 @@ class LLM:
     def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
             given = {"prompt", "prompt_token_ids"} & prompt.keys()
-            if unknown := prompt.keys() - {"prompt", "prompt_token_ids"}:
+            if unknown := prompt.keys() - _PROMPT_KEYS:
                 raise InvalidRequestError(f"unknown prompt keys: {', '.join(map(repr, sorted(map(str, unknown))))}")
             if not given:
                 raise InvalidRequestError("a prompt dict needs 'prompt' (text) or 'prompt_token_ids' (a list of ints)")
@@ -349,7 +353,14 @@ class LLM:
             def deliver(delivery: Delivery, request_id: str = request_id) -> None:
                 received.put((request_id, delivery))
 
-            self.async_engine.submit(request_id, work.prompt_token_ids, work.params, deliver, priority=priority)
+            self.async_engine.submit(
+                request_id,
+                work.prompt_token_ids,
+                work.params,
+                deliver,
+                priority=priority,
+                cache_salt=work.cache_salt,
+            )
 
     @staticmethod
     def _collect_until_one_is_finished(
@@ -409,7 +420,14 @@ class PendingOutput:
         with self._llm.async_engine.open() as stream:
             abort = partial(stream.abort, self.request_id)
             collector = self._work.collector(self.request_id, self._llm.tokenizer, abort)
-            await stream.add(self.request_id, self._work.prompt_token_ids, self._work.params, priority=self._priority)
+            work = self._work
+            await stream.add(
+                self.request_id,
+                work.prompt_token_ids,
+                work.params,
+                priority=self._priority,
+                cache_salt=work.cache_salt,
+            )
             async for token_output in stream:
                 collector.add(token_output)
                 if self._streaming or collector.finished:

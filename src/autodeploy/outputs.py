@@ -49,6 +49,8 @@ class RequestOutput:
         outputs: one entry per sequence, by index.
         prompt_logprobs: per token of the prompt, log-probabilities by token id, None for the first; when asked for.
         finished: True when no sequence will grow any more.
+        num_cached_tokens: tokens of the prompt whose states were found in the prefix cache; of several sequences, those
+            of the one that found most. None before the first output.
     """
 
     request_id: str
@@ -58,6 +60,7 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -97,6 +100,7 @@ class OutputCollector:
         self.params = params
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        self.num_cached_tokens: int | None = None
         self._abort = abort
         self._outputs = [_empty_output(index, params) for index in range(params.n)]
         wants_text = tokenizer is not None and params.detokenize
@@ -115,6 +119,7 @@ class OutputCollector:
         sequence = self._outputs[token_output.index]
         if sequence.finish_reason is not None:
             return None
+        self.num_cached_tokens = max(self.num_cached_tokens or 0, token_output.num_cached_tokens)
         delta = self._delta(token_output)
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
         sequence.text += delta.text
@@ -150,6 +155,7 @@ class OutputCollector:
             finished=self.finished,
             metrics=RequestMetrics(**vars(self.metrics)),
             prompt_logprobs=self.prompt_logprobs,
+            num_cached_tokens=self.num_cached_tokens,
         )
 
     def _delta(self, token_output: TokenOutput) -> OutputDelta:
