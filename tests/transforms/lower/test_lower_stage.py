@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autodeploy.errors import GraphLevelError
+from autodeploy.errors import ConfigError, GraphLevelError
 from autodeploy.graph.levels import Level
 from autodeploy.graph.verify import verify
 from autodeploy.ops import linear
@@ -36,6 +36,18 @@ def test_the_first_supporting_provider_is_chosen_and_reasons_are_kept() -> None:
     selection.run(graph)
     assert selection.chosen["linear"] == {"narrow": 1, "torch": 1}
     assert selection.reasons["linear"] == {"narrow: at most 16 outputs, got 32"}
+
+
+@pytest.mark.usefixtures("narrow_kernel")
+def test_ops_can_be_left_to_the_reference_by_name() -> None:
+    graph = captured(Sketch(lambda self, x: self.inner(x), inner=nn.Linear(16, 16, bias=False)))
+    MatchLinear().run(graph)
+    selection = SelectKernels(priority=("narrow",), without=("linear",))
+    selection.run(graph)
+    assert selection.chosen["linear"] == {"torch": 2}
+    assert selection.reasons["linear"] == {"left to the reference, as asked"}
+    with pytest.raises(ConfigError, match="no op is called linaer; there are"):
+        SelectKernels(without=("linaer",)).run(graph)
 
 
 def verify_lowered_ops_only(graph) -> None:  # type: ignore[no-untyped-def]

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from autodeploy.errors import ConfigError
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.transform import Transform, TransformResult
-from autodeploy.ops.op import REFERENCE, Op
+from autodeploy.ops.op import OPS, REFERENCE, Op
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,7 @@ class SelectKernels(Transform):
     Attributes:
         priority: providers in order of preference.
         mixer_priority: the same for ops that mix tokens (attention); None means as for every op.
+        without: names of ops that keep the reference, which shows what their kernels are worth.
         compiled: a compiler takes the graph afterwards, so ops that it fuses with their neighbours are left to it.
         chosen: filled with op name -> provider -> number of nodes.
         reasons: filled with op name -> why a provider of that op was passed over.
@@ -24,11 +26,16 @@ class SelectKernels(Transform):
 
     priority: tuple[str, ...] = ()
     mixer_priority: tuple[str, ...] | None = None
+    without: tuple[str, ...] = ()
     compiled: bool = False
     chosen: dict[str, Counter[str]] = field(default_factory=dict, compare=False)
     reasons: dict[str, set[str]] = field(default_factory=dict, compare=False)
 
     def apply(self, graph: ModelGraph) -> TransformResult:
+        if unknown := sorted(set(self.without) - OPS.keys()):
+            raise ConfigError(
+                f"select_kernels: no op is called {', '.join(unknown)}; there are {', '.join(sorted(OPS))}"
+            )
         found = 0
         for node, op in graph.op_nodes():
             found += 1
@@ -37,6 +44,9 @@ class SelectKernels(Transform):
         return TransformResult(found=found, rewritten=found, expected=found)
 
     def _provider(self, node: fx.Node, op: Op) -> str:
+        if op.name in self.without:
+            self.reasons.setdefault(op.name, set()).add("left to the reference, as asked")
+            return REFERENCE
         arguments = fx.map_arg(op.arguments(node.args, node.kwargs), lambda argument: argument.meta["val"])
         is_mixer = op.mixes_tokens and self.mixer_priority is not None
         for provider in (self.mixer_priority or ()) if is_mixer else self.priority:
