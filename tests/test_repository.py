@@ -195,12 +195,17 @@ def test_every_patch_says_when_it_can_go() -> None:
 def test_every_test_file_mirrors_a_module() -> None:
     """`tests/x/test_y.py` tests `autodeploy/x/y.py`, or enumerates a table (`test_every_*`), or stands at the top.
 
-    `tests/gpu` is the one folder by need and not by place: a GPU machine runs it from a bare checkout.
+    `tests/benchmarks` mirrors the scripts in `benchmarks/`, and `tests/gpu` is the one folder by need and not by place:
+    a GPU machine runs it from a bare checkout.
     """
     lost = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         folder, name = path.relative_to(ROOT / "tests").parent, path.stem.removeprefix("test_")
-        if folder not in (Path(), Path("gpu")) and not name.startswith("every_") and not (SOURCE / folder).is_dir():
+        if (
+            folder not in (Path(), Path("gpu"), Path("benchmarks"))
+            and not name.startswith("every_")
+            and not (SOURCE / folder).is_dir()
+        ):
             lost.append(f"tests/{folder}/{path.name}")
     assert not lost, f"no such folder in the package: {lost}"
 

@@ -1,0 +1,137 @@
+"""AutoDeploy beside its peers on one model, in turns, as JSON and a table: how fast, how soon, in how much memory.
+
+    python benchmarks/peers.py smollm2 --output benchmarks/results
+    python benchmarks/peers.py qwen3-0.6b --precision int4 --peer AutoDeploy llama.cpp
+    python benchmarks/peers.py --prepare        # environments and model files of every model, nothing measured
+
+Subjects of one precision take turns at each figure (A B C A B C ...), after a round that is not counted; every prompt
+is random and used once. A start is a process of its own, from launch to the first token after 128. The machine's limits
+are measured in every round. Speed is meaningful on an idle machine only: the record holds the load that was found, and
+`performance_page.py` takes no record of a loaded one.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import environments, models
+from peers.rounds import SMOKE, Load, Rounds, agreement
+from peers.subjects import KINDS, Subject, prepare, vocab_size
+
+from autodeploy.bench import record
+from autodeploy.bench.machine import measure
+
+PRECISIONS = ("bf16", "int8", "int4")
+REFERENCE = "transformers"
+
+
+def subjects_of(given: argparse.Namespace, model: str, build: Path) -> tuple[list[Subject], dict[str, str]]:
+    """What can run here, and why the rest cannot."""
+    ready, missing = [], {}
+    checkpoint = models.folder(build, model)
+    for precision in given.precision:
+        for name in given.peer:
+            try:
+                ready.append(prepare(name, precision, model, checkpoint, build))
+            except environments.NotAvailable as reason:
+                missing[f"{name} {precision}"] = str(reason)
+                print(f"not available: {name} {precision}: {reason}", flush=True)
+    return ready, missing
+
+
+def compare(subjects: list[Subject], load: Load, num_ids: int, rounds: int, limits: list[Any]) -> dict[str, Any]:
+    """Samples of subjects of one precision; the machine's limits in each round are added to `limits`."""
+    seconds = 3.0 if load is not SMOKE else 0.1
+    with ExitStack() as stack:
+        runs = Rounds(load, num_ids)
+        for turn in range(rounds + 1):
+            limits.append(dataclasses.asdict(measure(torch.device("cpu"), torch.bfloat16, seconds)))
+            for subject in subjects if turn == 0 or load is not SMOKE else ():
+                runs.start(subject, stack)
+            print(f"-- {subjects[0].precision}, round {turn} of {rounds}", flush=True)
+            runs.once(counted=turn > 0)
+        facts = runs.end()
+    return {"samples": runs.samples, "failed": runs.failed, "facts": facts, "tokens": runs.tokens}
+
+
+def run(given: argparse.Namespace, model: str, build: Path) -> Path | None:
+    """Compare on one model and write the record; returns its path, None where nothing was to be measured."""
+    subjects, missing = subjects_of(given, model, build)
+    if given.prepare:
+        return None
+    num_ids = min(vocab_size(models.folder(build, model)), 8192)
+    load, before = SMOKE if given.smoke else Load(), record.machine()
+    limits: list[Any] = []
+    groups: dict[str, Any] = {}
+    for precision in given.precision:
+        if chosen := [subject for subject in subjects if subject.precision == precision]:
+            groups[precision] = compare(chosen, load, num_ids, given.rounds, limits)
+    tokens = {precision: group.pop("tokens") for precision, group in groups.items()}
+    reference = tokens.get("bf16", {}).get(REFERENCE)
+    for precision, group in groups.items() if reference else ():
+        group["agreement"] = {name: agreement(own, reference) for name, own in tokens[precision].items()}
+    environment_names = {KINDS[subject.name].environment for subject in subjects} - {None}
+    raw = {
+        "benchmark": "peers",
+        "command": sys.argv,
+        "model": model,
+        "load": dataclasses.asdict(load),
+        "limits": limits,
+        "precisions": groups,
+        "not_available": missing,
+        "machine": before | {"load_average_after": record.machine()["load_average"]},
+        "versions": record.versions(),
+        "environments": {
+            name: {"note": environments.ENVIRONMENTS[name].note, "packages": environments.versions(build, name)}
+            for name in sorted(map(str, environment_names))
+        },
+    }
+    given.output.mkdir(parents=True, exist_ok=True)
+    path: Path = given.output / f"peers-{model}_{platform.machine()}_{time.strftime('%Y%m%d-%H%M')}.json"
+    path.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(table(groups)))
+    return path
+
+
+def table(groups: dict[str, Any]) -> list[str]:
+    """Medians, as text."""
+    lines = []
+    for precision, group in groups.items():
+        for name, figures in group["samples"].items():
+            medians = {key: statistics.median(values) for key, values in figures.items() if values}
+            lines.append(f"{precision} {name}: " + ", ".join(f"{key} {value:.5g}" for key, value in medians.items()))
+        lines += [f"{precision} {name}: failed: {reason}" for name, reason in group["failed"].items()]
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compare on the models that are named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help=f"of {', '.join(models.NAMES)}, or a checkpoint folder")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--peer", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--prepare", action="store_true", help="make what is missing and measure nothing")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, no peers that need an environment, seconds")
+    parser.add_argument("--build", type=Path, default=Path(__file__).parents[1] / "build" / "peers")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/local"))
+    given = parser.parse_args(arguments)
+    if given.smoke:
+        given.models, given.rounds, given.precision, given.peer = ["tiny"], 1, ["bf16"], ["AutoDeploy", REFERENCE]
+    every = [name for name in models.NAMES if name != "tiny"]
+    with tempfile.TemporaryDirectory() as scratch:
+        for model in given.models or (every if given.prepare else ["smollm2"]):
+            run(given, model, Path(scratch) if given.smoke else given.build.resolve())
+
+
+if __name__ == "__main__":
+    main()

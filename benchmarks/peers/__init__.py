@@ -1,0 +1,10 @@
+"""Peers: what `benchmarks/peers.py` compares AutoDeploy with, each behind the same few lines of JSON.
+
+process.py        a peer's process as the benchmark sees it: launched, asked, held still, ended
+worker.py         the same process from inside: requests in, tokens and their times out
+ours.py hf.py llamacpp.py genai.py vllmcpu.py    one peer each: how it loads a model and generates greedily
+subjects.py       which peers there are, the environment each runs in, at which precisions, on which models
+environments.py   makes those environments, with pip
+models.py         the models, written once as checkpoint folders
+llamacpp_convert.py genai_convert.py             a checkpoint folder in, the peer's own files out
+"""

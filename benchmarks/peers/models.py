@@ -1,0 +1,105 @@
+"""The models that peers are compared on: a name goes in, a checkpoint folder comes out, written once.
+
+`smollm2` has real weights, from a Python package. The others have random weights in the shape of a published model, or
+in a small shape of a kind of model; speed does not depend on what the weights are.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SEED_MODELS = Path(__file__).parents[1] / "seed_models.yaml"
+_DEFAULT_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+
+# Attention in 4 of 32 layers, Mamba-2 in the others; no experts.
+_HYBRID: dict[str, Any] = {
+    "type": "granitemoehybrid",
+    "hidden_size": 768,
+    "num_hidden_layers": 32,
+    "layer_types": ["attention" if layer % 8 == 5 else "mamba" for layer in range(32)],
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "shared_intermediate_size": 2048,
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "mamba_n_heads": 48,
+    "mamba_d_head": 32,
+    "mamba_d_state": 128,
+    "mamba_n_groups": 1,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
+# 370 million parameters, of which a token uses 145.
+_EXPERTS: dict[str, Any] = {
+    "type": "qwen3_moe",
+    "hidden_size": 1024,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "moe_intermediate_size": 512,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
+_TINY: dict[str, Any] = {
+    "type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 512,
+}
+RANDOM: dict[str, Any] = {"hybrid": _HYBRID, "moe": _EXPERTS, "tiny": _TINY, "qwen3-0.6b": {}, "llama-3.2-1b": {}}
+NAMES = ("smollm2", *RANDOM)
+
+
+def folder(build: Path, name: str) -> Path:
+    """The checkpoint folder of one of `NAMES`, or the path itself where it is none of them."""
+    if name not in NAMES:
+        return Path(name)
+    if name == "smollm2":
+        return _packaged()
+    target = build / "models" / name / "checkpoint"
+    if not (target / "config.json").exists():
+        _write(target, _config(name))
+        if name != "tiny":  # some peers load nothing without a tokenizer, and use it for nothing here
+            for file in _packaged().glob("tokenizer*"):
+                shutil.copy(file, target)
+    return target
+
+
+def _packaged() -> Path:
+    from autodeploy.config import ModelOptions
+    from autodeploy.models.locate import locate_model
+    from autodeploy.packaged_models import model_path
+
+    return locate_model(model_path("smollm2"), ModelOptions()).folder
+
+
+def _config(name: str) -> dict[str, Any]:
+    """A random model's config; those of published models are in seed_models.yaml, but for their scaled positions."""
+    if RANDOM[name]:
+        return dict(RANDOM[name])
+    fields = dict(yaml.safe_load(SEED_MODELS.read_text(encoding="utf-8"))["configs"][name])
+    return fields | _DEFAULT_ROPE
+
+
+def _write(target: Path, fields: dict[str, Any]) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(fields.pop("type"), **fields, dtype="bfloat16")
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    partial = target.with_name("partial")
+    model.save_pretrained(partial)
+    partial.rename(target)

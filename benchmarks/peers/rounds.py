@@ -1,0 +1,120 @@
+"""Rounds of one comparison: subjects and a load go in, samples per subject and figure come out."""
+
+import random
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from peers.process import Peer, PeerError
+from peers.subjects import Subject
+
+SLOW_START_SECONDS = 20.0
+"""A subject that starts more slowly is started once, not once per round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What is asked, in tokens: one prompt and its answer, prompts to prefill, and many requests at once."""
+
+    decode: tuple[int, int] = (128, 128)
+    prefill: tuple[int, ...] = (1024, 2048)
+    num_requests: int = 32
+    prompts: tuple[int, int] = (32, 512)
+    outputs: tuple[int, int] = (64, 128)
+
+
+SMOKE = Load(decode=(8, 4), prefill=(16,), num_requests=3, prompts=(2, 6), outputs=(2, 4))
+
+
+class Rounds:
+    """Subjects that take turns, and what was measured of them.
+
+    Attributes:
+        samples: subject -> figure -> one value per round.
+        tokens: subject -> the tokens of each decode run, the first round's too.
+        failed: subject -> why it is not running any more.
+    """
+
+    def __init__(self, load: Load, num_ids: int) -> None:
+        self.load, self._num_ids = load, num_ids
+        self._source = random.Random(0)  # the same prompts for every precision
+        self._peers: dict[str, Peer] = {}
+        self.samples: dict[str, dict[str, list[float]]] = {}
+        self.tokens: dict[str, list[list[int]]] = {}
+        self.failed: dict[str, str] = {}
+
+    def start(self, subject: Subject, stack: ExitStack) -> None:
+        """Launch a subject and wait for its first token; the first process of each stays, for as long as `stack`."""
+        starts = self.samples.setdefault(subject.name, {}).setdefault("start_seconds", [])
+        if subject.name in self.failed or (starts and starts[0] > SLOW_START_SECONDS):
+            return
+        with ExitStack() as own:
+            peer = own.enter_context(subject.launch())
+            try:
+                peer.ask("generate", prompts=[self._prompt(self.load.decode[0])], lengths=[1])
+                starts.append(peer.seconds_since_launch)
+                print(f"{subject.name}: start {starts[-1]:.2f} s", flush=True)
+                if subject.name not in self._peers:
+                    peer.ask("settle")
+                    self._peers[subject.name] = peer
+                    stack.enter_context(own.pop_all())
+            except PeerError as error:
+                self.failed[subject.name] = f"start: {error}"
+
+    def once(self, counted: bool) -> None:
+        """Every subject's turn at every figure; a round that is not counted has few requests at once."""
+        load, draw = self.load, self._source.randint
+        self._turn("decode", [(self._prompt(load.decode[0]), load.decode[1])], counted)
+        for length in load.prefill:
+            self._turn(f"prefill_{length}", [(self._prompt(length), 1)], counted)
+        if not counted:
+            self._note_memory("one_peak_bytes")
+        number = load.num_requests if counted else 2
+        many = [(self._prompt(draw(*load.prompts)), draw(*load.outputs)) for _ in range(number)]
+        self._turn("requests", many, counted)
+
+    def end(self) -> dict[str, Any]:
+        """Peak memory after everything, and what subjects say about themselves."""
+        self._note_memory("requests_peak_bytes")
+        return {name: peer.ask("facts")["facts"] for name, peer in self._peers.items()}
+
+    def _prompt(self, length: int) -> list[int]:
+        return [self._source.randrange(self._num_ids) for _ in range(length)]
+
+    def _turn(self, figure: str, requests: list[tuple[list[int], int]], counted: bool) -> None:
+        prompts, lengths = [prompt for prompt, _ in requests], [length for _, length in requests]
+        for name, peer in list(self._peers.items()):
+            try:
+                answer = peer.ask("generate", prompts=prompts, lengths=lengths)
+            except PeerError as error:
+                self.failed[name] = f"{figure}: {error}"
+                self._peers.pop(name).end()
+                continue
+            values = _values(figure, prompts[0], lengths, answer)
+            print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
+            if figure == "decode":
+                self.tokens.setdefault(name, []).append(answer["tokens"][0])
+            for key, value in values.items() if counted else ():
+                self.samples[name].setdefault(key, []).append(value)
+
+    def _note_memory(self, figure: str) -> None:
+        for name, peer in self._peers.items():
+            self.samples[name][figure] = [peer.peak_bytes()]
+
+
+def _values(figure: str, prompt: list[int], lengths: list[int], answer: dict[str, Any]) -> dict[str, float]:
+    """Tokens per second: after the first ones, of the prompt, or of all answers together."""
+    first, last = answer["first_seconds"], answer["last_seconds"]
+    if figure == "decode":
+        later = lengths[0] - answer["num_first"]  # several may come at once; all of them from a tiny model
+        return {"decode": later / (last - first) if later else lengths[0] / last, "first_token_seconds": first}
+    return {figure: sum(lengths) / last if figure == "requests" else len(prompt) / first}
+
+
+def agreement(tokens: list[list[int]], reference: list[list[int]]) -> float:
+    """Tokens that two subjects' answers have in common at their beginning, on average over the prompts."""
+    return sum(map(_common, tokens, reference)) / len(tokens)
+
+
+def _common(left: list[int], right: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=True)) if a != b), len(left))

@@ -1,0 +1,103 @@
+"""A peer's process: its answers are told from what it prints, it stands still between turns, and it fails in words."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.benchmarks.conftest import BENCHMARKS
+
+Script = Callable[[str], Any]
+
+ADAPTER = """
+import os, sys
+from worker import serve
+
+class Fake:
+    def __init__(self, job):
+        print("loading", job["model"])
+        os.system("echo a child speaks")
+    def generate(self, prompts, lengths, emit):
+        print("not an answer")
+        if prompts[0] == [13]:
+            raise ValueError("unlucky")
+        if prompts[0] == [14]:
+            sys.stderr.write("leaving")
+            os._exit(3)
+        for step in range(max(lengths)):
+            for index, length in enumerate(lengths):
+                if step < length - (prompts[0] == [15]):
+                    emit(index, [len(prompts[index]) + step])
+    def facts(self):
+        return {"pid": os.getpid()}
+
+serve(Fake)
+"""
+
+
+@pytest.fixture
+def peer(script: Script, tmp_path: Path) -> Iterator[Any]:
+    process = script("peers.process")
+    adapter = tmp_path / "adapter.py"
+    adapter.write_text(ADAPTER)
+    variables = {"PYTHONPATH": str(BENCHMARKS / "peers")}
+    with process.Peer([sys.executable, str(adapter)], {"model": "m"}, variables, tmp_path / "log") as running:
+        yield running
+
+
+def test_answers_are_what_was_emitted(peer: Any) -> None:
+    answer = peer.ask("generate", prompts=[[1, 2], [3]], lengths=[3, 1])
+    assert answer["tokens"] == [[2, 3, 4], [1]]
+    assert answer["num_first"] == 1
+    assert 0 < answer["first_seconds"] <= answer["last_seconds"] < peer.seconds_since_launch
+    assert peer.ask("settle") == {"settle": None}
+    assert peer.peak_bytes() > 1e6
+
+
+def test_it_stands_still_between_its_turns(peer: Any) -> None:
+    pid = peer.ask("facts")["facts"]["pid"]
+    deadline = time.monotonic() + 10
+    while psutil.Process(pid).status() != psutil.STATUS_STOPPED:  # a signal arrives when it does
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert peer.ask("facts")["facts"]["pid"] == pid
+
+
+def test_failures_come_in_words_and_the_peer_goes_on(peer: Any, script: Script) -> None:
+    error = script("peers.process").PeerError
+    with pytest.raises(error, match="ValueError: unlucky"):
+        peer.ask("generate", prompts=[[13]], lengths=[1])
+    with pytest.raises(error, match=r"asked for \[2\] tokens, got \[1\]"):
+        peer.ask("generate", prompts=[[15]], lengths=[2])
+    assert peer.ask("generate", prompts=[[1]], lengths=[1])["tokens"] == [[1]]
+    with pytest.raises(error, match="ended with status 3"):
+        peer.ask("generate", prompts=[[14]], lengths=[1])
+
+
+def test_a_model_that_cannot_be_loaded_is_an_answer_too(script: Script, tmp_path: Path) -> None:
+    process = script("peers.process")
+    adapter = tmp_path / "adapter.py"
+    adapter.write_text(ADAPTER)
+    variables = {"PYTHONPATH": str(BENCHMARKS / "peers")}
+    with (
+        process.Peer([sys.executable, str(adapter)], {}, variables, tmp_path / "log") as running,
+        pytest.raises(process.PeerError, match="KeyError: 'model'"),
+    ):
+        running.ask("facts")
+
+
+def test_what_two_answers_have_in_common_is_counted_from_the_front(script: Script) -> None:
+    agreement = script("peers.rounds").agreement
+    assert agreement([[1, 2, 3], [4, 5, 6]], [[1, 2, 9], [4, 5, 6]]) == 2.5
+    assert agreement([[7, 2, 3]], [[1, 2, 3]]) == 0.0
+
+
+def test_a_peer_without_an_environment_says_why(script: Script) -> None:
+    environments = script("peers.environments")
+    command = [sys.executable, "-c", "import sys; sys.exit('first\\nERROR: no matching distribution\\n')"]
+    with pytest.raises(environments.NotAvailable, match="ERROR: no matching distribution"):
+        environments._run(command, {})
