@@ -14,11 +14,12 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from peers.subjects import vocab_size
 
 from autodeploy.bench import record, reference
 from autodeploy.bench.latency import one_request, random_prompt
@@ -29,7 +30,7 @@ from autodeploy.models.resolve import resolve_model
 from autodeploy.packaged_models import DEFAULT, model_path
 from autodeploy.runtime.engine import Engine
 
-VOCABULARY = 8192  # prompts use ids that every model has
+SMOKE = ("autodeploy torch-simple", "transformers eager")
 Generate = Callable[[list[int], int], tuple[float, float]]
 
 
@@ -73,18 +74,30 @@ SUBJECTS: dict[str, Callable[[str], Generate]] = {
 }
 
 
-def steady_state(folder: str, rounds: int, output_len: int) -> dict[str, dict[str, list[float]]]:
-    """Raw samples per subject, taken in turns after one round that is not counted."""
-    subjects = {name: load(folder) for name, load in SUBJECTS.items()}
+def steady_state(
+    folder: str, names: Sequence[str], rounds: int, lengths: tuple[int, int, int]
+) -> dict[str, dict[str, list[float]]]:
+    """Raw samples per subject, taken in turns after one round that is not counted.
+
+    Args:
+        folder: the checkpoint.
+        names: of `SUBJECTS`.
+        rounds: those that are counted.
+        lengths: tokens of the prompt and the answer of a decode run, and of a prompt to prefill.
+    """
+    subjects = {name: SUBJECTS[name](folder) for name in names}
+    vocabulary = min(vocab_size(Path(folder)), 8192)
+    input_len, output_len, prefill_len = lengths
     samples: dict[str, dict[str, list[float]]] = {name: {"decode": [], "prefill": []} for name in subjects}
     for turn in range(rounds + 1):
         for name, generate in subjects.items():
-            _, decode = generate(random_prompt(VOCABULARY, 128, 2 * turn), output_len)
-            first, _ = generate(random_prompt(VOCABULARY, 1024, 2 * turn + 1), 2)
-            print(f"round {turn}: {name}: decode {decode:.1f} tok/s, prefill {1024 / first:.0f} tok/s", flush=True)
+            _, decode = generate(random_prompt(vocabulary, input_len, 2 * turn), output_len)
+            first, _ = generate(random_prompt(vocabulary, prefill_len, 2 * turn + 1), 2)
+            prefill = prefill_len / first
+            print(f"round {turn}: {name}: decode {decode:.1f} tok/s, prefill {prefill:.0f} tok/s", flush=True)
             if turn:
                 samples[name]["decode"].append(decode)
-                samples[name]["prefill"].append(1024 / first)
+                samples[name]["prefill"].append(prefill)
     return samples
 
 
@@ -104,16 +117,20 @@ def markdown(samples: dict[str, dict[str, list[float]]]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run everything and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=DEFAULT)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--smoke", action="store_true", help="two subjects, one round of few tokens")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/local"))
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     resolved = resolve_model(model_path(given.model), parse_options({}).model)
-    samples = steady_state(str(resolved.folder), given.rounds, given.output_len)
+    if given.smoke:
+        samples = steady_state(str(resolved.folder), SMOKE, 1, (8, 4, 16))
+    else:
+        samples = steady_state(str(resolved.folder), list(SUBJECTS), given.rounds, (128, given.output_len, 1024))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = {"limits": dataclasses.asdict(measure(device, resolved.dtype)), "machine": record.machine()}
     table = markdown(samples)

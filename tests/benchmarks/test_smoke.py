@@ -1,0 +1,81 @@
+"""Every benchmark script runs on a tiny model and writes a record that has what it measures; speed is not looked at."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny
+
+Script = Callable[[str], Any]
+ROOT = Path(__file__).parents[2]
+
+
+def _record(folder: Path) -> Any:
+    (path,) = folder.glob("*.json")
+    return json.loads(path.read_text())
+
+
+def test_peers(script: Script, tmp_path: Path) -> None:
+    script("peers").main(["--smoke", "--output", str(tmp_path)])
+    record = _record(tmp_path)
+    group = record["precisions"]["bf16"]
+    assert not group["failed"]
+    assert not record["not_available"]
+    figures = {"decode", "first_token_seconds", "prefill_16", "requests", "start_seconds"}
+    for name in ("AutoDeploy", "transformers"):
+        values = group["samples"][name]
+        assert values.keys() == figures | {"one_peak_bytes", "requests_peak_bytes"}
+        assert all(len(each) == 1 and each[0] > 0 for each in values.values())
+        assert 50e6 < values["one_peak_bytes"][0] <= values["requests_peak_bytes"][0]
+    facts = group["facts"]["AutoDeploy"]
+    # Two layers of grouped attention and gated MLP, and the head; an embedding is looked up.
+    products = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
+    assert facts["flops_per_token"] == 2 * products
+    assert facts["step_weight_bytes"] == 2 * (products + 256 * 64 + 5 * 64)
+    assert group["agreement"]["transformers"] == record["load"]["decode"][1]
+    assert len(record["limits"]) == 2
+
+
+def test_ablation(script: Script, tmp_path: Path) -> None:
+    script("ablation").main(["--smoke", "--output", str(tmp_path)])
+    record = _record(tmp_path)
+    assert record["ratios"].keys() == {"fuse_qkv", "kernel rms_norm"}
+    for name, figures in record["samples"].items():
+        for figure, pairs in figures.items():
+            ((on, off),) = pairs
+            assert record["ratios"][name][figure] == pytest.approx(on / off, abs=1e-3)
+
+
+def test_compare_transformers(script: Script, tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    script("compare_transformers").main([str(folder), "--smoke", "--output", str(tmp_path / "out")])
+    samples = _record(tmp_path / "out")["samples"]
+    assert samples.keys() == {"autodeploy torch-simple", "transformers eager"}
+    assert all(len(values) == 1 and values[0] > 0 for kinds in samples.values() for values in kinds.values())
+
+
+@pytest.mark.slow
+def test_starts(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    _run("starts.py", str(folder), "--rounds", "1", "--output", str(tmp_path / "out"))
+    (seconds,) = _record(tmp_path / "out")["rounds"]
+    assert seconds.keys() == {"cold", "warm"}
+
+
+@pytest.mark.slow
+def test_capture_cost(tmp_path: Path) -> None:
+    _run("capture_cost.py", "qwen2.5-0.5b", "--output", str(tmp_path))
+    result = _record(tmp_path)["results"]["qwen2.5-0.5b"]
+    assert result["mixers"] == {"cached_attention": 24}
+
+
+def _run(name: str, *arguments: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
+    subprocess.run(command, env=environment, check=True, capture_output=True, cwd=ROOT)
