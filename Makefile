@@ -3,7 +3,8 @@
 #
 #   PYTHON=python3.12                          the Python to build it from
 #   MODEL=gemma3-270m | FOLDER | FILE.gguf | HUB/ID    what `demo` and `bench` run (default: smollm2)
-#   ARGS="-k attention"                        passed on to pytest, or to the demo
+#   ARGS="-k attention"                        passed on to pytest, to the demo, or to the comparison with peers
+#   PEERS=FOLDER                               where `bench-peers` keeps environments and models (default: build/peers)
 #   TORCH_FLAGS="--index-url URL"              where torch comes from, if not from the default index (pytorch.org lists the
 #                                              addresses of its CPU builds)
 
@@ -12,13 +13,14 @@ VENV ?= .venv
 MODEL ?= smollm2
 ARGS ?=
 TORCH_FLAGS ?=
+PEERS ?= build/peers
 
 python := $(VENV)/bin/python
 install := $(python) -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 results := benchmarks/results/local
 demo_package := $(if $(filter smollm2 gemma3-270m,$(MODEL)),$(VENV)/.$(MODEL))
 
-.PHONY: help demo test test-slow test-gpu check sweep bench real-dims clean
+.PHONY: help demo test test-slow test-gpu check sweep bench bench-peers real-dims clean
 
 help:
 	@echo "make demo        deploy a real model, answer a prompt, compare with transformers (MODEL=gemma3-270m for the other)"
@@ -28,6 +30,7 @@ help:
 	@echo "make check       ruff and mypy"
 	@echo "make sweep       every architecture of transformers through every stage; ARGS=\"mamba2 qwen3_moe\" takes some"
 	@echo "make bench       latency, throughput and the comparison with transformers, as JSON in $(results)"
+	@echo "make bench-peers beside llama.cpp, OpenVINO GenAI and vLLM too, each built once in $(PEERS); then docs/performance.md"
 	@echo "make real-dims   capture the seeds' models at their real dimensions, without weights; writes docs/seed-models.md"
 	@echo "make clean       remove the environment"
 
@@ -58,6 +61,12 @@ bench: $(VENV)/.runtime $(demo_package)
 	$(python) -m autodeploy bench throughput "$$($(python) -m autodeploy.packaged_models $(MODEL))" --json $(results)/throughput.json
 	$(python) benchmarks/compare_transformers.py "$(MODEL)" --output $(results)
 	$(python) benchmarks/starts.py "$(MODEL)" --output $(results)
+
+# The first run builds the peers' environments and converts the model: most of an hour on two cores.
+bench-peers: $(VENV)/.runtime $(demo_package)
+	$(python) benchmarks/peers.py "$(MODEL)" --prepare --build $(PEERS) $(ARGS)
+	$(python) benchmarks/peers.py "$(MODEL)" --build $(PEERS) --output benchmarks/results $(ARGS)
+	$(python) benchmarks/performance_page.py
 
 real-dims: $(VENV)/.dev
 	$(python) benchmarks/capture_cost.py --output $(results) --page docs/seed-models.md

@@ -1,0 +1,105 @@
+"""The page about performance says what records say, and takes none of a busy machine."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+Script = Callable[[str], Any]
+
+MACHINE = {"cpu": "a processor", "threads": 2, "load_average": [0.2, 2.0, 2.0]}
+FACTS = {
+    "step_weight_bytes": 100_000_000,
+    "state_bytes_per_token": 10_000,
+    "state_bytes_per_sequence": 80_000,
+    "flops_per_token": 2_000_000,
+    "flops_per_logits_row": 1_024_000,
+}
+RECORD: dict[str, Any] = {
+    "model": "small",
+    "load": {"decode": [128, 128]},
+    "limits": [{"memory_gb_per_second": each, "matmul_gflop_per_second": 40.0} for each in (20.0, 90.0, 10.0)],
+    "precisions": {
+        "bf16": {
+            "samples": {
+                "AutoDeploy": {
+                    "decode": [90.0, 100.0, 110.0],
+                    "prefill_1024": [5000.0],
+                    "start_seconds": [2.0, 1.0, 4.0],
+                },
+                "one": {"decode": [50.0, 60.0, 55.0], "prefill_1024": [6250.0], "start_seconds": [1.0]},
+                "two": {"decode": [80.0], "one_peak_bytes": [3e8]},
+            },
+            "failed": {"two": "prefill_1024: out of words"},
+            "facts": {"AutoDeploy": FACTS, "one": None, "two": None},
+            "agreement": {"AutoDeploy": 128.0, "one": 127.6},
+        },
+        "int4": {"samples": {"one": {"decode": [70.0]}}, "failed": {}, "facts": {}},
+    },
+    "not_available": {"AutoDeploy int4": "raises"},
+    "machine": MACHINE,
+    "versions": {"torch": "2.13"},
+    "environments": {"llamacpp": {"note": "built here"}},
+}
+
+
+def _write(folder: Path, name: str, **changes: Any) -> None:
+    (folder / name).write_text(json.dumps(RECORD | changes))
+
+
+def test_the_newest_record_of_an_idle_machine_counts(script: Script, tmp_path: Path) -> None:
+    newest = script("peers.summary").newest
+    _write(tmp_path, "peers-small_arm_20260102-1200.json", versions={"torch": "new"})
+    _write(tmp_path, "peers-small_x86_20260101-1200.json", versions={"torch": "old"})
+    _write(tmp_path, "peers-small_x86_20260103-1200.json", machine=MACHINE | {"load_average": [1.5, 0.0, 0.0]})
+    records, loaded = newest(tmp_path, "peers")
+    assert {model: record["versions"] for model, record in records.items()} == {"small": {"torch": "new"}}
+    assert loaded == ["peers-small_x86_20260103-1200.json"]
+
+
+def test_ratios_and_shares_follow_from_medians(script: Script) -> None:
+    summary = script("peers.summary")
+    group = RECORD["precisions"]["bf16"]
+    decode = summary.samples(group, "decode")
+    assert summary.advantage(decode, "decode") == pytest.approx(100 / 80)
+    assert summary.advantage(summary.samples(group, "start_seconds"), "start_seconds") == pytest.approx(1 / 2)
+    assert summary.advantage({"AutoDeploy": [1.0]}, "decode") is None
+    step = 100e6 + 10e3 * (128 + 64) + 80e3
+    assert summary.share(RECORD, group, "decode") == pytest.approx(100 * step / 20e9)
+    assert summary.share(RECORD, group, "prefill_1024") == pytest.approx(5000 * (2e6 + 1e3) / 40e9)
+    assert summary.share(RECORD, group, "start_seconds") is None
+    assert summary.share(RECORD, RECORD["precisions"]["int4"], "decode") is None
+
+
+def test_the_page_and_its_plot(script: Script, tmp_path: Path) -> None:
+    _write(tmp_path, "peers-small_x86_20260101-1200.json")
+    ablation = {"ratios": {"fuse_qkv": {"decode": 1.25, "prefill": 1.0}}, "samples": {"fuse_qkv": {}}}
+    _write(tmp_path, "ablation-small_x86_20260101-1200.json", **ablation)
+    page = tmp_path / "docs" / "performance.md"
+    page.parent.mkdir()
+    script("performance_page").main(["--results", str(tmp_path), "--page", str(page)])
+    text = page.read_text()
+    assert "| bf16 | AutoDeploy | **100** [90-110] 1.25x 51% | **5,000** 0.80x 25% |" in text
+    assert "| bf16 | two | 80 | - |" in text
+    assert "- Not measured: AutoDeploy int4: raises." in text
+    assert "- Failed: two bf16: prefill_1024: out of words." in text
+    assert "| fuse_qkv | 1.25 | 1.00 |" in text
+    drawn = ElementTree.parse(page.parent / "images" / "peers-small.svg").getroot()
+    texts = [each.text for each in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts.count("AutoDeploy bf16") == 2
+    assert texts.count("one int4") == 1
+    bars = [each for each in drawn.iter("{http://www.w3.org/2000/svg}rect")][1:]
+    assert len(bars) == 4 + 2
+    widths = [float(each.attrib["width"]) for each in bars[:4]]
+    assert widths == pytest.approx([100 / 110 * 210, 55 / 110 * 210, 80 / 110 * 210, 70 / 110 * 210], abs=0.1)
+
+
+def test_without_records_the_page_says_so(script: Script, tmp_path: Path) -> None:
+    _write(tmp_path, "peers-small_x86_20260101-1200.json", machine=MACHINE | {"load_average": [9.0, 0.0, 0.0]})
+    script("performance_page").main(["--results", str(tmp_path), "--page", str(tmp_path / "page.md")])
+    text = (tmp_path / "page.md").read_text()
+    assert "No record of a run on an idle machine" in text
+    assert "Left out, as the machine was busy: `peers-small_x86_20260101-1200.json`." in text
