@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from autodeploy.config import ModelOptions
 from autodeploy.debug.shrink import shrink, tiny_model
@@ -19,6 +20,8 @@ from autodeploy.errors import ConfigError
 from autodeploy.models.instantiate import instantiate
 from autodeploy.models.resolve import resolve_model
 
+REMOTE_MODULES = f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."
+"""where transformers imports code that ships inside a checkpoint"""
 SMALL_NUMEL = 4_000_000
 """parameters up to which a module is taken as it is"""
 
@@ -49,20 +52,22 @@ def tiny_clone(model: str | nn.Module, options: ModelOptions) -> Clone:
         ConfigError: a module without floating-point parameters. As `resolve_model` for a name.
     """
     exact: nn.Module
+    # A module of a checkpoint's own code was made by running that.
+    trusted = options.trust_remote_code or type(model).__module__.startswith(REMOTE_MODULES)
     if isinstance(model, str):
         resolved = resolve_model(model, dataclasses.replace(options, load_format="dummy"))
-        exact, name = tiny_model(shrink(resolved.config)), resolved.located.name
+        exact, name = tiny_model(shrink(resolved.config), trust_remote_code=trusted), resolved.located.name
     elif (
         isinstance(model, PreTrainedModel) and sum(parameter.numel() for parameter in model.parameters()) > SMALL_NUMEL
     ):
-        exact, name = tiny_model(shrink(model.config)), type(model).__name__
+        exact, name = tiny_model(shrink(model.config), trust_remote_code=trusted), type(model).__name__
     else:
         exact, name = copy.deepcopy(model), type(model).__name__
     if not any(parameter.is_floating_point() for parameter in exact.parameters()):
         raise ConfigError(f"{name} has no floating-point parameters; a language model has some")
     exact = exact.float().eval().requires_grad_(False)
     dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
-    module = exact if dtype == torch.float32 else _rounded(exact, dtype)
+    module = exact if dtype == torch.float32 else _rounded(exact, dtype, trusted)
     return Clone(
         module=module,
         exact=exact,
@@ -93,13 +98,14 @@ def logits_of(module: nn.Module, rows: list[Tensor]) -> Tensor:
     return torch.cat(results)
 
 
-def _rounded(exact: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _rounded(exact: nn.Module, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
     """The module with weights rounded to a dtype, as loading a checkpoint gives it; `exact` gets the rounded values.
 
     Only parameters change dtype: transformers keeps buffers, and the parameters that a class asks for, in float32.
     """
     if isinstance(exact, PreTrainedModel):
-        dtypes = {name: p.dtype for name, p in instantiate(exact.config, dtype=dtype).named_parameters()}
+        as_loaded = instantiate(exact.config, dtype=dtype, trust_remote_code=trust_remote_code)
+        dtypes = {name: p.dtype for name, p in as_loaded.named_parameters()}
     else:
         dtypes = {name: dtype for name, p in exact.named_parameters() if p.is_floating_point()}
     rounded = copy.deepcopy(exact)

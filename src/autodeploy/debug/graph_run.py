@@ -170,9 +170,12 @@ class _Values:
                 continue
             sizes = [str(size) for size in node.meta["val"].shape]
             dims = [dim for dim, size in enumerate(sizes) if size in self.order]
+            varying = [size for size in node.meta["val"].shape if isinstance(size, torch.SymInt)]
             if not dims:
                 self.by_name.setdefault(node.name, value.float().cpu())
-            elif len(dims) == 1:  # a token-by-token matrix is left out; what is made of it shows the same
+            elif (
+                len(dims) == len(varying) == 1
+            ):  # left out: token by token, or by block; what is made of it shows the same
                 by_token = value.movedim(dims[0], 0)
                 self.by_name[node.name] = self._place(
                     step, by_token, self.by_name.get(node.name), flipped=self.order[sizes[dims[0]]] == _ROWS

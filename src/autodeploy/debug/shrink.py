@@ -48,10 +48,11 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     for name, value in vars(config).items():  # what a checkpoint adds to the fields of the class
         if not name.startswith("_") and not result._hasattr_without_heterogeneous_validation(name):
             setattr(result, name, sizes.shrink(name, value))
+    result.name_or_path = config.name_or_path  # where code of the checkpoint's own lies
     return result
 
 
-def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+def tiny_model(config: PreTrainedConfig, seed: int = 0, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model of a (tiny) config, float32, in eval mode, with weights that make every part matter.
 
     Initial weights are too small for that: attention would look everywhere alike, and a model that ignored its context
@@ -64,7 +65,7 @@ def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
         try:
             build: Callable[..., nn.Module] = AutoModelForCausalLM.from_config
-            module = build(config, dtype=torch.float32)
+            module = build(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
         except ValueError as error:
             raise UnsupportedModelError(f"no causal language model for type {config.model_type!r}: {error}") from error
     module.to(dtype=torch.float32)  # parts that a class keeps in another dtype, too
