@@ -12,7 +12,10 @@ from typing import Any, ClassVar
 import pytest
 
 from autodeploy import cli, config
+from autodeploy.cli_flags import NO_FLAGS, OPTION_PARTS, ModelFlags
+from autodeploy.debug.agreement import Agreement
 from autodeploy.debug.check_report import FAILED, PASSED, CheckReport, CheckRow
+from autodeploy.debug.full_report import FullReport, PromptResult
 from autodeploy.errors import ConfigError, ModelNotFoundError
 from autodeploy.graph.report import BuildReport, TransformReport
 from autodeploy.outputs import OutputCollector, RequestOutput
@@ -80,7 +83,7 @@ def test_every_option_is_a_flag_with_its_help(
     monkeypatch.setenv("COLUMNS", "400")  # no line is broken
     assert run_cli("generate", "--help") == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for part in cli.OPTION_PARTS:
+    for part in OPTION_PARTS:
         for name in part.__dataclass_fields__:
             assert f"--{name.replace('_', '-')}" in text
     for alias in config.ALIASES:
@@ -290,10 +293,64 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_options_and_flags_have_the_same_names() -> None:
     """`ModelFlags` is made from the options; JSON text in, the same Options out."""
-    assert cli._options(cli.NO_FLAGS, None) == config.Options()
+    assert cli._options(NO_FLAGS, None) == config.Options()
     with pytest.raises(ConfigError, match="memory_fraction"):
-        cli._options(cli.ModelFlags(memory_fraction=3.0), None)
+        cli._options(ModelFlags(memory_fraction=3.0), None)
     assert json.loads("{}") == dict(config.Options().model.model_kwargs)
+
+
+def _full_report(kl: float) -> FullReport:
+    run = Agreement(
+        num_equal_tokens=2, first_margin=None, num_positions=4, num_same_choice=4, worst_margin=0.0, kl_mean=kl,
+        kl_max=kl, largest_error=0.0, largest_logit=1.0,
+    )  # fmt: skip
+    result = PromptResult(prompt="p", num_prompt_tokens=3, token_ids=[1, 2], ours=run, transformers=None)
+    return FullReport({"model": "m", "dtype": "float32"}, [result])
+
+
+@pytest.mark.parametrize("kl", [0.0, 1.0])
+def test_a_full_check_takes_texts_and_tells_by_its_status(
+    kl: float, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def check(model: str, options: config.Options, **given: Any) -> FullReport:
+        given.pop("progress")("this build: prompt 1 of 2")
+        seen.update(given)
+        return _full_report(kl)
+
+    monkeypatch.setattr("autodeploy.debug.check.check", check)
+    (tmp_path / "prompt.txt").write_text("from a file\n", encoding="utf-8")
+    text, found = tmp_path / "text.txt", tmp_path / "found.json"
+    text.write_text("read me", encoding="utf-8")
+    status = run_cli(
+        *("check", "m", "--full", "--prompt", "one", "--prompt-file", str(tmp_path / "prompt.txt")),
+        *("--max-tokens", "2", "--perplexity", str(text), "--json", str(found)),
+    )
+    assert status == int(kl > 0)
+    assert seen == {
+        "full": True,
+        "prompts": ["one", "from a file\n"],
+        "max_tokens": 2,
+        "perplexity": ("text.txt", "read me"),
+    }
+    captured = capsys.readouterr()
+    assert "prompt 1, 3 tokens: p" in captured.out and "prompt 1 of 2" in captured.err
+    assert json.loads(found.read_text(encoding="utf-8"))["passed"] is (kl == 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt", "one"), "add --full"),
+        (("--full", "--prompt-file", "/no/such/file"), "cannot read a text from /no/such/file"),
+    ],
+)
+def test_texts_that_a_check_cannot_use_are_refused(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("check", "m", *arguments) == 1
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verdict", [PASSED, FAILED])

@@ -50,6 +50,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "build": (*_COMPILER, "debug.isolation", "graph_cache"),
     "instant_on": (*_COMPILER, "build", "debug.isolation", "graph_cache"),
     "debug": (*_COMPILER, "build", "bench.machine"),
+    # The runtime generates what is compared with transformers' own tokens.
+    "debug.full_check": (*_COMPILER, "build", "debug", "runtime"),
+    "debug.original": (*_COMPILER, "runtime.tokenizer"),
     "runtime": _RUNTIME,
     "outputs": (*_RUNTIME, "runtime"),
     "server": (*_SERVING, "runtime"),
@@ -59,7 +62,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "bench": (*_SERVING, "runtime", "build", "models.resolve"),
     "packaged_models": _BASE,
     "demo": (*_WHOLE, "packaged_models", "cli"),
-    "cli": (*_WHOLE, "packaged_models"),
+    "cli_flags": ("errors", "config"),
+    "cli": (*_WHOLE, "packaged_models", "cli_flags"),
     "__main__": (*_WHOLE, "cli"),
     "": _WHOLE,  # autodeploy/__init__.py, the list of public names
 }

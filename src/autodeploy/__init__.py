@@ -26,6 +26,7 @@ _HOMES = {
     "build": "autodeploy.build",
     "check": "autodeploy.debug.check",
     "CheckReport": "autodeploy.debug.check_report",
+    "FullReport": "autodeploy.debug.full_report",
     "Program": "autodeploy.compile.program",
     "BuildReport": "autodeploy.graph.report",
     "Options": "autodeploy.config",

@@ -16,6 +16,7 @@ from autodeploy.config import (
 )
 from autodeploy.debug.check import check as check
 from autodeploy.debug.check_report import CheckReport as CheckReport
+from autodeploy.debug.full_report import FullReport as FullReport
 from autodeploy.errors import (
     AutoDeployError as AutoDeployError,
 )

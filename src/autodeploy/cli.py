@@ -1,99 +1,37 @@
 """The command line: arguments go in, a thin call into the package is made, text comes out.
 
-Every option of `autodeploy.config` is a flag of every command that builds a model; names and help texts come from the
-option dataclasses. Answers go to standard output, everything else to standard error.
+Every option of `autodeploy.config` is a flag of every command that builds a model (`cli_flags.py`). Answers go to
+standard output, everything else to standard error.
 """
 
 import asyncio
-import dataclasses
-import json
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
-from cyclopts import App, Parameter, Token
+from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
 from autodeploy import env
-from autodeploy.config import ALIASES, CompileOptions, EngineOptions, ModelOptions, Options, parse_options
+from autodeploy.cli_flags import (
+    NO_FLAGS,
+    NO_TEXTS,
+    OWN_SAMPLING,
+    ConfigFile,
+    Flags,
+    Sampling,
+    SamplingFlags,
+    Texts,
+)
+from autodeploy.config import ALIASES, Options, parse_options
 from autodeploy.errors import AutoDeployError, ConfigError, InvalidRequestError
 
 notes = Console(stderr=True, highlight=False)
-
-OPTION_PARTS = (ModelOptions, CompileOptions, EngineOptions)
-
-
-def _from_json(_: Any, tokens: tuple[Token, ...]) -> dict[str, Any]:
-    value = json.loads(tokens[0].value)
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object such as {{...}}, got {tokens[0].value}")
-    return value
-
-
-def _flag(field: dataclasses.Field[Any], hint: Any) -> tuple[str, Any, None]:
-    """One option as a flag that is None unless given, so that the option's own default stays the only one."""
-    has_factory = field.default_factory is not dataclasses.MISSING
-    default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-    names = tuple(f"--{alias.replace('_', '-')}" for alias, name in ALIASES.items() if name == field.name)
-    shown = None if default is None or has_factory else str(default)
-    show_default = False if shown is None else lambda _, shown=shown: shown
-    if has_factory:  # a mapping, given as JSON
-        json_flag = Parameter(alias=names, converter=_from_json, accepts_keys=False, n_tokens=1, show_default=False)
-        return field.name, Annotated[dict[str, Any] | None, json_flag], None
-    return field.name, Annotated[hint | None, Parameter(alias=names, show_default=show_default)], None
-
-
-def _option_flags() -> type[Any]:
-    """A dataclass with one flag per option, documented by the option dataclasses' docstrings."""
-    flags = [
-        _flag(field, get_type_hints(part)[field.name]) for part in OPTION_PARTS for field in dataclasses.fields(part)
-    ]
-    made = dataclasses.make_dataclass("ModelFlags", flags, frozen=True, kw_only=True)
-    attributes = "".join((part.__doc__ or "").split("Attributes:\n")[1].rstrip() + "\n" for part in OPTION_PARTS)
-    made.__doc__ = f"Options of a deployment.\n\nAttributes:\n{attributes}"
-    made.__module__ = __name__  # where cyclopts looks up the annotations
-    return made
-
-
-ModelFlags = _option_flags()
-NO_FLAGS = ModelFlags()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingFlags:
-    """How the answer is sampled.
-
-    Attributes:
-        max_tokens: most tokens to generate.
-        temperature: 0 takes the most likely token; default: the model's own.
-        top_p: keep the fewest most likely tokens that together have this probability.
-        top_k: keep this many of the most likely tokens.
-    """
-
-    max_tokens: int = 256
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-
-    def values(self) -> dict[str, Any]:
-        """As keyword arguments of `SamplingParams`, those that were given."""
-        values = {
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-        }
-        return {name: value for name, value in values.items() if value is not None}
-
-
-Flags = Annotated[ModelFlags, Parameter(name="*")]  # type: ignore[valid-type]  # made at import time
-Sampling = Annotated[SamplingFlags, Parameter(name="*")]
-ConfigFile = Annotated[Path | None, Parameter(name="--config")]
 
 
 def _show_version() -> str:
@@ -117,7 +55,7 @@ def generate(
     *prompts: str,
     config: ConfigFile = None,
     quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], negative="")] = False,
-    sampling: Sampling = SamplingFlags(),
+    sampling: Sampling = OWN_SAMPLING,
     flags: Flags = NO_FLAGS,
 ) -> None:
     """Continue prompts; the text streams to standard output.
@@ -142,7 +80,7 @@ def chat(
     system: str | None = None,
     config: ConfigFile = None,
     quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], negative="")] = False,
-    sampling: Sampling = SamplingFlags(),
+    sampling: Sampling = OWN_SAMPLING,
     flags: Flags = NO_FLAGS,
 ) -> None:
     """Talk with a model; an empty line, Ctrl-D or Ctrl-C ends it. Piped standard input is one message per line.
@@ -242,21 +180,45 @@ def inspect(
 
 
 @app.command
-def check(model: str, *, config: ConfigFile = None, flags: Flags = NO_FLAGS) -> int:
-    """Compare every step of a build with the model's own code, on a tiny clone; exit status 1 if one is wrong.
+def check(
+    model: str,
+    *,
+    full: Annotated[bool, Parameter(negative="")] = False,
+    texts: Texts = NO_TEXTS,
+    json_path: Annotated[Path | None, Parameter(name=["--json", "--json-path"])] = None,
+    config: ConfigFile = None,
+    flags: Flags = NO_FLAGS,
+) -> int:
+    """Compare a build with the model's own code; exit status 1 if something is wrong.
+
+    Every step, on a tiny clone, for which only the config is read. With --full: the real weights, on a few prompts.
 
     Args:
-        model: a checkpoint folder, a GGUF file, or a hub id; only its config is read.
+        model: a checkpoint folder, a GGUF file, or a hub id.
+        full: build the model as it would be served, and compare tokens and logits with transformers' in float32.
+        json_path: file for everything that was found.
         config: YAML file with options by the same names; flags go before it.
     """
     options = _options(flags, config)
+    given = texts.values()
+    if given and not full:
+        raise ConfigError(f"{', '.join(given)}: a check of a tiny clone has no texts; add --full")
     with _progress(quiet=False) as report_step:
         report_step("loading libraries")
         from autodeploy.debug.check import check as check_model
         from autodeploy.debug.check_table import print_check
+        from autodeploy.debug.full_table import print_full_check
+        from autodeploy.debug.report_json import report_json
 
-        report = check_model(_local_model(model), options, progress=report_step)
-    print_check(report, Console(highlight=False))
+        found = Console(highlight=False)
+        report: Any
+        if full:
+            report = check_model(_local_model(model), options, progress=report_step, full=True, **given)
+        else:
+            report = check_model(_local_model(model), options, progress=report_step)
+    (print_full_check if full else print_check)(report, found)
+    if json_path is not None:
+        json_path.write_text(report_json(report), encoding="utf-8")
     return 0 if report.passed else 1
 
 

@@ -11,6 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodeploy.checkpoint.files import open_weight_file
 from autodeploy.checkpoint.gguf import transcribe_gguf
+from autodeploy.config import parse_options
+from autodeploy.debug.check import check
+from autodeploy.debug.full_check import full_check
 from autodeploy.errors import CheckpointError
 
 HIDDEN, MLP, HEADS, KV_HEADS, LAYERS = 64, 96, 4, 2, 2
@@ -156,3 +159,10 @@ def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(CheckpointError, match=r"odd\.gguf.*no-such-architecture"):
         transcribe_gguf(path, torch.float32)
+
+
+def test_a_gguf_file_can_be_checked(file: Path) -> None:
+    report = check(str(file))
+    assert report.passed, report.culprit
+    full = full_check(str(file), parse_options({"dtype": "float32"}), prompts=[[1, 5, 3]], max_tokens=4)
+    assert full.passed and full.prompts[0].ours.num_equal_tokens == 4
