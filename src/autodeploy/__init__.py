@@ -20,6 +20,7 @@ _HOMES = {
     "LLM": "autodeploy.llm",
     "PendingOutput": "autodeploy.llm",
     "SamplingParams": "autodeploy.runtime.request",
+    "StructuredOutputsParams": "autodeploy.runtime.structured_outputs",
     "Logprob": "autodeploy.runtime.request",
     "RequestOutput": "autodeploy.outputs",
     "CompletionOutput": "autodeploy.outputs",

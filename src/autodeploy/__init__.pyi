@@ -63,5 +63,6 @@ from autodeploy.outputs import CompletionOutput as CompletionOutput
 from autodeploy.outputs import RequestOutput as RequestOutput
 from autodeploy.runtime.request import Logprob as Logprob
 from autodeploy.runtime.request import SamplingParams as SamplingParams
+from autodeploy.runtime.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
 
 __version__: str

@@ -23,8 +23,10 @@ from autodeploy.instant_on import deploy
 from autodeploy.models.locate import LocatedModel, locate_model
 from autodeploy.outputs import OutputCollector, RequestOutput
 from autodeploy.runtime.async_engine import AsyncEngine, Delivery
+from autodeploy.runtime.constraints import Constraints
 from autodeploy.runtime.demo import DemoEngine
 from autodeploy.runtime.engine import Engine, EngineStats
+from autodeploy.runtime.grammar import GrammarCompiler
 from autodeploy.runtime.request import Limits, Request, SamplingParams, new_sequences
 from autodeploy.runtime.tokenizer import Tokenizer, with_token_ids
 from autodeploy.start_up import without_collection
@@ -88,10 +90,15 @@ class LLM:
             # Before the build, which takes longer: a missing tokenizer should be known at once.
             self.tokenizer = _load_tokenizer(located, parsed.model)
             program, self._successor = deploy(subject, parsed, progress)
+        grammars = None
+        if self.tokenizer is not None:
+            grammars = GrammarCompiler(self.tokenizer, program.vocab_size, program.eos_token_ids)
+        self.constraints = Constraints(grammars)
+        length = parsed.model.max_model_len
         if parsed.engine.runtime == "demollm":
-            engine: Engine | DemoEngine = DemoEngine(program, parsed.engine, parsed.model.max_model_len)
+            engine: Engine | DemoEngine = DemoEngine(program, parsed.engine, length, grammars)
         else:
-            engine = Engine(program, parsed.engine, parsed.model.max_model_len, self._successor)
+            engine = Engine(program, parsed.engine, length, self._successor, grammars)
         self.name = type(model).__name__ if located is None else located.name
         self.options: Options = parsed
         self.max_model_len: int = engine.max_model_len
@@ -262,7 +269,8 @@ class LLM:
             params = with_token_ids(params, self.tokenizer)
             if params.stop and (self.tokenizer is None or not params.detokenize):
                 raise InvalidRequestError("stop strings need text; without it, use stop_token_ids", "stop")
-            # The engine checks with this function too, but it would be too late: earlier prompts would be running.
+            # The engine checks with these functions too, but it would be too late: earlier prompts would be running.
+            self.constraints.check(params)
             salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
             new_sequences(Request("check", token_ids, params, arrival=0, cache_salt=salt), self._limits)
             works.append(_Work(prompt=text, prompt_token_ids=token_ids, params=params, cache_salt=salt))

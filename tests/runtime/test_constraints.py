@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from autodeploy.errors import InvalidRequestError
-from autodeploy.runtime.constraints import constrain
+from autodeploy.runtime.constraints import Constraints
 from autodeploy.runtime.request import Limits, Request, SamplingParams, new_sequences
 from autodeploy.runtime.sampler import Sampler
 from autodeploy.runtime.tokenizer import with_token_ids
@@ -19,7 +19,7 @@ NEVER = float("-inf")
 
 def constrained(output: list[int] = [], **params: Any) -> list[float]:  # noqa: B006
     before = LOGITS.clone()
-    result = constrain(LOGITS, [make_sequence([9], output, **params)])
+    result = Constraints().apply(LOGITS, [make_sequence([9], output, **params)])
     assert torch.equal(LOGITS, before), "the argument is left as it is"
     return list(result[0].tolist())
 
@@ -44,15 +44,15 @@ def test_the_last_token_of_a_bad_sequence_is_ruled_out(output: list[int], forbid
 
 def test_a_bad_sequence_does_not_begin_in_the_prompt() -> None:
     sequence = make_sequence([1, 2], [], bad_token_sequences=[[1, 2, 0]])
-    assert torch.equal(constrain(LOGITS, [sequence]), LOGITS)
+    assert torch.equal(Constraints().apply(LOGITS, [sequence]), LOGITS)
 
 
 def test_rows_without_constraints_stay_as_they_are() -> None:
     logits = LOGITS.repeat(3, 1)
     free, bound = make_sequence(), make_sequence(allowed_token_ids=[1])
-    result = constrain(logits, [free, bound, free])
+    result = Constraints().apply(logits, [free, bound, free])
     assert torch.equal(result[::2], logits[::2]) and result[1].tolist() == [NEVER, 1.0, NEVER, NEVER]
-    assert constrain(logits, [free] * 3) is logits
+    assert Constraints().apply(logits, [free] * 3) is logits
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -8,21 +8,65 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
-from autodeploy.runtime.request import Sequence
+from autodeploy.errors import InvalidRequestError
+from autodeploy.runtime.grammar import GrammarCompiler, Matcher
+from autodeploy.runtime.request import SamplingParams, Sequence
+from autodeploy.runtime.structured_outputs import PARAMETER
 
 
-def constrain(logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
-    """Biases, allowed tokens, bad words, minimum length: what `SamplingParams` says of the next token of each row.
+class Constraints:
+    """Biases, allowed tokens, bad words, minimum length, grammars. Keeps a matcher per guided sequence.
 
-    The argument is left as it is. A row in which nothing is left is all -inf.
+    Args:
+        grammars: None serves no structured output.
     """
-    rows = [row for row, sequence in enumerate(sequences) if sequence.params.has_constraints]
-    if not rows:
-        return logits_RV
-    result_RV = logits_RV.clone()
-    for row in rows:
-        _constrain_row(result_RV[row], sequences[row])
-    return result_RV
+
+    def __init__(self, grammars: GrammarCompiler | None = None):
+        self._grammars = grammars
+        self._matchers: dict[Sequence, Matcher] = {}
+
+    def check(self, params: SamplingParams) -> None:
+        """Raises InvalidRequestError for what would fail at the first token."""
+        if params.structured_outputs is None:
+            return
+        if self._grammars is None:
+            raise InvalidRequestError("structured output needs a tokenizer, and there is none", PARAMETER)
+        self._grammars.matcher(params.structured_outputs)
+
+    def apply(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
+        """What `SamplingParams` says of the next token of each row. The argument is left as it is.
+
+        A row in which nothing is left is all -inf.
+        """
+        rows = [row for row, sequence in enumerate(sequences) if sequence.params.has_constraints]
+        if not rows:
+            return logits_RV
+        result_RV = logits_RV.clone()
+        for row in rows:
+            sequence = sequences[row]
+            _constrain_row(result_RV[row], sequence)
+            if sequence.params.structured_outputs is not None:
+                self._follow_grammar(result_RV[row], sequence)
+        return result_RV
+
+    def problem(self, sequence: Sequence) -> str | None:
+        """Why the sequence's grammar allows nothing, if that is an error."""
+        matcher = self._matchers.get(sequence)
+        return None if matcher is None else matcher.problem
+
+    def release(self, sequence: Sequence) -> None:
+        """Forget a finished sequence. A preempted one keeps its place in its grammar."""
+        self._matchers.pop(sequence, None)
+
+    def _follow_grammar(self, logits_V: Tensor, sequence: Sequence) -> None:
+        matcher = self._matchers.get(sequence)
+        if matcher is None:
+            if self._grammars is None or sequence.params.structured_outputs is None:
+                raise ValueError("a guided sequence that was not checked")
+            matcher = self._matchers[sequence] = self._grammars.matcher(sequence.params.structured_outputs)
+        matcher.follow(sequence.token_ids[sequence.num_prompt_tokens :])
+        allowed = torch.from_numpy(matcher.allowed()[: logits_V.shape[0]]).to(logits_V.device)
+        logits_V.masked_fill_(~allowed, -torch.inf)
 
 
 def _constrain_row(logits_V: Tensor, sequence: Sequence) -> None:

@@ -18,6 +18,7 @@ from autodeploy.errors import EngineDeadError, InvalidRequestError
 from autodeploy.ops.batch_inputs import lookup
 from autodeploy.ops.state import PagedState
 from autodeploy.runtime.engine import UNUSABLE_LOGITS, EngineStats
+from autodeploy.runtime.grammar import GrammarCompiler
 from autodeploy.runtime.request import (
     Limits,
     Request,
@@ -36,7 +37,13 @@ SLOT = 1
 class DemoEngine:
     """Interface and errors of `Engine`, without a limit to the queue. Sequences run in `order`, each to its end."""
 
-    def __init__(self, program: Program, options: EngineOptions, max_model_len: int | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        options: EngineOptions,
+        max_model_len: int | None = None,
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
         # Windows are a matter of the kernels; here every layer keeps all its pages, so there is one page table.
         self._specs = [replace(spec, window=None) if isinstance(spec, PagedState) else spec for spec in program.states]
         self.plan = plan_states(
@@ -49,7 +56,7 @@ class DemoEngine:
         self.program, self.options, self.max_model_len = program, options, self.plan.max_model_len
         self._limits = Limits(program.vocab_size, self.max_model_len, program.eos_token_ids)
         self._states = allocate_states(self._specs, self.plan, program.device)
-        self._sampler = Sampler(options.seed)
+        self._sampler = Sampler(options.seed, grammars)
         self._queue: list[Sequence] = []
         self._num_arrivals = self._num_steps = self._prompt_tokens = self._generation_tokens = 0
         self._model_seconds = 0.0
@@ -66,7 +73,9 @@ class DemoEngine:
         if params.prompt_logprobs is not None:
             raise InvalidRequestError("runtime=demollm gives no prompt_logprobs; use runtime=engine", "prompt_logprobs")
         request = Request(request_id, prompt_token_ids, params, self._num_arrivals, **options)
-        self._queue += new_sequences(request, self._limits)
+        sequences = new_sequences(request, self._limits)
+        self._sampler.constraints.check(params)
+        self._queue += sequences
         self._num_arrivals += 1
 
     def abort_request(self, request_id: str, index: int | None = None) -> list[TokenOutput]:

@@ -14,6 +14,7 @@ from autodeploy.config import EngineOptions, Options, check_options
 from autodeploy.errors import EngineDeadError, EngineOverloadedError, InvalidRequestError
 from autodeploy.ops.state import SlotState
 from autodeploy.runtime.batch import Batch, BatchBuilder
+from autodeploy.runtime.grammar import GrammarCompiler
 from autodeploy.runtime.pages import StateAllocator
 from autodeploy.runtime.prefix_cache import PrefixCache
 from autodeploy.runtime.request import (
@@ -74,6 +75,7 @@ class Engine:
         options: scheduling and memory.
         max_model_len: context limit in tokens, prompt and output together; it fits the memory or is refused. By default
             the program's own limit, or as much of it as fits.
+        grammars: compiles what guided requests follow; None refuses them.
         successor: a program of the same model that takes over between two steps, when there is one; what runs then is
             computed anew. One that failed is reported once, and `program` goes on.
     Raises:
@@ -87,6 +89,7 @@ class Engine:
         options: EngineOptions,
         max_model_len: int | None = None,
         successor: Future[Program] | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         check_options(Options(engine=options))
         self._successor = successor
@@ -96,7 +99,7 @@ class Engine:
         self._num_arrivals = self._num_steps = self._num_preemptions = 0
         self._prompt_tokens = self._generation_tokens = self._queried_tokens = self._hit_tokens = 0
         self._host_seconds = self._model_seconds = 0.0
-        self._sampler = Sampler(options.seed)
+        self._sampler = Sampler(options.seed, grammars)
         self._run_with(program, options, max_model_len)
 
     def _run_with(self, program: Program, options: EngineOptions, max_model_len: int | None) -> None:
@@ -154,6 +157,7 @@ class Engine:
             raise InvalidRequestError(f"request id {request_id!r} is in use; give each request its own", "request_id")
         request = Request(request_id, prompt_token_ids, params, self._num_arrivals, **options)
         sequences = new_sequences(request, self._limits)
+        self._sampler.constraints.check(params)
         if not self._allocator.can_ever_fit(len(prompt_token_ids) + 1):
             raise InvalidRequestError(
                 f"the prompt has {len(prompt_token_ids)} tokens, more than the state memory holds; shorten it or raise "
@@ -261,7 +265,8 @@ class Engine:
         outputs = []
         for sequence, token_id, logprobs in zip(batch.sampled, samples.token_ids, samples.logprobs, strict=True):
             if token_id is None:
-                outputs.append(self._finish(sequence, "error", UNUSABLE_LOGITS))
+                problem = self._sampler.constraints.problem(sequence)
+                outputs.append(self._finish(sequence, "error", problem or UNUSABLE_LOGITS))
                 continue
             if len(sequence.token_ids) == sequence.num_prompt_tokens:
                 self._prompt_tokens += sequence.num_prompt_tokens

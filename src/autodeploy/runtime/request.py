@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Literal, TypedDict
 
 from autodeploy.errors import InvalidRequestError
+from autodeploy.runtime.structured_outputs import StructuredOutputsParams
 
 MAX_SEQUENCES_PER_REQUEST = 128
 MAX_LOGPROBS = 20
@@ -49,6 +50,7 @@ class SamplingParams:
         allowed_token_ids: no other tokens are sampled. Kept as a tuple.
         bad_words: texts that are never completed; the text layer turns them into `bad_token_sequences`.
         bad_token_sequences: token sequences whose last token is not sampled after the others. Kept as tuples.
+        structured_outputs: what the output must look like.
         detokenize, skip_special_tokens, include_stop_str_in_output: for the text layer.
 
     Raises:
@@ -75,6 +77,7 @@ class SamplingParams:
     allowed_token_ids: SequenceOf[int] | None = None
     bad_words: SequenceOf[str] | None = None
     bad_token_sequences: SequenceOf[SequenceOf[int]] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -85,6 +88,7 @@ class SamplingParams:
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise _invalid(name, getattr(self, name), "must be true or false")
+        self._check_structured_outputs()
         # Copied into tuples, so that what was checked cannot be changed behind our back.
         object.__setattr__(self, "stop", _checked_strings("stop", self.stop, MAX_STOP_STRINGS))
         object.__setattr__(self, "stop_token_ids", _checked_ids("stop_token_ids", self.stop_token_ids))
@@ -118,6 +122,17 @@ class SamplingParams:
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
 
+    def _check_structured_outputs(self) -> None:
+        if self.structured_outputs is None:
+            return
+        name = "structured_outputs"
+        if not isinstance(self.structured_outputs, StructuredOutputsParams):
+            raise _invalid(name, self.structured_outputs, "must be StructuredOutputsParams")
+        if self.ignore_eos or self.min_tokens:
+            raise InvalidRequestError(
+                f"{name} ends where its grammar does; ignore_eos and min_tokens contradict that, leave them out", name
+            )
+
     @property
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE
@@ -125,9 +140,8 @@ class SamplingParams:
     @property
     def has_constraints(self) -> bool:
         """Some tokens are more or less welcome than the model has it."""
-        return (
-            bool(self.logit_bias or self.bad_token_sequences or self.min_tokens) or self.allowed_token_ids is not None
-        )
+        given = self.allowed_token_ids is not None or self.structured_outputs is not None
+        return given or bool(self.logit_bias or self.bad_token_sequences or self.min_tokens)
 
     @property
     def has_penalties(self) -> bool:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autodeploy.runtime.constraints import constrain
+from autodeploy.runtime.constraints import Constraints
+from autodeploy.runtime.grammar import GrammarCompiler
 from autodeploy.runtime.request import Logprob, Sequence
 
 NUM_CANDIDATES = 256
@@ -56,14 +57,19 @@ class Sampler:
 
     Attributes:
         seed: seed of the generator that sequences without a seed share; None takes one from the system.
+        grammars: compiles what guided sequences follow; None serves none.
+        constraints: what sequences may say next.
     """
 
     seed: int | None = None
+    grammars: GrammarCompiler | None = None
+    constraints: Constraints = field(init=False)
     _generator: torch.Generator = field(init=False)
     _generators: dict[Sequence, torch.Generator] = field(init=False, default_factory=dict)
     _histories: dict[Sequence, _History] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.constraints = Constraints(self.grammars)
         self._generator = torch.Generator()
         if self.seed is None:
             self._generator.seed()
@@ -74,6 +80,7 @@ class Sampler:
         """Forget a finished sequence. A preempted one keeps its generator, or it would repeat its random numbers."""
         self._generators.pop(sequence, None)
         self._histories.pop(sequence, None)
+        self.constraints.release(sequence)
 
     @torch.inference_mode()
     def sample(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> Samples:
@@ -82,7 +89,7 @@ class Sampler:
             best_R, tokens_R = _best(logits_RV)
             return Samples(_valid_tokens(tokens_R, best_R), [None] * len(sequences))
         raw_RV = logits_RV.float()
-        logits_RV = constrain(self._penalise(raw_RV, sequences), sequences)
+        logits_RV = self.constraints.apply(self._penalise(raw_RV, sequences), sequences)
         best_R, tokens_R = _best(logits_RV)
         random_rows = [row for row, sequence in enumerate(sequences) if not sequence.params.is_greedy]
         if random_rows:
