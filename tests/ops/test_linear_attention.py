@@ -12,7 +12,7 @@ from autodeploy.ops import linear_attention
 def test_is_the_recurrence_of_each_sequence(channels: int) -> None:
     query, key, value = torch.randn(1, 150, 2, 8), torch.randn(1, 150, 2, 8), torch.randn(1, 150, 2, 6)
     decay = -3 * torch.rand(1, 150, 2, channels)
-    result = linear_attention(query, key, value, decay, torch.tensor([0, 1, 20, 150], dtype=torch.int32))
+    result = linear_attention(query, key, value, decay, None, torch.tensor([0, 1, 20, 150], dtype=torch.int32))
     for start, end in ((0, 1), (1, 20), (20, 150)):
         state = torch.zeros(2, 8, 6)
         for t in range(start, end):
@@ -34,5 +34,5 @@ def test_is_lightning_attention() -> None:
         module(hidden, None, None)
         qkv = module.act_fn(module.qkv_proj(hidden)).view(1, 21, 4, 24)
         decay = -module.slope_rate.reshape(1, 1, 4, 1).expand(1, 21, 4, 1)
-        result = linear_attention(*qkv.split(8, dim=-1), decay, None)
+        result = linear_attention(*qkv.split(8, dim=-1), decay, None, None)
     torch.testing.assert_close(result.flatten(-2), found[0], rtol=1e-4, atol=1e-5)

@@ -1,5 +1,7 @@
 """The recurrence given as text, against a plain Python loop; starting values, dtypes and text round trip."""
 
+import itertools
+
 import torch
 
 from autodeploy.ops.recurrence import Body, cached_recurrence, parse_body, recurrence
@@ -52,3 +54,19 @@ def test_a_new_sequence_ignores_what_its_slot_holds() -> None:
     expected = recurrence([x], [decay], [torch.ones(4)], DECAYING_SUM.text(), None)
     torch.testing.assert_close(result, expected, rtol=0, atol=0)
     assert torch.equal(carried[1], result[0, -1]) and carried[0].isnan().all()
+
+
+def test_the_sampled_scalar_memory_is_the_cell_of_its_paper() -> None:
+    """sLSTM (arXiv 2405.04517) without its logarithms, whose gates are small enough here."""
+    sample = recurrence.samples()[1]
+    (gates,), (weights,), borders = sample["tokens"], sample["constants"], sample["cu_seqlens"].tolist()
+    rows = []
+    for start, end in itertools.pairwise(borders):
+        h = c = n = torch.zeros(8)
+        for t in range(start, end):
+            update, enter, forget, leave = gates[0, t] + torch.einsum("d,dge->ge", h, weights)
+            c = torch.sigmoid(forget) * c + enter.exp() * update.tanh()
+            n = torch.sigmoid(forget) * n + enter.exp()
+            h = torch.sigmoid(leave) * c / n
+            rows.append(h)
+    torch.testing.assert_close(recurrence(**sample)[0], torch.stack(rows), rtol=1e-4, atol=1e-5)

@@ -10,6 +10,8 @@ packed.py        recurrences over packed sequences
 causal_conv.py   short causal convolutions
 ssm.py           selective state-space recurrences
 delta_rule.py    the delta rule, plain and gated
+generalized_delta_rule.py  the same with keys of their own for reading and writing
+wkv.py           a softmax over earlier tokens per channel, faded by distance
 captured.py      what the capture hooks emit, before canonicalisation
 linear_attention.py  linear_recurrence.py   a memory, or a value per channel, that fades
 mlstm.py         the matrix memory of an xLSTM
@@ -23,6 +25,7 @@ from autodeploy.ops.attention import attention, cached_attention
 from autodeploy.ops.captured import captured_attention, captured_mask
 from autodeploy.ops.causal_conv import cached_causal_conv, causal_conv
 from autodeploy.ops.delta_rule import cached_delta_rule, delta_rule
+from autodeploy.ops.generalized_delta_rule import generalized_delta_rule
 from autodeploy.ops.linear import linear
 from autodeploy.ops.linear_attention import linear_attention
 from autodeploy.ops.linear_recurrence import linear_recurrence
@@ -38,6 +41,7 @@ from autodeploy.ops.rope import rope
 from autodeploy.ops.sparse_attention import cached_sparse_attention, sparse_attention
 from autodeploy.ops.ssm import cached_selective_scan, cached_ssd, selective_scan, ssd
 from autodeploy.ops.token_shift import token_shift
+from autodeploy.ops.wkv import wkv
 
 __all__ = [
     "OPS",
@@ -60,6 +64,7 @@ __all__ = [
     "find_op",
     "gated_activation",
     "gated_rms_norm",
+    "generalized_delta_rule",
     "layer_norm",
     "linear",
     "linear_attention",
@@ -76,4 +81,5 @@ __all__ = [
     "sparse_attention",
     "ssd",
     "token_shift",
+    "wkv",
 ]

@@ -9,7 +9,8 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +26,11 @@ class Body:
     """One step of a recurrence.
 
     Attributes:
-        calls: `(operator, args, kwargs)` in order. An operator is `namespace.name.overload`; an argument that is a list
-            of a letter and a number is a value: `["x", i]` the token's slice of the i-th token tensor, `["c", i]` the
-            i-th constant, `["h", i]` the i-th carried value, `["n", i]` the result of the i-th call. Other values are
-            wrapped: `{"list": [...]}`, `{"torch": "float32"}`, `{"device": "tokens"}` for the device of the tokens.
+        calls: `(operator, args, kwargs)` in order. An operator is `namespace.name.overload`, or `getitem`; an argument
+            that is a list of a letter and a number is a value: `["x", i]` the token's slice of the i-th token tensor,
+            `["c", i]` the i-th constant, `["h", i]` the i-th carried value, `["n", i]` the result of the i-th call.
+            Other values are wrapped: `{"list": [...]}`, `{"torch": "float32"}`, `{"device": "tokens"}` for the device
+            of the tokens.
         carries: what each carried value becomes, as values.
         outputs: what the step gives out, as values.
     """
@@ -45,12 +47,11 @@ class Body:
         self, tokens: Sequence[Tensor], constants: Sequence[Tensor], carried: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Run one step; returns the outputs and what is carried on."""
-        values: dict[str, Sequence[Any]] = {"x": tokens, "c": constants, "h": carried}
-        results: list[Any] = []
-        values["n"] = results
-        for name, args, kwargs in self.calls:
-            arguments = [_value(argument, values) for argument in args]
-            results.append(_operator(name)(*arguments, **{key: _value(v, values) for key, v in kwargs.items()}))
+        values: dict[tuple[str, int], Any] = {}
+        for kind, tensors in (("x", tokens), ("c", constants), ("h", carried)):
+            values.update({(kind, index): tensor for index, tensor in enumerate(tensors)})
+        for index, call in enumerate(self.calls):
+            values["n", index] = call_operator(call, values)
         return [_value(ref, values) for ref in self.outputs], [_value(ref, values) for ref in self.carries]
 
 
@@ -61,23 +62,30 @@ def parse_body(text: str) -> Body:
     return Body(tuple((name, args, kwargs) for name, args, kwargs in calls), tuple(carries), tuple(outputs))
 
 
-def _value(argument: Any, values: dict[str, Sequence[Any]]) -> Any:
+def call_operator(call: tuple[str, Any, Any], values: Mapping[tuple[str, int], Any]) -> Any:
+    """The result of one call of a body, given its values by kind and number."""
+    name, args, kwargs = call
+    arguments = [_value(argument, values) for argument in args]
+    return _operator(name)(*arguments, **{key: _value(value, values) for key, value in kwargs.items()})
+
+
+def _value(argument: Any, values: Mapping[tuple[str, int], Any]) -> Any:
     match argument:
         case [str() as kind, int() as index]:
-            return values[kind][index]
+            return values[kind, index]
         case {"list": parts}:
             return [_value(part, values) for part in parts]
         case {"torch": name}:
             return getattr(torch, name)
         case {"device": _}:
-            return values["x"][0].device
+            return values["x", 0].device
         case _:
             return argument
 
 
 @functools.cache
 def _operator(name: str) -> Any:
-    return functools.reduce(getattr, name.split("."), torch.ops)
+    return operator.getitem if name == "getitem" else functools.reduce(getattr, name.split("."), torch.ops)
 
 
 def _run(
@@ -191,12 +199,51 @@ def _samples() -> list[dict[str, Any]]:
         carries=(["n", 1], ["n", 3]),
         outputs=(["n", 2], ["n", 3]),
     )
+    boundaries = torch.tensor([0, 1, 10, 24], dtype=torch.int32)
     return [
         {
             "tokens": [torch.randn(1, 24, 1, 8), torch.randn(1, 24, 1, 8)],
             "constants": [torch.rand(8)],
             "initial": [torch.randn(1, 8), torch.full((1, 8), -3.0)],
             "body": gated_sum.text(),
-            "cu_seqlens": torch.tensor([0, 1, 10, 24], dtype=torch.int32),
-        }
+            "cu_seqlens": boundaries,
+        },
+        {
+            "tokens": [torch.randn(1, 24, 4, 8)],
+            "constants": [torch.randn(8, 4, 8) / 4],
+            "initial": [torch.zeros(8), torch.zeros(8), torch.zeros(8), torch.zeros(8)],
+            "body": _scalar_memory().text(),
+            "cu_seqlens": boundaries,
+        },
     ]
+
+
+def _scalar_memory() -> Body:
+    """An sLSTM's cell (arXiv 2405.04517): its gates read what it gave last, through a matrix."""
+    output, memory, size, level = (["h", index] for index in range(4))
+    update, enter, forget, leave = (["n", index] for index in (3, 4, 5, 6))
+    return Body(
+        calls=(
+            ("aten.einsum.default", ["d,dge->ge", {"list": [output, ["c", 0]]}], {}),
+            ("aten.add.Tensor", [["x", 0], ["n", 0]], {}),
+            ("aten.unbind.int", [["n", 1], 0], {}),
+            *(("getitem", [["n", 2], gate], {}) for gate in range(4)),
+            ("aten.log_sigmoid.default", [forget], {}),
+            ("aten.add.Tensor", [["n", 7], level], {}),
+            ("aten.maximum.default", [["n", 8], enter], {}),
+            ("aten.sub.Tensor", [["n", 8], ["n", 9]], {}),
+            ("aten.exp.default", [["n", 10]], {}),
+            ("aten.sub.Tensor", [enter, ["n", 9]], {}),
+            ("aten.exp.default", [["n", 12]], {}),
+            ("aten.tanh.default", [update], {}),
+            ("aten.mul.Tensor", [["n", 11], memory], {}),
+            ("aten.addcmul.default", [["n", 15], ["n", 13], ["n", 14]], {}),
+            ("aten.mul.Tensor", [["n", 11], size], {}),
+            ("aten.add.Tensor", [["n", 17], ["n", 13]], {}),
+            ("aten.sigmoid.default", [leave], {}),
+            ("aten.mul.Tensor", [["n", 19], ["n", 16]], {}),
+            ("aten.div.Tensor", [["n", 20], ["n", 18]], {}),
+        ),
+        carries=(["n", 21], ["n", 16], ["n", 18], ["n", 9]),
+        outputs=(["n", 21],),
+    )
