@@ -36,6 +36,19 @@ def _calls(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
         | limits,
         "cached_delta_rule": {"query": query, "key": key, "value": value, "beta": torch.rand(1, 11, 4).to(dtype)}
         | {"decay": -torch.rand(1, 11, 4, 40), "scale": 0.2, "norm_eps": 1e-6},
+    } | _linear_calls(dtype)
+
+
+def _linear_calls(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    x, gate = _pieces(dtype, (70,), (70,))
+    query, key, value = _pieces(dtype, (4, 40), (4, 40), (4, 36))
+    read, write = (part / 10 for part in _pieces(dtype, (4, 40), (4, 40)))
+    mixed = {"query": query, "key": key, "value": value}
+    return {
+        "cached_linear_recurrence": {"x": x, "gate": gate},
+        "cached_wkv": {"key": x, "value": gate, "decay": -torch.rand(70), "bonus": torch.randn(70)},
+        "cached_linear_attention": mixed | {"decay": -torch.rand(1, 11, 4, 40), "bonus": torch.randn(4, 40)},
+        "cached_generalized_delta_rule": mixed | {"read": read, "write": write, "decay": -torch.rand(1, 11, 4, 40)},
     }
 
 

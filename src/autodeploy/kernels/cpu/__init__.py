@@ -4,7 +4,7 @@ native.py      compiles and loads csrc/, and says why it cannot
 linear.py moe.py         products with few rows, bound by memory bandwidth
 norm.py rope.py mlp.py   token-wise ops, one call each
 attention.py   attention over pages read in place
-recurrence.py  convolutions, scans and delta rules over slot states
+recurrence.py  convolutions, scans, delta rules and linear recurrences over slot states
 """
 
 from autodeploy.kernels.cpu import attention, linear, mlp, moe, norm, recurrence, rope

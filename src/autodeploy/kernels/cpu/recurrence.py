@@ -8,7 +8,11 @@ from torch import Tensor
 from autodeploy.kernels.cpu.native import FLOAT, INT, INT64, POINTER, NativeFunction, num_threads, why_refused
 from autodeploy.ops.causal_conv import cached_causal_conv
 from autodeploy.ops.delta_rule import cached_delta_rule
+from autodeploy.ops.generalized_delta_rule import cached_generalized_delta_rule
+from autodeploy.ops.linear_attention import cached_linear_attention
+from autodeploy.ops.linear_recurrence import cached_linear_recurrence
 from autodeploy.ops.ssm import cached_selective_scan, cached_ssd
+from autodeploy.ops.wkv import cached_wkv
 
 _MIN_WORK_FOR_THREADS = 1 << 15
 _ROWS = (POINTER, INT64)
@@ -40,12 +44,26 @@ _delta_rule = NativeFunction(
     ),
     INT,
 )
+_linear_recurrence = NativeFunction(
+    "linear_recurrence", (*_SEQUENCES, *_ROWS, *_ROWS, POINTER, POINTER, INT64, INT), INT
+)
+_wkv = NativeFunction("wkv", (*_SEQUENCES, *_ROWS, *_ROWS, POINTER, POINTER, POINTER, POINTER, INT64, INT), INT)
+_linear_attention = NativeFunction(
+    "linear_attention",
+    (*_SEQUENCES, *_ROWS, *_ROWS, *_ROWS, POINTER, INT64, POINTER, POINTER, POINTER, INT64, INT64, INT64, INT),
+    INT,
+)
+_generalized_delta_rule = NativeFunction(
+    "generalized_delta_rule",
+    (*_SEQUENCES, *_ROWS, *_ROWS, *_ROWS, *_ROWS, *_ROWS, POINTER, POINTER, POINTER, INT64, INT64, INT64, INT),
+    INT,
+)
 
 _FAULTS = {
     1: "cu_seqlens do not fit the tokens given",
     2: "state_slots names a slot outside the states",
 }
-"""By `Status` in csrc/recurrence.cpp."""
+"""By `Status` in csrc/sequences.h."""
 
 
 def _why_not(cu_seqlens: Tensor | None, state_slots: Tensor, state: Tensor, *given: Tensor | None) -> str | None:
@@ -263,6 +281,143 @@ def cached_delta_rule_cpu(
             *(scale, -1.0 if norm_eps is None else norm_eps, state.data_ptr(), out.data_ptr()),
             *(key.shape[2], value.shape[2], key.shape[3], value.shape[3]),
             num_threads(value.numel() * key.shape[3], _MIN_WORK_FOR_THREADS),
+        )
+    )
+    return out
+
+
+def _linear_recurrence_supports(
+    x: Tensor, gate: Tensor, cu_seqlens: Tensor | None, state_slots: Tensor, state: Tensor
+) -> str | None:
+    return _why_not(cu_seqlens, state_slots, state, x, gate)
+
+
+@cached_linear_recurrence.kernel("cpu", _linear_recurrence_supports)
+def cached_linear_recurrence_cpu(
+    x: Tensor, gate: Tensor, cu_seqlens: Tensor | None, state_slots: Tensor, state: Tensor
+) -> Tensor:
+    """`cached_linear_recurrence`, one pass over the row."""
+    x, gate, out = _by_token(x), _by_token(gate), x.new_empty(x.shape)
+    _check(
+        _linear_recurrence[x.dtype](
+            *_sequences(cu_seqlens, state_slots, x.shape[1], state),
+            *(*_rows(x), *_rows(gate), state.data_ptr(), out.data_ptr(), x.shape[2]),
+            num_threads(x.numel(), _MIN_WORK_FOR_THREADS),
+        )
+    )
+    return out
+
+
+def _wkv_supports(
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    bonus: Tensor,
+    cu_seqlens: Tensor | None,
+    state_slots: Tensor,
+    memory: Tensor,
+) -> str | None:
+    return _why_not(cu_seqlens, state_slots, memory, key, value)
+
+
+@cached_wkv.kernel("cpu", _wkv_supports)
+def cached_wkv_cpu(
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    bonus: Tensor,
+    cu_seqlens: Tensor | None,
+    state_slots: Tensor,
+    memory: Tensor,
+) -> Tensor:
+    """`cached_wkv`, one pass over the row."""
+    key, value, out = _by_token(key), _by_token(value), value.new_empty(value.shape)
+    fading, own = decay.float().contiguous(), bonus.float().contiguous()
+    _check(
+        _wkv[value.dtype](
+            *_sequences(cu_seqlens, state_slots, value.shape[1], memory),
+            *(*_rows(key), *_rows(value), fading.data_ptr(), own.data_ptr(), memory.data_ptr(), out.data_ptr()),
+            value.shape[2],
+            num_threads(8 * value.numel(), _MIN_WORK_FOR_THREADS),
+        )
+    )
+    return out
+
+
+def _linear_attention_supports(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    bonus: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state_slots: Tensor,
+    state: Tensor,
+) -> str | None:
+    return _why_not(cu_seqlens, state_slots, state, query, key, value)
+
+
+@cached_linear_attention.kernel("cpu", _linear_attention_supports)
+def cached_linear_attention_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    bonus: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state_slots: Tensor,
+    state: Tensor,
+) -> Tensor:
+    """`cached_linear_attention`, rounded once at the end."""
+    query, key, value, out = _by_token(query), _by_token(key), _by_token(value), value.new_empty(value.shape)
+    logarithms, own = decay.float().contiguous(), _floats(bonus)
+    _check(
+        _linear_attention[value.dtype](
+            *_sequences(cu_seqlens, state_slots, value.shape[1], state),
+            *(*_rows(query), *_rows(key), *_rows(value), logarithms.data_ptr(), decay.shape[3], _pointer(own)),
+            *(state.data_ptr(), out.data_ptr(), value.shape[2], key.shape[3], value.shape[3]),
+            num_threads(value.numel() * key.shape[3], _MIN_WORK_FOR_THREADS),
+        )
+    )
+    return out
+
+
+def _generalized_supports(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    read: Tensor,
+    write: Tensor,
+    decay: Tensor,
+    cu_seqlens: Tensor | None,
+    state_slots: Tensor,
+    state: Tensor,
+) -> str | None:
+    return _why_not(cu_seqlens, state_slots, state, query, key, value, read, write)
+
+
+@cached_generalized_delta_rule.kernel("cpu", _generalized_supports)
+def cached_generalized_delta_rule_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    read: Tensor,
+    write: Tensor,
+    decay: Tensor,
+    cu_seqlens: Tensor | None,
+    state_slots: Tensor,
+    state: Tensor,
+) -> Tensor:
+    """`cached_generalized_delta_rule`, rounded once at the end."""
+    rows = [_by_token(part) for part in (query, key, value, read, write)]
+    logarithms, out = decay.float().contiguous(), value.new_empty(value.shape)
+    _check(
+        _generalized_delta_rule[value.dtype](
+            *_sequences(cu_seqlens, state_slots, value.shape[1], state),
+            *(argument for part in rows for argument in _rows(part)),
+            *(logarithms.data_ptr(), state.data_ptr(), out.data_ptr()),
+            *(value.shape[2], key.shape[3], value.shape[3]),
+            num_threads(2 * value.numel() * key.shape[3], _MIN_WORK_FOR_THREADS),
         )
     )
     return out

@@ -4,45 +4,13 @@
 #include <cmath>
 #include <vector>
 
-#include "simd.h"
+#include "sequences.h"
 
 namespace autodeploy {
 namespace {
 
-enum Status { DONE, BAD_BORDERS, BAD_SLOT };
-
-// The sequences of a packed row and the slots of their states.
-struct Sequences {
-    const int32_t *borders, *slots;
-    int64_t count, num_tokens, num_slots;
-
-    Status check() const {
-        if (borders[0] != 0 || borders[count] != num_tokens) return BAD_BORDERS;
-        for (int64_t s = 0; s < count; ++s) {
-            if (borders[s + 1] < borders[s]) return BAD_BORDERS;
-            if (slots[s] < 0 || slots[s] >= num_slots) return BAD_SLOT;
-        }
-        return DONE;
-    }
-};
-
-// Rows of `width` elements, `stride` elements apart: one per token.
-template <class T>
-struct Rows {
-    const T* data;
-    int64_t stride;
-    const T* operator[](int64_t token) const { return data + token * stride; }
-};
-
 inline float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
 inline Floats silu(Floats x) { return x / (1.0f + exp(-x)); }
-
-template <class T>
-void widen(const T* from, float* to, int64_t count) {
-    for (int64_t i = 0; i < count; i += LANES) store(to + i, load(from + i, count - i), count - i);
-}
-
-constexpr int64_t CHANNELS = 4 * LANES;
 
 template <class T>
 void convolve(const Sequences& q, Rows<T> x, const float* weight, const float* bias, bool has_silu, T* window, T* out,
@@ -210,12 +178,6 @@ void delta_rule(const Sequences& q, Rows<T> query, Rows<T> key, Rows<T> value, R
 
 }  // namespace
 }  // namespace autodeploy
-
-#define SEQUENCES                                                                                                    \
-    const int32_t *borders, const int32_t *slots, int64_t num_sequences, int64_t num_tokens, int64_t num_slots
-#define CHECKED_SEQUENCES                                                                                            \
-    const autodeploy::Sequences sequences = {borders, slots, num_sequences, num_tokens, num_slots};                  \
-    if (const int fault = sequences.check()) return fault
 
 // Rows are one per token, strides in elements; out and states are contiguous. weight: `[taps, channels]`, float32.
 #define DEFINE_RECURRENCES(SUFFIX, T)                                                                                \
