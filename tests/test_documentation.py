@@ -81,5 +81,7 @@ def test_onboarding_a_mixture(name: str) -> None:
     assert llm.report.facts["isolation"] == "passed"
     loops = 2 if name == "Mixture" else 0
     assert (rewrites["roll_loops"], rewrites["match_causal_conv"], rewrites["match_attention"]) == (loops, 2, 1)
-    mixers = {"cached_recurrence": 2} if loops else {"cached_delta_rule": 1, "cached_ssd": 1}
+    mixers = (
+        {"cached_delta_rule": 1, "cached_linear_attention": 1} if loops else {"cached_delta_rule": 1, "cached_ssd": 1}
+    )
     assert {op: sum(kernels[op].values()) for op in mixers} == mixers

@@ -12,7 +12,7 @@ from autodeploy.compile.program import Program
 from autodeploy.config import parse_options
 from autodeploy.debug.packed_run import run_packed
 from autodeploy.ops import delta_rule, ssd
-from tests import research_models, tiny
+from tests import research_models, research_recurrences, tiny
 from tests.research_models import VOCAB
 
 
@@ -40,9 +40,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     "puzzle": (research_models.puzzle, {"match_attention": 3}),
     "nemotron_flash": (
         research_models.nemotron_flash,
-        {"roll_loops": 4, "match_causal_conv": 4, "match_attention": 1, "insert_cached_ops": 9},
+        {"roll_loops": 4, "match_recurrences": 4, "match_causal_conv": 4, "match_attention": 1, "insert_cached_ops": 9},
     ),
     "nemotron_flash_with_ops": (_with_ops, {"roll_loops": 0, "match_causal_conv": 4, "insert_cached_ops": 9}),
+    "recurrent": (
+        research_recurrences.recurrent,
+        {"roll_loops": 4, "match_recurrences": 3, "match_token_shift": 13, "insert_cached_ops": 17},
+    ),
 }
 
 

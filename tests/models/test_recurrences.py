@@ -88,11 +88,14 @@ def xlstm() -> PreTrainedModel:
 
 
 MODELS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, int]]] = {
-    "rwkv": (rwkv, {"roll_loops": 3, "match_token_shift": 6}),
-    "minimax": (minimax, {"roll_loops": 2, "match_attention": 1}),
+    "rwkv": (rwkv, {"roll_loops": 3, "match_recurrences": 3, "match_token_shift": 6}),
+    "minimax": (minimax, {"roll_loops": 2, "match_recurrences": 2, "match_attention": 1}),
     "xlstm": (xlstm, {"match_linear": 21, "insert_cached_ops": 2}),
     "zaya": (zaya, {"match_token_shift": 3, "match_causal_conv": 6, "match_attention": 3}),
-    "recurrent_gemma": (recurrent_gemma, {"roll_loops": 2, "match_causal_conv": 2, "match_attention": 1}),
+    "recurrent_gemma": (
+        recurrent_gemma,
+        {"roll_loops": 2, "match_recurrences": 2, "match_causal_conv": 2, "match_attention": 1},
+    ),
 }
 
 

@@ -5,7 +5,7 @@ share, since what is known of it (sizes, strides, dtype, device) never changes. 
 of the arguments for every op that transforms insert.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,13 @@ class FakeValues:
         self.mode = fake_mode
         self._results: dict[Any, Any] = {}
 
-    def of(self, function: Callable[..., Any], args: Sequence[Any]) -> Any:
-        """What `function(*args)` returns; `args` hold fake tensors, numbers and lists of them."""
-        key = (function, _known(args))
+    def of(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
+        """What `function(*args, **kwargs)` returns; arguments are fake tensors, numbers and lists of them."""
+        kwargs = kwargs or {}
+        key = (function, _known(args), _known(sorted(kwargs.items())))
         if key not in self._results:
             with self.mode:
-                self._results[key] = function(*args)
+                self._results[key] = function(*args, **kwargs)
         return self._results[key]
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,18 +108,24 @@ class ModelGraph:
         return node
 
     def call(
-        self, target: Op | Callable[..., Any], *args: Any, before: fx.Node, like: fx.Node | None = None
+        self,
+        target: Op | Callable[..., Any],
+        *args: Any,
+        before: fx.Node,
+        like: fx.Node | None = None,
+        kwargs: Mapping[str, Any] | None = None,
     ) -> fx.Node:
         """Insert a call before a node, with its fake value computed. `like` lends its source location."""
         function = target.overload if isinstance(target, Op) else target
         with self.graph.inserting_before(before):
             name = target.name if isinstance(target, Op) else None
-            node = self.graph.create_node("call_function", function, args, name=name)
+            node = self.graph.create_node("call_function", function, args, dict(kwargs or {}), name=name)
         source = like or before
         for key in ("stack_trace", "nn_module_stack"):
             if key in source.meta:
                 node.meta[key] = source.meta[key]
-        node.meta["val"] = self.fake_values.of(function, fx.map_arg(args, lambda argument: argument.meta["val"]))
+        values = fx.map_arg((args, node.kwargs), lambda argument: argument.meta["val"])
+        node.meta["val"] = self.fake_values.of(function, *values)
         return node
 
     def item(self, node: fx.Node, index: int, *, before: fx.Node) -> fx.Node:

@@ -22,6 +22,7 @@ from autodeploy.transforms.canonicalize.match_dense_experts import MatchDenseExp
 from autodeploy.transforms.canonicalize.match_linear import MatchLinear
 from autodeploy.transforms.canonicalize.match_mla import MatchMLA
 from autodeploy.transforms.canonicalize.match_norm import MatchNorm
+from autodeploy.transforms.canonicalize.match_recurrences import MatchRecurrences
 from autodeploy.transforms.canonicalize.match_token_shift import MatchTokenShift
 from autodeploy.transforms.canonicalize.match_token_window import MatchTokenWindow
 from autodeploy.transforms.canonicalize.roll_loops import RollLoops
@@ -48,6 +49,7 @@ def default_pipeline(device: torch.device, select_kernels: SelectKernels | None 
                 "canonicalize",
                 (
                     RollLoops(),
+                    MatchRecurrences(),
                     MatchTokenShift(),
                     MatchTokenWindow(),
                     MatchCausalConv(),

@@ -1,11 +1,13 @@
 """RollLoops: the traced runs of a loop over tokens become one recurrence, its body written down once."""
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from autodeploy.graph.model_graph import ModelGraph, source_line
 from autodeploy.graph.transform import Transform, TransformResult
@@ -252,13 +254,21 @@ def _body(
         elif index in parts.collected:
             continue
         else:
-            name = f"{node.target.namespace}.{node.target._schema.name.split('::')[1]}.{node.target._overloadname}"  # type: ignore[union-attr]
+            name = _operator_name(node)
             args = [encode(argument) for argument in node.args]
             calls.append((name, args, {key: encode(value) for key, value in node.kwargs.items()}))
             ref = ["n", len(calls) - 1]
         refs[node] = made[index] = ref
     values = [refs[node] for node in outputs]
     return Body(tuple(calls), tuple(made[where] for where, _ in parts.carried), tuple(values)), values
+
+
+def _operator_name(node: fx.Node) -> str:
+    if node.target == operator.getitem:
+        return "getitem"
+    if not isinstance(node.target, OpOverload):
+        raise Refused(f"calls {node.target}, which is no operator of torch")
+    return f"{node.target._schema.name.replace('::', '.')}.{node.target._overloadname}"
 
 
 def _check_carries(parts: _Parts, template: list[fx.Node]) -> None:
