@@ -69,7 +69,7 @@ bench-peers: $(VENV)/.runtime $(demo_package)
 	$(python) benchmarks/performance_page.py
 
 real-dims: $(VENV)/.dev
-	$(python) benchmarks/capture_cost.py --output $(results) --page docs/seed-models.md
+	PYTHONPATH=src:. $(python) benchmarks/capture_cost.py --output $(results) --page docs/seed-models.md
 
 clean:
 	rm -rf $(VENV)

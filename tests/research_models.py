@@ -4,9 +4,11 @@ Our own code, from the papers' descriptions. They stand for remote code: each ma
 deployed as it is. `open_elm` (arXiv 2404.14619) scales heads and widths from layer to layer; `puzzle` (arXiv
 2411.19146, behind DeciLM and several Nemotron models) leaves out, narrows or linearises single blocks;
 `nemotron_flash` (arXiv 2511.18890, without its meta tokens) mixes DeltaNet, Mamba-2 and attention. Recurrences are
-Python loops over tokens, as in a paper's reference code.
+Python loops over tokens, as in a paper's reference code. Sizes are tiny unless they are given: `seed_models.py` gives
+the published ones.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,17 +77,17 @@ class DeltaNet(nn.Module):
     def __init__(self, hidden: int, heads: int, size: int):
         super().__init__()
         self.heads, self.size = heads, size
-        self.q, self.k, self.v = (nn.Linear(hidden, heads * size, bias=False) for _ in range(3))
+        inner = 3 * heads * size
+        self.qkv = nn.Linear(hidden, inner, bias=False)
         self.beta = nn.Linear(hidden, heads, bias=False)
-        self.conv = nn.Conv1d(heads * size, heads * size, 4, groups=heads * size, padding=3)
+        self.conv = nn.Conv1d(inner, inner, 4, groups=inner, padding=3, bias=False)
         self.norm = RMSNorm(size)
         self.out = nn.Linear(heads * size, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
-        shape = (batch, length, self.heads, self.size)
-        q = F.silu(self.conv(self.q(x).transpose(1, 2))[..., :length]).transpose(1, 2).view(shape)
-        k, v = F.silu(self.k(x)).view(shape), self.v(x).view(shape)
+        qkv = F.silu(self.conv(self.qkv(x).transpose(1, 2))[..., :length]).transpose(1, 2)
+        q, k, v = qkv.reshape(batch, length, 3, self.heads, self.size).unbind(2)
         q, k = (part / (part.square().sum(-1, keepdim=True) + 1e-6).sqrt() for part in (q, k))
         mixed = self.mix(q * self.size**-0.5, k, v, torch.sigmoid(self.beta(x)))
         return self.out(self.norm(mixed).reshape(batch, length, -1))
@@ -152,12 +154,12 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Embedding, blocks, norm, head."""
 
-    def __init__(self, hidden: int, bodies: list[nn.Module | None], tied: bool = False):
+    def __init__(self, hidden: int, bodies: list[nn.Module | None], tied: bool = False, vocab: int = VOCAB):
         super().__init__()
-        self.embedding = nn.Embedding(VOCAB, hidden)
+        self.embedding = nn.Embedding(vocab, hidden)
         self.blocks = nn.ModuleList(Block(hidden, body) for body in bodies)
         self.norm = RMSNorm(hidden)
-        self.head = None if tied else nn.Linear(hidden, VOCAB, bias=False)
+        self.head = None if tied else nn.Linear(hidden, vocab, bias=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embedding(input_ids)
@@ -167,13 +169,19 @@ class Decoder(nn.Module):
         return x @ self.embedding.weight.T if self.head is None else self.head(x)
 
 
-def open_elm(hidden: int = 32, layers: int = 4, size: int = 8) -> Decoder:
+def open_elm(
+    hidden: int = 32,
+    size: int = 8,
+    heads: Sequence[int] = (2, 2, 4, 4),
+    widths: Sequence[int] = (32, 48, 64, 80),
+    group: int = 2,
+    vocab: int = VOCAB,
+) -> Decoder:
     """Heads and widths grow with depth; queries and keys are normalised; the head is the embedding."""
     bodies: list[nn.Module | None] = []
-    for layer in range(layers):
-        heads = 2 * (1 + layer // 2)
-        bodies += [Attention(hidden, heads, heads // 2, size, norm=True), Gated(hidden, 16 * (layer + 2))]
-    return Decoder(hidden, bodies, tied=True)
+    for count, width in zip(heads, widths, strict=True):
+        bodies += [Attention(hidden, count, count // group, size, norm=True), Gated(hidden, width)]
+    return Decoder(hidden, bodies, tied=True, vocab=vocab)
 
 
 @dataclass(frozen=True)
@@ -193,7 +201,13 @@ PUZZLE = (
 )
 
 
-def puzzle(hidden: int = 32, layers: tuple[PuzzleLayer, ...] = PUZZLE, heads: int = 4, size: int = 8) -> Decoder:
+def puzzle(
+    hidden: int = 32,
+    layers: Sequence[PuzzleLayer] = PUZZLE,
+    heads: int = 4,
+    size: int = 8,
+    vocab: int = VOCAB,
+) -> Decoder:
     """Every layer has its own key-value heads and width; some blocks are one matrix, some are left out."""
 
     def body(kind: int | str | None, full: nn.Module | None) -> nn.Module | None:
@@ -204,7 +218,7 @@ def puzzle(hidden: int = 32, layers: tuple[PuzzleLayer, ...] = PUZZLE, heads: in
         kv_heads, width = layer.attention, layer.feed_forward
         attention = Attention(hidden, heads, kv_heads, size) if isinstance(kv_heads, int) else None
         bodies += [body(kv_heads, attention), body(width, Gated(hidden, width) if isinstance(width, int) else None)]
-    return Decoder(hidden, bodies)
+    return Decoder(hidden, bodies, vocab=vocab)
 
 
 def nemotron_flash(
@@ -212,12 +226,35 @@ def nemotron_flash(
     delta_net: type[DeltaNet] = DeltaNet,
     mamba2: type[Mamba2] = Mamba2,
     pattern: str = "dfmafdm",
+    heads: int = 4,
+    kv_heads: int = 2,
+    size: int = 8,
+    mamba_heads: int = 4,
+    mamba_size: int = 8,
+    states: int = 16,
+    width: int = 64,
+    tied: bool = False,
+    vocab: int = VOCAB,
 ) -> Decoder:
-    """DeltaNet, feed-forward, Mamba-2 and attention blocks in an order that a search found: one letter each."""
+    """DeltaNet, feed-forward, Mamba-2 and attention blocks in an order that a search found: one letter each.
+
+    Args:
+        heads, kv_heads, size: of attention; DeltaNet has as many heads of that size.
+    """
     make = {
-        "d": lambda: delta_net(hidden, 4, 8),
-        "m": lambda: mamba2(hidden, 4, 8, 16),
-        "a": lambda: Attention(hidden, 4, 2, 8),
-        "f": lambda: Gated(hidden, 64),
+        "d": lambda: delta_net(hidden, heads, size),
+        "m": lambda: mamba2(hidden, mamba_heads, mamba_size, states),
+        "a": lambda: Attention(hidden, heads, kv_heads, size),
+        "f": lambda: Gated(hidden, width),
     }
-    return Decoder(hidden, [make[letter]() for letter in pattern])
+    return Decoder(hidden, [make[letter]() for letter in pattern], tied, vocab)
+
+
+def with_random_weights(model: nn.Module) -> nn.Module:
+    """The model, float32 and in eval mode, with weights from torch's generator that make every part matter."""
+    model.float().eval().requires_grad_(False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape)
+            parameter.copy_(parameter + 0.1 * noise if parameter.dim() == 1 else 0.3 * noise)
+    return model

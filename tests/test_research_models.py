@@ -52,12 +52,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
 
 def _drawn(make: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
-    model = make().eval().requires_grad_(False)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape)
-            parameter.copy_(parameter + 0.1 * noise if parameter.dim() == 1 else 0.3 * noise)
-    return model
+    return research_models.with_random_weights(make())
 
 
 def _greedy(model: nn.Module, prompt: list[int], count: int) -> list[int]:

@@ -4,22 +4,24 @@ import inspect
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 TIE = 1e-4
 """two logits this close, as a share of the largest, may be taken in either order by another order of additions"""
 
 
-def accepts(model: PreTrainedModel, name: str) -> bool:
+def accepts(model: nn.Module, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
 
 
 @torch.no_grad()
-def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits `[T, V]` of one sequence `ids [1, T]`, run at once."""
     takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
     output = model(ids, use_cache=False) if takes_any or accepts(model, "use_cache") else model(ids)
+    if isinstance(output, Tensor):
+        return output[0].float()
     logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
     return logits[0].float()
 
@@ -42,7 +44,7 @@ class Greedy:
         return is_tie, is_tie
 
 
-def greedy(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> Greedy:
+def greedy(model: nn.Module, prompt: list[int], num_tokens: int) -> Greedy:
     """The whole sequence is run again for every token: the slow truth, whatever the state of the model's own cache."""
     tokens, margins = list(prompt), []
     for _ in range(num_tokens):

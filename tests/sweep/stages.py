@@ -172,7 +172,7 @@ class _Examination:
         return self._compare(found, torch.cat(self.expected), "eager")
 
     def generation(self) -> str:
-        tokens, num_preemptions = _serve(self.program, self.prompts)
+        tokens, num_preemptions = serve(self.program, self.prompts)
         remarks = [f"{num_preemptions} preemptions"]
         for at, prompt in enumerate(self.prompts):
             expected = greedy(self.model, prompt.tolist(), NEW_TOKENS)
@@ -230,7 +230,7 @@ def _layers(text: Any) -> list[str]:
     return []
 
 
-def _serve(program: Program, prompts: list[Tensor]) -> tuple[list[list[int]], int]:
+def serve(program: Program, prompts: list[Tensor]) -> tuple[list[list[int]], int]:
     """Tokens that the engine generates under crowding: short steps, small pages, sequences that lose their state."""
     engine = Engine(program, CROWDED, max_model_len=96)
     for at, prompt in enumerate(prompts):
