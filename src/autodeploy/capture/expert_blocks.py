@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from autodeploy.capture.expert_weights import ExpertWeights, Named, expert_weights
+from autodeploy.capture.expert_weights import ExpertWeights, Matrix, Named, expert_weights
 from autodeploy.capture.random_weights import with_random_weights
 from autodeploy.capture.tape import Given, Program, Recording, Reference, Unrepeatable, program
 from autodeploy.checkpoint.recipe import Recipe
@@ -36,6 +36,12 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 """Difference from the module's own result, as a share of the largest value, that rounding in that dtype may cause."""
 
 _MOST_SUMS = 8
+
+FIRST_CHANNELS = 64
+"""Channels by which a sum is looked for; what is found is confirmed on all of them."""
+
+KnownProducts = dict[tuple[Matrix, int], Tensor]
+"""What a matrix of an expert gives for all tokens of a run: many readings share it."""
 
 ROLES = ("gate_up", "down", "gate_up_bias", "down_bias")
 """The weights of `moe`, in its order."""
@@ -112,18 +118,18 @@ def expert_blocks_replaced(model: nn.Module) -> Iterator[dict[str, Recipe]]:
 def recognise(module: nn.Module, readings: Sequence[ExpertWeights]) -> Block | None:
     """The block that a module computes, if its experts are one of these readings; None if not."""
     dtype = next(parameter.dtype for parameter in module.parameters())
+    probes = {wanted: with_random_weights(module, wanted) for wanted in {torch.float32, dtype}}
     for hidden, is_row in itertools.product(sorted({reading.hidden for reading in readings}), (True, False)):
         fitting = [reading for reading in readings if reading.hidden == hidden]
-        block = _recognise(module, fitting, is_row, torch.float32)
+        block = _recognise(probes[torch.float32], fitting, is_row, torch.float32)
         if block is not None and dtype != torch.float32:  # known exactly; the code's own casts are those of its dtype
-            block = _recognise(module, [block.experts], is_row, dtype)
+            block = _recognise(probes[dtype], [block.experts], is_row, dtype)
         if block is not None:
             return block
     return None
 
 
-def _recognise(module: nn.Module, readings: Sequence[ExpertWeights], is_row: bool, dtype: torch.dtype) -> Block | None:
-    probe = with_random_weights(module, dtype)
+def _recognise(probe: nn.Module, readings: Sequence[ExpertWeights], is_row: bool, dtype: torch.dtype) -> Block | None:
     try:
         runs = [
             _arguments(probe, readings[0].hidden, length, is_row, dtype) for length in (*LENGTHS, CONFIRMING_LENGTH)
@@ -136,10 +142,11 @@ def _recognise(module: nn.Module, readings: Sequence[ExpertWeights], is_row: boo
     except Exception:
         return None  # it takes something else than tokens, or tokens and their choices
     get = _getter(probe)
+    products: list[KnownProducts] = [{} for _ in recordings]
     for reading in readings:
         sums = [
-            list(itertools.islice(_sums(recording, arguments, reading, get), _MOST_SUMS))
-            for recording, arguments in zip(recordings, runs, strict=False)
+            list(itertools.islice(_sums(recording, arguments, reading, get, known), _MOST_SUMS))
+            for recording, arguments, known in zip(recordings, runs, products, strict=False)
         ]
         for first, second in itertools.product(*sums):
             block = _confirmed(recordings, (first, second), reading, is_row, (runs[-1], get, expected))
@@ -171,23 +178,26 @@ def _arguments(module: nn.Module, hidden: int, length: int, is_row: bool, dtype:
     return [x, few[places], weights.to(dtype)]
 
 
-def _sums(recording: Recording, arguments: Sequence[Tensor], reading: ExpertWeights, get: Named) -> Iterator[Sum]:
+def _sums(
+    recording: Recording, arguments: Sequence[Tensor], reading: ExpertWeights, get: Named, known: KnownProducts
+) -> Iterator[Sum]:
     """Every place, the latest first, where the recording has what `moe` gives for choices and weights made before."""
     x = arguments[0].reshape(-1, reading.hidden)
     values = [value for value in _values(recording, arguments) if _is_per_token(value.tensor, recording.length)]
     places = [value for value in _values(recording, ()) if value.tensor.numel() == x.numel() and not value.output]
     places = [value for value in places if value.tensor.is_floating_point()]
-    sums = torch.stack([value.tensor.reshape(x.shape).float() for value in places]) if places else x[None]
+    first = min(FIRST_CHANNELS, reading.hidden)
+    sums = torch.stack([value.tensor.reshape(x.shape)[:, :first].float() for value in places]) if places else x[None]
     for choice in values:
         if choice.tensor.dtype != torch.int64:
             continue
         indices = choice.tensor.reshape(-1, choice.tensor.shape[-1])
-        products = _products(x, indices, reading, get)
+        products = _products(x, indices, reading, get, known, first)
         for weight in values:
             chosen = _of_choices(weight.tensor, indices)
             if not chosen.is_floating_point() or chosen.shape != indices.shape:
                 continue
-            for passes_on, total in _totals(x, products, chosen, indices, reading.num_experts):
+            for passes_on, total in _totals(x[:, :first], products, chosen, indices, reading.num_experts):
                 close = (sums - total).abs().amax((1, 2)) <= _TOLERANCE.get(x.dtype, 1e-4) * total.abs().max()
                 for number in close.nonzero().flatten().tolist() if places else ():
                     if places[number].step > max(choice.step, weight.step):
@@ -225,13 +235,24 @@ def _of_choices(weights: Tensor, indices: Tensor) -> Tensor:
     return weights
 
 
-def _products(x: Tensor, indices: Tensor, reading: ExpertWeights, get: Named) -> Tensor:
-    """Each choice's expert applied to its token, `[N, K, H]`; zeros for a choice of no expert."""
-    products = x.new_zeros(*indices.shape, x.shape[-1])
+def _products(
+    x: Tensor, indices: Tensor, reading: ExpertWeights, get: Named, known: KnownProducts, first: int | None = None
+) -> Tensor:
+    """The `first` channels of each choice's expert applied to its token, `[N, K, first]`; zeros for no expert.
+
+    Args:
+        known: products up for all tokens `x`; those that are needed and missing are added.
+    """
+    products = x.new_zeros(*indices.shape, first or x.shape[-1])
     for expert in indices.unique().tolist():
-        if 0 <= expert < reading.num_experts:
-            tokens, places = torch.where(indices == expert)
-            products[tokens, places] = reading.run(get, expert, x[tokens])
+        if not 0 <= expert < reading.num_experts:
+            continue
+        tokens, places = torch.where(indices == expert)
+        for matrix in reading.up:
+            if (matrix, expert) not in known:
+                known[matrix, expert] = matrix.product(get, expert, x)
+        ups = [known[matrix, expert][tokens] for matrix in reading.up]
+        products[tokens, places] = reading.finish(get, expert, ups, first)
     return products
 
 
@@ -271,7 +292,9 @@ def _confirmed(
             return None
         block = Block(reading, code, first.passes_on, is_row)
         with torch.no_grad():
-            result = block.run(arguments, get, lambda x, i, w: _weighted(_products(x, i, reading, get), w).to(x.dtype))
+            result = block.run(
+                arguments, get, lambda x, i, w: _weighted(_products(x, i, reading, get, {}), w).to(x.dtype)
+            )
     except Unrepeatable:
         return None
     return block if _agree(result, expected) else None

@@ -21,6 +21,9 @@ Named = Callable[[str], Tensor]
 """A parameter of the module by name."""
 
 
+BLOCK = 1 << 20
+"""Elements of a weight that are multiplied at once: as many as fit a processor's cache."""
+
 _PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Modules whose parameters are one product's, never a stack."""
 
@@ -49,6 +52,19 @@ class Matrix:
     def outputs(self) -> int:
         return self.columns if self.transposed else self.rows
 
+    def product(self, get: Named, expert: int, x: Tensor, first: int | None = None) -> Tensor:
+        """One expert's product for tokens `[N, inputs]`, or its `first` outputs; no weight but its own is touched."""
+        if len(self.names) > 1:
+            bias = get(self.biases[expert])[:first] if self.biases else None
+            return _linear(x, get(self.names[expert])[:first], bias)
+        weight = self.stack(get)[expert]
+        return _linear(x, weight[:, :first].t() if self.transposed else weight[:first])
+
+    def stack(self, get: Named) -> Tensor:
+        """The one parameter that holds them all, `[E, rows, columns]`."""
+        stack = get(self.names[0])
+        return stack.view(-1, self.rows, self.columns) if stack.dim() == 2 else stack
+
 
 @dataclass(frozen=True)
 class ExpertWeights:
@@ -65,16 +81,12 @@ class ExpertWeights:
         return self.down.outputs
 
     def run(self, get: Named, expert: int, x: Tensor) -> Tensor:
-        """One expert's result for tokens `[N, H]`; no weight but its own is touched."""
-        hidden = torch.cat([self._product(matrix, get, expert, x) for matrix in self.up], -1)
-        return self._product(self.down, get, expert, self.facts.apply(hidden))
+        """One expert's result for tokens `[N, H]`."""
+        return self.finish(get, expert, [matrix.product(get, expert, x) for matrix in self.up])
 
-    def _product(self, matrix: Matrix, get: Named, expert: int, x: Tensor) -> Tensor:
-        if len(matrix.names) > 1:
-            weight = get(matrix.names[expert])
-            return F.linear(x, weight, get(matrix.biases[expert]) if matrix.biases else None)
-        weight = _as_stack(matrix, get)[expert]
-        return F.linear(x, weight.t() if matrix.transposed else weight)
+    def finish(self, get: Named, expert: int, ups: Sequence[Tensor], first: int | None = None) -> Tensor:
+        """The result of one expert, or its `first` channels, from its products up."""
+        return self.down.product(get, expert, self.facts.apply(torch.cat(list(ups), -1)), first)
 
     def stacked(self, get: Named) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """gate_up, down and their biases as `moe` takes them, of parameters that are stacks already."""
@@ -83,7 +95,7 @@ class ExpertWeights:
         return deinterleaved(gate_up, 1) if self.facts.interleaved else gate_up, down, None, None
 
     def _stack(self, matrix: Matrix, get: Named) -> Tensor:
-        stack = _as_stack(matrix, get)
+        stack = matrix.stack(get)
         stack = stack[: self.num_experts] if stack.shape[0] > self.num_experts else stack
         return stack.transpose(1, 2) if matrix.transposed else stack
 
@@ -118,9 +130,12 @@ def expert_weights(module: nn.Module) -> Iterator[ExpertWeights]:
     yield from _of_stacks(module)
 
 
-def _as_stack(matrix: Matrix, get: Named) -> Tensor:
-    stack = get(matrix.names[0])
-    return stack.view(-1, matrix.rows, matrix.columns) if stack.dim() == 2 else stack
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` by blocks of rows: torch copies a probe's weight, whose rows overlap, and small copies are fast."""
+    if weight.numel() <= BLOCK:
+        return F.linear(x, weight, bias)
+    result = torch.cat([F.linear(x, rows) for rows in weight.split(max(1, BLOCK // weight.shape[1]))], -1)
+    return result if bias is None else result + bias
 
 
 def _are_alike(children: Sequence[nn.Module]) -> bool:
@@ -177,10 +192,17 @@ def _of_stacks(module: nn.Module) -> Iterator[ExpertWeights]:
     flat = [(name, p) for name, p in named if p.dim() == 2]
     if not deep and len(flat) == 3 and len({p.shape for _, p in flat}) == 1:
         rows, columns = flat[0][1].shape
-        modules = (module, *module.children())
-        known = {v for m in modules for v in vars(m).values() if isinstance(v, int) and 1 < v < rows and rows % v == 0}
-        for count in sorted(known):
+        for count in _counts((module, *module.children()), rows):
             yield from _readings("", count, [Matrix((name,), (), rows // count, columns) for name, _ in flat])
+
+
+def _counts(modules: Sequence[nn.Module], rows: int) -> list[int]:
+    """Numbers that modules know and that divide the rows; first those that are called a number of experts."""
+    known: dict[int, bool] = {}
+    for name, value in (item for module in modules for item in vars(module).items()):
+        if isinstance(value, int) and 1 < value < rows and rows % value == 0:
+            known[value] = known.get(value, False) or "expert" in name
+    return sorted(known, key=lambda value: (not known[value], value))
 
 
 def _readings(container: str, num_experts: int, matrices: Sequence[Matrix]) -> Iterator[ExpertWeights]:

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 LARGE = 1 << 18
 """Elements of a weight from which random values are shared, at shifted places, instead of drawn one by one."""
 
+_MOST = 1 << 22
+"""Values that are drawn for one weight, about: more rows lie closer together."""
+
 _ROW_SHIFT, _STACK_SHIFT = 97, 7919
 """Elements between neighbouring rows, and between neighbouring matrices of a stack, of a large weight: primes, so that
 no two rows agree"""
@@ -38,7 +41,7 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
     scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.5
     if math.prod(shape) < LARGE or len(shape) not in (2, 3):
         return (torch.randn(shape, generator=generator) * scale).to(dtype)
-    row = max(1, min(_ROW_SHIFT, shape[-1] // 8))
+    row = max(1, min(_ROW_SHIFT, shape[-1] // 8, _MOST // shape[-2]))
     strides = (min(_STACK_SHIFT, shape[-2] * row), row, 1)[-len(shape) :]
     size = 1 + sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True))
     return (torch.randn(size, generator=generator) * scale).to(dtype).as_strided(shape, strides)
