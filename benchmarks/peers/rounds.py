@@ -8,8 +8,8 @@ from typing import Any
 from peers.process import Peer, PeerError
 from peers.subjects import Subject
 
-SLOW_START_SECONDS = 20.0
-"""A subject that starts more slowly is started once, not once per round."""
+SLOW_SECONDS = 20.0
+"""What takes a subject longer, a start or a turn, it does once in a run and not in every round."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,23 +37,27 @@ class Rounds:
 
     def __init__(self, load: Load, num_ids: int) -> None:
         self.load, self._num_ids = load, num_ids
-        self._source = random.Random(0)  # the same prompts for every precision
+        self._source = random.Random(0)  # the same prompts for every precision, however many starts there are
+        self._source_of_starts = random.Random(1)
         self._peers: dict[str, Peer] = {}
+        self._slow: set[tuple[str, str]] = set()
         self.samples: dict[str, dict[str, list[float]]] = {}
         self.tokens: dict[str, list[list[int]]] = {}
         self.failed: dict[str, str] = {}
 
     def start(self, subject: Subject, stack: ExitStack) -> None:
-        """Launch a subject and wait for its first token; the first process of each stays, for as long as `stack`."""
-        starts = self.samples.setdefault(subject.name, {}).setdefault("start_seconds", [])
-        if subject.name in self.failed or (starts and starts[0] > SLOW_START_SECONDS):
+        """Launch a subject and wait for its first token; the first process of each stays, for as long as `stack`.
+
+        That one may find nothing that an earlier start has kept, so it counts by itself.
+        """
+        figure = "start_seconds" if subject.name in self._peers else "first_start_seconds"
+        if subject.name in self.failed or (subject.name, figure) in self._slow:
             return
         with ExitStack() as own:
             peer = own.enter_context(subject.launch())
             try:
-                peer.ask("generate", prompts=[self._prompt(self.load.decode[0])], lengths=[1])
-                starts.append(peer.seconds_since_launch)
-                print(f"{subject.name}: start {starts[-1]:.2f} s", flush=True)
+                peer.ask("generate", prompts=[self._prompt(self.load.decode[0], self._source_of_starts)], lengths=[1])
+                self._add(subject.name, {figure: peer.seconds_since_launch}, True, peer.seconds_since_launch)
                 if subject.name not in self._peers:
                     peer.ask("settle")
                     self._peers[subject.name] = peer
@@ -63,14 +67,17 @@ class Rounds:
 
     def once(self, counted: bool) -> None:
         """Every subject's turn at every figure; a round that is not counted has few requests at once."""
-        load, draw = self.load, self._source.randint
-        self._turn("decode", [(self._prompt(load.decode[0]), load.decode[1])], counted)
+        load = self.load
+        self._turn("decode", [(self._prompt(load.decode[0], self._source), load.decode[1])], counted)
         for length in load.prefill:
-            self._turn(f"prefill_{length}", [(self._prompt(length), 1)], counted)
+            self._turn(f"prefill_{length}", [(self._prompt(length, self._source), 1)], counted)
         if not counted:
             self._note_memory("one_peak_bytes")
-        number = load.num_requests if counted else 2
-        many = [(self._prompt(draw(*load.prompts)), draw(*load.outputs)) for _ in range(number)]
+        source = self._source
+        many = [
+            (self._prompt(source.randint(*load.prompts), source), source.randint(*load.outputs))
+            for _ in range(load.num_requests if counted else 2)
+        ]
         self._turn("requests", many, counted)
 
     def end(self) -> dict[str, Any]:
@@ -78,12 +85,14 @@ class Rounds:
         self._note_memory("requests_peak_bytes")
         return {name: peer.ask("facts")["facts"] for name, peer in self._peers.items()}
 
-    def _prompt(self, length: int) -> list[int]:
-        return [self._source.randrange(self._num_ids) for _ in range(length)]
+    def _prompt(self, length: int, source: random.Random) -> list[int]:
+        return [source.randrange(self._num_ids) for _ in range(length)]
 
     def _turn(self, figure: str, requests: list[tuple[list[int], int]], counted: bool) -> None:
         prompts, lengths = [prompt for prompt, _ in requests], [length for _, length in requests]
         for name, peer in list(self._peers.items()):
+            if (name, figure) in self._slow:
+                continue
             try:
                 answer = peer.ask("generate", prompts=prompts, lengths=lengths)
             except PeerError as error:
@@ -91,11 +100,16 @@ class Rounds:
                 self._peers.pop(name).end()
                 continue
             values = _values(figure, prompts[0], lengths, answer)
-            print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
             if figure == "decode":
                 self.tokens.setdefault(name, []).append(answer["tokens"][0])
-            for key, value in values.items() if counted else ():
-                self.samples[name].setdefault(key, []).append(value)
+            self._add(name, values, counted, answer["last_seconds"])
+
+    def _add(self, name: str, values: dict[str, float], counted: bool, seconds: float) -> None:
+        print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
+        for key, value in values.items() if counted else ():
+            self.samples.setdefault(name, {}).setdefault(key, []).append(value)
+            if seconds > SLOW_SECONDS:
+                self._slow.add((name, key))
 
     def _note_memory(self, figure: str) -> None:
         for name, peer in self._peers.items():

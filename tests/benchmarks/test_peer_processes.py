@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def test_failures_come_in_words_and_the_peer_goes_on(peer: Any, script: Script) 
     assert peer.ask("generate", prompts=[[1]], lengths=[1])["tokens"] == [[1]]
     with pytest.raises(error, match="ended with status 3"):
         peer.ask("generate", prompts=[[14]], lengths=[1])
+    peer.end()  # and again when the fixture ends
 
 
 def test_a_model_that_cannot_be_loaded_is_an_answer_too(script: Script, tmp_path: Path) -> None:
@@ -101,3 +103,66 @@ def test_a_peer_without_an_environment_says_why(script: Script) -> None:
     command = [sys.executable, "-c", "import sys; sys.exit('first\\nERROR: no matching distribution\\n')"]
     with pytest.raises(environments.NotAvailable, match="ERROR: no matching distribution"):
         environments._run(command, {})
+
+
+LOAD = {"decode": (3, 4), "prefill": (5,), "num_requests": 2, "prompts": (1, 2), "outputs": (1, 3)}
+
+
+def _rounds(script: Script, tmp_path: Path, names: dict[str, str]) -> tuple[Any, Any]:
+    """Rounds of fake peers, by name -> source of the adapter, and their subjects."""
+    rounds, subjects = script("peers.rounds"), script("peers.subjects")
+    made = []
+    for name, source in names.items():
+        adapter = tmp_path / f"{name}.py"
+        adapter.write_text(source)
+        made.append(
+            subjects.Subject(
+                name=name,
+                precision="bf16",
+                command=[sys.executable, str(adapter)],
+                job={"model": "m"},
+                variables={"PYTHONPATH": str(BENCHMARKS / "peers")},
+                log=tmp_path / "log",
+            )
+        )
+    return rounds.Rounds(rounds.Load(**LOAD), 10), made
+
+
+def test_a_subject_that_fails_leaves_the_others_alone(script: Script, tmp_path: Path) -> None:
+    unlucky = ADAPTER.replace("prompts[0] == [13]", "len(prompts[0]) == 5")
+    rounds, subjects = _rounds(script, tmp_path, {"good": ADAPTER, "bad": unlucky, "gone": "raise SystemExit(1)"})
+    with ExitStack() as stack:
+        for turn in range(2):
+            for subject in subjects:
+                rounds.start(subject, stack)
+            rounds.once(counted=turn > 0)
+        facts = rounds.end()
+    assert rounds.failed.keys() == {"bad", "gone"}
+    assert rounds.failed["bad"] == "prefill_5: ValueError: unlucky"
+    assert rounds.failed["gone"].startswith("start: ended with status 1")
+    assert facts.keys() == {"good"}
+    figures = rounds.samples["good"]
+    assert {figure: len(values) for figure, values in figures.items()} == dict.fromkeys(figures, 1)
+    assert figures.keys() >= {"first_start_seconds", "start_seconds", "decode", "prefill_5", "requests"}
+    assert len(rounds.tokens["good"]) == 2
+
+
+def test_what_is_slow_is_done_once(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script("peers.rounds"), "SLOW_SECONDS", 0.0)
+    rounds, (subject,) = _rounds(script, tmp_path, {"slow": ADAPTER})
+    with ExitStack() as stack:
+        for turn in range(3):
+            rounds.start(subject, stack)
+            rounds.once(counted=turn > 0)
+    assert {figure: len(values) for figure, values in rounds.samples["slow"].items()} == dict.fromkeys(
+        (
+            "first_start_seconds",
+            "one_peak_bytes",
+            "start_seconds",
+            "decode",
+            "first_token_seconds",
+            "prefill_5",
+            "requests",
+        ),
+        1,
+    )

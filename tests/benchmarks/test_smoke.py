@@ -27,7 +27,7 @@ def test_peers(script: Script, tmp_path: Path) -> None:
     group = record["precisions"]["bf16"]
     assert not group["failed"]
     assert not record["not_available"]
-    figures = {"decode", "first_token_seconds", "prefill_16", "requests", "start_seconds"}
+    figures = {"decode", "first_token_seconds", "prefill_16", "requests", "first_start_seconds"}
     for name in ("AutoDeploy", "transformers"):
         values = group["samples"][name]
         assert values.keys() == figures | {"one_peak_bytes", "requests_peak_bytes"}
