@@ -94,4 +94,4 @@ def _tiled(by_group: Tensor) -> Tensor:
     """`[O, G, 1]` to float16 `[⌈O/16⌉, G, 16]`."""
     padded = F.pad(by_group[..., 0], (0, 0, 0, -by_group.shape[0] % TILE))
     tiled: Tensor = padded.unflatten(0, (-1, TILE))
-    return tiled.transpose(1, 2).half()
+    return tiled.transpose(1, 2).half().contiguous()

@@ -73,7 +73,7 @@ def round_activations(x: Tensor) -> Tensor:
     num_inputs = x.shape[-1]
     blocks: Tensor = F.pad(x.float(), (0, -num_inputs % BLOCK)).unflatten(-1, (-1, BLOCK))
     largest = blocks.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest < _SMALLEST, 0.0, _LARGEST / largest)
+    inverse = torch.where(largest < _SMALLEST, 0.0, largest.reciprocal() * _LARGEST)
     rounded: Tensor = ((blocks * inverse).round() * (largest / _LARGEST)).flatten(-2)
     return rounded[..., :num_inputs]
 
