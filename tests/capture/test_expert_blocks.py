@@ -16,6 +16,7 @@ from autodeploy.build import build
 from autodeploy.capture.expert_blocks import expert_blocks_replaced, recognise
 from autodeploy.capture.expert_weights import expert_weights
 from autodeploy.capture.random_weights import with_random_weights
+from autodeploy.capture.tape import Recording, TooLarge
 from autodeploy.debug.packed_run import run_packed
 from autodeploy.errors import CaptureError
 from tests.graphs import Sketch, captured, counts, run
@@ -283,3 +284,26 @@ def test_one_recognition_serves_all_layers_of_a_kind() -> None:
         assert all("forward" in vars(block) and not len(block.experts) for block in model)
         assert len(recipes) == 6 and recipes["2.experts_down"].sources()[5] == "2.experts.5.down_proj.weight"
     assert not any("forward" in vars(block) for block in model) and len(model[0].experts) == 6
+
+
+class AllAtOnce(nn.Module):
+    """Every expert runs on every token, by one product of all weights."""
+
+    def __init__(self, experts: int, hidden: int, width: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(hidden, experts, bias=False)
+        self.up = nn.Parameter(torch.empty(experts, hidden, width))
+        self.down = nn.Parameter(torch.empty(experts, width, hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).sigmoid()
+        products = torch.bmm(F.silu(torch.bmm(x.expand(len(self.up), -1, -1), self.up)), self.down)
+        return (products * scores.t()[..., None]).sum(0)
+
+
+def test_a_product_of_gigabytes_is_not_tried() -> None:
+    with torch.device("meta"):
+        module = AllAtOnce(16, 4096, 4104)
+    with pytest.raises(TooLarge, match="268,959,744 elements"):
+        Recording(3).record(with_random_weights(module), [torch.ones(3, 4096)])
+    assert recognise(module, list(expert_weights(module))) is None

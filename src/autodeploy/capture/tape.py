@@ -19,6 +19,13 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 LARGEST_COPY = 1 << 20
 """Elements of a tensor up to which a recording keeps its values"""
 
+LARGEST_FACTOR = 1 << 28
+"""Elements of a matrix, or of a stack of them, up to which a product is run: code that multiplies by larger ones takes
+all experts at once, and torch would copy what a probe's weight shares, many gigabytes of it."""
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default,
+             torch.ops.aten.baddbmm.default)  # fmt: skip
+
 Length = Any
 """A number of tokens: an int while probing, a symbolic one while tracing."""
 
@@ -85,6 +92,8 @@ class Recording(TorchDispatchMode):
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _PRODUCTS and any(factor.numel() > LARGEST_FACTOR for factor in args):
+            raise TooLarge(f"{func} of {max(factor.numel() for factor in args):,} elements")
         step = Step(func, *tree_map_only(Tensor, self._reference, (args, kwargs)))
         reads = {_storage(value) for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)}
         outputs = func(*args, **kwargs)
@@ -101,7 +110,11 @@ class Recording(TorchDispatchMode):
         return outputs
 
     def record(self, module: nn.Module, arguments: Sequence[Tensor]) -> None:
-        """Run a module on real tensors."""
+        """Run a module on real tensors.
+
+        Raises:
+            TooLarge: a product's factor is beyond `LARGEST_FACTOR`.
+        """
         self._known |= {id(argument): Given(position) for position, argument in enumerate(arguments)}
         named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         self._known |= {id(tensor): Given(name) for name, tensor in named}
@@ -140,6 +153,10 @@ class Recording(TorchDispatchMode):
 
     def _storage_of(self, reference: Made) -> int:
         return _storage(self._outputs[reference.step][reference.output])
+
+
+class TooLarge(Exception):
+    """What a module computes is too much to try."""
 
 
 class Unrepeatable(Exception):
