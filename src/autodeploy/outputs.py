@@ -18,8 +18,9 @@ class CompletionOutput:
         token_ids: generated tokens, the stop token included.
         cumulative_logprob: sum over the generated tokens' log-probabilities, when log-probabilities were asked for.
         logprobs: per generated token, log-probabilities by token id.
-        finish_reason: `stop`, `length`, `abort` or `error`; None while it is going on.
-        stop_reason: the stop string or stop token that ended it; None when the model ended by itself.
+        finish_reason: `stop`, `length`, `abort`, `timeout` or `error`; None while it is going on.
+        stop_reason: the stop string or stop token that ended it; None when the model ended by itself. With an error or
+            a timeout, one sentence that says why.
     """
 
     index: int
@@ -49,8 +50,8 @@ class RequestOutput:
         outputs: one entry per sequence, by index.
         prompt_logprobs: per token of the prompt, log-probabilities by token id, None for the first; when asked for.
         finished: True when no sequence will grow any more.
-        num_cached_tokens: tokens of the prompt whose states were found in the prefix cache; of several sequences, those
-            of the one that found most. None before the first output.
+        num_cached_tokens: tokens of the prompt whose states were found in the prefix cache; of several sequences, which
+            find what the first one computed, those of the one that found least. None before the first output.
     """
 
     request_id: str
@@ -119,7 +120,9 @@ class OutputCollector:
         sequence = self._outputs[token_output.index]
         if sequence.finish_reason is not None:
             return None
-        self.num_cached_tokens = max(self.num_cached_tokens or 0, token_output.num_cached_tokens)
+        num_cached_tokens = token_output.num_cached_tokens
+        if self.num_cached_tokens is None or num_cached_tokens < self.num_cached_tokens:
+            self.num_cached_tokens = num_cached_tokens
         delta = self._delta(token_output)
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
         sequence.text += delta.text

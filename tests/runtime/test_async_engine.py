@@ -5,13 +5,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
+from torch import Tensor
 
+from autodeploy.config import EngineOptions
 from autodeploy.errors import AutoDeployError, EngineDeadError, EngineOverloadedError, InvalidRequestError
 from autodeploy.runtime.async_engine import AsyncEngine, Delivery
+from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams
 from tests.runtime.fake_engine import FakeEngine
+from tests.runtime.toy import toy_program
 
 
 @contextmanager
@@ -59,6 +64,32 @@ def test_cancelling_the_consumer_aborts_the_request() -> None:
     with running(fake) as engine:
         asyncio.run(cancel_in_the_middle())
         wait_until(lambda: ("endless", None) in fake.aborted and not fake.has_unfinished_requests())
+
+
+def test_an_abort_within_a_step_frees_everything_before_the_next_one() -> None:
+    program = toy_program(("full", "slot"))
+    graph = program.graphs["text"]
+    is_inside, goes_on = threading.Semaphore(0), threading.Semaphore(0)
+
+    def run(*inputs: Tensor) -> Tensor:
+        is_inside.release()
+        assert goes_on.acquire(timeout=10)
+        return graph.function(*inputs)
+
+    program = replace(program, graphs={"text": replace(graph, function=run)})
+    engine = AsyncEngine(Engine(program, EngineOptions(page_size=4), 64))
+    try:
+        engine.submit("a", list(range(20)), SamplingParams(max_tokens=40), lambda delivery: None)
+        for _ in range(2):
+            goes_on.release()
+        for _ in range(3):
+            assert is_inside.acquire(timeout=10)
+        engine.abort("a")
+        goes_on.release()
+        wait_until(lambda: engine.stats().num_steps == 3 and engine.stats().num_running == 0)
+        assert engine.stats().state_usage_fraction == 0
+    finally:
+        engine.shutdown()
 
 
 def test_cancelling_before_acceptance_aborts_too() -> None:

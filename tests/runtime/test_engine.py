@@ -306,6 +306,48 @@ def test_abort_frees_and_stays_silent() -> None:
     assert engine.stats().state_usage_fraction == 0
 
 
+def test_the_sequences_of_a_request_compute_its_prompt_once() -> None:
+    engine = make_engine(page_size=2, max_num_seqs=8)
+    engine.add_request("a", STEM[:9], replace(GREEDY, n=3))
+    assert {output.index for output in engine.step()} == {0} and engine.stats().num_waiting == 2
+    tokens = drain(engine)
+    expected = reference_tokens(("full",), STEM[:9], 12)
+    assert tokens == {("a", 0): expected[1:], ("a", 1): expected, ("a", 2): expected}
+    assert engine.stats().prefix_cache_hit_tokens == 2 * 8
+    engine.add_request("b", STEM[:9], replace(GREEDY, n=2))
+    engine.abort_request("b", 0)  # the one that the other waits for
+    assert drain(engine) == {("b", 1): expected}
+    engine.add_request("c", STEM[:9], replace(GREEDY, n=3))
+    engine.abort_request("c", 1)
+    assert drain(engine) == {("c", 0): expected, ("c", 2): expected}
+
+
+def test_a_request_whose_time_is_up_ends_running_or_waiting() -> None:
+    now = [0.0]
+    options = EngineOptions(page_size=4, max_num_seqs=1)
+    engine = Engine(toy_program(("full",)), options, 64, clock=lambda: now[0])
+    engine.add_request("running", [1, 2], GREEDY, timeout_seconds=2)
+    engine.add_request("waiting", [1, 2], replace(GREEDY, n=2), timeout_seconds=1.5)
+    engine.add_request("patient", [1, 2], GREEDY, timeout_seconds=100)
+    first = engine.step()
+    now[0] = 1.6
+    outputs = engine.step()
+    assert [(o.request_id, o.finish_reason, o.token_ids) for o in outputs[:2]] == [("waiting", "timeout", [])] * 2
+    assert "1.5 seconds" in str(outputs[0].stop_reason)
+    now[0] = 2.0
+    ended, begun = engine.step()
+    assert (ended.request_id, ended.finish_reason) == ("running", "timeout")
+    assert begun.request_id == "patient", "what it owned is free in the same step"
+    assert first[0].token_ids + outputs[2].token_ids == reference_tokens(("full",), [1, 2], 2)
+    engine.abort_request("patient")
+    engine.add_request("patient", [1, 2], GREEDY)  # the name again, with all the time in the world
+    now[0] = 1000.0
+    assert len(drain(engine)["patient", 0]) == 12
+    for bad in (-1.0, float("nan"), "1"):
+        with pytest.raises(InvalidRequestError, match="timeout_seconds"):
+            engine.add_request("a", [1], GREEDY, timeout_seconds=bad)  # type: ignore[arg-type]
+
+
 def test_bad_requests_are_refused_and_leave_no_trace() -> None:
     engine = make_engine(max_model_len=16, max_queued_requests=2)
     for prompt, message in (([], "empty"), ([VOCAB], f"0 to {VOCAB - 1}"), ([0] * 16, "at most 15")):

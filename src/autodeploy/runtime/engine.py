@@ -1,7 +1,9 @@
 """The engine: requests as token ids go in, sampled tokens come out, one step at a time."""
 
+import heapq
 import logging
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -78,6 +80,7 @@ class Engine:
         grammars: compiles what guided requests follow; None refuses them.
         successor: a program of the same model that takes over between two steps, when there is one; what runs then is
             computed anew. One that failed is reported once, and `program` goes on.
+        clock: seconds, never going back; for the timeouts of requests.
     Raises:
         ConfigError: an option with a bad value.
         OutOfMemoryError: the states of one sequence do not fit.
@@ -90,11 +93,16 @@ class Engine:
         max_model_len: int | None = None,
         successor: Future[Program] | None = None,
         grammars: GrammarCompiler | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         check_options(Options(engine=options))
         self._successor = successor
         self._requests: dict[str, list[Sequence]] = {}
         """sequences of each request that are not finished"""
+        self._deadlines: list[tuple[float, int, Request]] = []
+        """of requests that have one, as a heap; finished ones are dropped when their time comes"""
+        self._clock = clock
         self._failure: Exception | None = None
         self._num_arrivals = self._num_steps = self._num_preemptions = 0
         self._prompt_tokens = self._generation_tokens = self._queried_tokens = self._hit_tokens = 0
@@ -171,8 +179,12 @@ class Engine:
             )
         self._num_arrivals += 1
         self._requests[request_id] = sequences
-        for sequence in sequences:
-            self._scheduler.add(sequence)
+        first, *siblings = sequences
+        self._scheduler.add(first)
+        for sequence in siblings:
+            self._scheduler.add(sequence, behind=first)
+        if request.timeout_seconds is not None:
+            heapq.heappush(self._deadlines, (self._clock() + request.timeout_seconds, request.arrival, request))
 
     def abort_request(self, request_id: str, index: int | None = None) -> list[TokenOutput]:
         """Stop a request, or its sequence `index`, and free what it owns. `step` says no more of it.
@@ -218,8 +230,9 @@ class Engine:
         if self._successor is not None and self._successor.done():
             self._adopt(self._successor)
         began = time.perf_counter()
+        outputs = self._expire()
         step = self._scheduler.schedule()
-        outputs = [self._finish(sequence, "error", sequence.stop_reason) for sequence in step.failed]
+        outputs += [self._finish(sequence, "error", sequence.stop_reason) for sequence in step.failed]
         for sequence, row in step.admitted.items():
             copy_slot(self.program.states, self._states, row, sequence.slot)
         if not step.scheduled:
@@ -234,6 +247,17 @@ class Engine:
         self._num_steps += 1
         self._model_seconds = committing - running
         self._host_seconds = time.perf_counter() - began - self._model_seconds
+        return outputs
+
+    def _expire(self) -> list[TokenOutput]:
+        """End the sequences of requests whose time is up."""
+        outputs: list[TokenOutput] = []
+        now = self._clock() if self._deadlines else 0.0
+        while self._deadlines and self._deadlines[0][0] <= now:
+            request = heapq.heappop(self._deadlines)[2]
+            unfinished = [s for s in self._requests.get(request.request_id, ()) if s.request is request]
+            why = f"the request's timeout of {request.timeout_seconds:g} seconds is over"
+            outputs += [self._finish(sequence, "timeout", why) for sequence in unfinished]
         return outputs
 
     def _adopt(self, successor: Future[Program]) -> None:

@@ -82,14 +82,15 @@ class PrefixCache:
         self._is_enabled = is_enabled and bool(self._tables if snapshot_rows is None else snapshot_rows)
         self._seen: OrderedDict[bytes, None] = OrderedDict()
 
+    def can_share(self, sequence: Sequence) -> bool:
+        """Whether a sequence could start behind a prefix if all of its prompt were known."""
+        return self._is_enabled and self._most_tokens(sequence) >= self._page_size
+
     def find(self, sequence: Sequence) -> Prefix:
         """The longest prefix of a waiting sequence that can be shared now. Changes nothing."""
         if not self._is_enabled:
             return Prefix()
-        most = len(sequence.token_ids) - 1
-        if sequence.wants_prompt_logprobs:  # what has not been said of the prompt is read off its logits
-            most = min(most, len(sequence.prompt_logprobs) - 1)
-        hashes = self._hashes(sequence, most // self._page_size)
+        hashes = self._hashes(sequence, self._most_tokens(sequence) // self._page_size)
         best = 0
         runs = [0] * len(self._tables)  # known pages up to this one without a gap
         for count, content in enumerate(hashes, start=1):
@@ -150,6 +151,14 @@ class PrefixCache:
         if not is_boundary or not self._is_due(sequence, sequence.num_computed_tokens):
             return 0
         return self._snapshot(sequence, self._snapshots)
+
+    @staticmethod
+    def _most_tokens(sequence: Sequence) -> int:
+        """The longest prefix that need not be computed: all but what logits are wanted of."""
+        most = len(sequence.token_ids) - 1
+        if sequence.wants_prompt_logprobs:  # what has not been said of the prompt yet is read off its logits
+            most = min(most, len(sequence.prompt_logprobs) - 1)
+        return most
 
     def _snapshot(self, sequence: Sequence, snapshots: Snapshots) -> int:
         before, now = sequence.snapshot_tokens, sequence.num_computed_tokens

@@ -18,11 +18,12 @@ MAX_LOGIT_BIASES = 1024
 MAX_LOGIT_BIAS = 100.0
 MAX_BAD_WORDS = 256
 MAX_SALT_LENGTH = 1024
+MAX_TIMEOUT_SECONDS = 1e9
 MAX_TEMPERATURE = 1e6
 GREEDY_TEMPERATURE = 1e-5
 """Below this temperature sampling is greedy: dividing by it would only overflow."""
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,10 +235,13 @@ class RequestOptions(TypedDict, total=False):
     Attributes:
         priority: a lower one runs sooner; 0 by default.
         cache_salt: prefixes are shared only among requests with the same salt; None, the default, is one too.
+        timeout_seconds: a sequence that is not finished so long after the request came, waiting or running, ends with
+            `finish_reason="timeout"`; None, the default, is never.
     """
 
     priority: int
     cache_salt: str | None
+    timeout_seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -250,6 +254,7 @@ class Request:
     arrival: int
     priority: int = 0
     cache_salt: str | None = None
+    timeout_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +277,7 @@ class TokenOutput:
             not asked for.
         finish_reason: None while the sequence goes on.
         stop_reason: the token of `stop_token_ids` that ended it; None for the model's own end-of-sequence tokens.
-            With `finish_reason="error"`, one sentence that says why.
+            With `finish_reason="error"` or "timeout", one sentence that says why.
         num_cached_tokens: tokens of the prompt whose states were found in the prefix cache.
     """
 
@@ -397,10 +402,12 @@ def new_sequences(request: Request, limits: Limits) -> list[Sequence]:
 
     Raises:
         InvalidRequestError: a prompt that is empty, not a list of ints or too long; a token outside the vocabulary; a
-            priority that is no int; a salt that is no text or too long.
+            priority that is no int; a salt that is no text or too long; a timeout that is no number.
     """
     _check_prompt(request.prompt_token_ids, limits)
     _check_int("priority", request.priority, -(2**31), 2**31 - 1)
+    if request.timeout_seconds is not None:
+        _check_real("timeout_seconds", request.timeout_seconds, 0.0, MAX_TIMEOUT_SECONDS)
     params = request.params
     bad_tokens = [token_id for bad in params.bad_token_sequences or () for token_id in bad]
     for name, token_ids in (

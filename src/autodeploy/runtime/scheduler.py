@@ -45,23 +45,34 @@ class Scheduler:
         """always sorted by `order`"""
         self.num_preemptions = 0
         self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
+        self._held: dict[Sequence, list[Sequence]] = {}
+        """by a sequence that computes their prompt, those that wait for it"""
         self._allocator = allocator
         self._prefixes = prefixes
         self._max_num_batched_tokens = max_num_batched_tokens
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + sum(map(len, self._held.values()))
 
     def sequences(self) -> Iterator[Sequence]:
         """All sequences that are not finished, in no particular order."""
         yield from self.running
         yield from (sequence for _, sequence in self._waiting)
+        for held in self._held.values():
+            yield from held
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. It waits in `order`, wherever it comes from."""
+    def add(self, sequence: Sequence, *, behind: Sequence | None = None) -> None:
+        """Queue a sequence. It waits in `order`, wherever it comes from.
+
+        Args:
+            behind: a sequence with the same prompt, not finished: this one starts when that one's prompt is known.
+        """
         sequence.status = Status.WAITING
-        heapq.heappush(self._waiting, (sequence.order, sequence))
+        if behind is not None and self._prefixes.can_share(sequence):
+            self._held.setdefault(behind, []).append(sequence)
+        else:
+            heapq.heappush(self._waiting, (sequence.order, sequence))
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, running or waiting, and free what it owns."""
@@ -70,8 +81,12 @@ class Scheduler:
         elif sequence.status is Status.WAITING:
             self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
             heapq.heapify(self._waiting)
+            for held in self._held.values():
+                if sequence in held:
+                    held.remove(sequence)
         self._allocator.free(sequence)
         sequence.status = Status.FINISHED
+        self._release_held(sequence)
 
     def schedule(self) -> ScheduledStep:
         """The next step; empty when there is nothing to run."""
@@ -101,7 +116,13 @@ class Scheduler:
         sequence.num_computed_tokens += num_tokens
         row = self._prefixes.publish(sequence, before)
         self._allocator.release_unreachable(sequence)
+        if sequence.num_computed_tokens >= sequence.num_prompt_tokens:
+            self._release_held(sequence)
         return row
+
+    def _release_held(self, sequence: Sequence) -> None:
+        for held in self._held.pop(sequence, ()):
+            self.add(held)
 
     def _admit(self, sequence: Sequence, step: ScheduledStep) -> bool:
         """Start the first waiting sequence, behind the longest known prefix; or fail it, when it cannot fit alone.
