@@ -123,7 +123,7 @@ class WKV7(nn.Module):
         return self.out(mixed.flatten(-2))
 
     def mix(self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, removed: Tensor, rate: Tensor) -> Tensor:
-        state, rows = torch.zeros(*r.shape[:1], *self.shape, self.shape[1], device=r.device), torch.zeros_like(v)
+        state, rows = r.new_zeros(r.shape[0], *self.shape, self.shape[1]), torch.zeros_like(v)
         for t in range(r.shape[1]):
             erased = state @ -removed[:, t, :, :, None] @ (removed[:, t] * rate[:, t])[:, :, None]
             state = state * w[:, t, :, None] + erased + v[:, t, :, :, None] @ k[:, t, :, None]
@@ -145,7 +145,7 @@ class SLSTM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, hidden = x.shape
         gates = self.gates(x).view(batch, length, 4, self.heads, self.size)
-        h, c, n, m = torch.zeros(4, batch, self.heads, self.size, device=x.device).unbind(0)
+        h, c, n, m = x.new_zeros(4, batch, self.heads, self.size).unbind(0)
         rows = []
         for t in range(length):
             mixed = gates[:, t] + torch.einsum("bnd,gnde->bgne", h, self.recurrent)

@@ -99,6 +99,15 @@ def _previous_token(self: Sketch, x: Tensor) -> Tensor:
     return torch.stack(rows, 1)
 
 
+def _reset(self: Sketch, x: Tensor) -> Tensor:
+    """Some tokens, told by a truth value, start anew."""
+    state, rows, kept = torch.zeros_like(x[:, 0]), [], x > -0.5
+    for t in range(x.shape[1]):
+        state = torch.where(kept[:, t], state, 0.0) + x[:, t]
+        rows.append(state)
+    return torch.stack(rows, dim=1)
+
+
 NAMED: dict[Body, dict[str, int]] = {
     _lerp: {"linear_recurrence": 1},
     _two_states_in_turn: {"linear_recurrence": 2},
@@ -162,6 +171,7 @@ def _read_twice(self: Sketch, x: Tensor) -> Tensor:
 
 
 LEFT = [
+    _reset,
     _nonlinear,
     _clamped_far_out,
     _starts_elsewhere,
@@ -226,3 +236,18 @@ def test_mixers_of_papers(mixer: Callable[[], nn.Module], ops: dict[str, int]) -
 @pytest.mark.parametrize("body", LEFT, ids=lambda body: body.__name__.strip("_"))
 def test_what_is_no_named_op_stays_a_recurrence(body: Body) -> None:
     _holds(_sketch(body), {}, 0)
+
+
+def test_a_loop_that_rounds_its_state_is_the_same_op() -> None:
+    """The op's state is wider than the loop's, and the result no further from float32 than the loop's own."""
+    model = _sketch(_retention)
+    graph = captured(_sketch(_retention).bfloat16())
+    RollLoops().run(graph)
+    assert MatchRecurrences().run(graph).rewritten == 1
+    narrow = _sketch(_retention).bfloat16()
+    ids = torch.randint(0, 32, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        alone = torch.cat([model.bfloat16().float()(row) for row in ids.split(LENGTHS, dim=1)], dim=1)
+    result = run(graph, narrow)
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result.float(), alone, rtol=0.05, atol=0.05 * float(alone.abs().max()))

@@ -17,6 +17,8 @@ from autodeploy.ops.recurrence import Body, call_operator
 Ref = tuple[str, int]
 """A value of a body: its kind (token, constant, carried, result of a call) and its number."""
 Shape = tuple[int, ...]
+Form = tuple[Shape, torch.dtype]
+"""shape and dtype of one token's tensor, a constant, or a carried value"""
 
 TOLERANCE = 1e-9
 """of two numbers that are the same but for the order of rounding, in float64"""
@@ -47,12 +49,12 @@ class Step:
 
     body: Body
 
-    def widened(self) -> "Step":
-        """The same in float64 throughout."""
+    def widened(self, dtype: str) -> "Step":
+        """The same with one floating-point dtype throughout."""
 
         def wide(argument: Any) -> Any:
             if isinstance(argument, dict) and argument.get("torch") in ("float32", "bfloat16", "float16"):
-                return {"torch": "float64"}
+                return {"torch": dtype}
             if isinstance(argument, dict) and "list" in argument:
                 return {"list": [wide(part) for part in argument["list"]]}
             return argument
@@ -136,6 +138,18 @@ class Role:
         return value if self.scale == 1.0 else value * self.scale
 
 
+def drawn(
+    shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator, wide: torch.dtype, *, positive: bool = False
+) -> Tensor:
+    """A random tensor: numbers in dtype `wide`, or truth values; other integers are ones, valid as indices or not."""
+    if dtype == torch.bool:
+        return torch.rand(*shape, generator=generator) < 0.5
+    if not dtype.is_floating_point:
+        return torch.ones(*shape, dtype=dtype)
+    draw = torch.rand if positive else torch.randn
+    return draw(*shape, generator=generator, dtype=wide)
+
+
 def is_same(a: Tensor, b: Tensor) -> bool:
     """Equal but for rounding, in float64."""
     limit = TOLERANCE * max(float(b.abs().max()), 1e-3)
@@ -158,13 +172,13 @@ class Probe:
     _values: dict[Ref, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, step: Step, tokens: Sequence[Shape], constants: Sequence[Shape], carried: Sequence[Shape]) -> "Probe":
+    def of(cls, step: Step, tokens: Sequence[Form], constants: Sequence[Form], carried: Sequence[Form]) -> "Probe":
         generator = torch.Generator().manual_seed(0)
         given: dict[Ref, Tensor] = {}
-        for kind, shapes in (("x", tokens), ("c", constants), ("h", carried)):
-            for index, shape in enumerate(shapes):
-                given[kind, index] = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return cls(step.widened(), given)
+        for kind, forms in (("x", tokens), ("c", constants), ("h", carried)):
+            for index, (shape, dtype) in enumerate(forms):
+                given[kind, index] = drawn(shape, dtype, generator, torch.float64)
+        return cls(step.widened("float64"), given)
 
     def value(self, ref: Ref) -> Any:
         if ref not in self._values:

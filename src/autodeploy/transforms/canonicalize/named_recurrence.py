@@ -6,15 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from autodeploy.ops.recurrence import recurrence
 from autodeploy.ops.token_shift import token_shift
-from autodeploy.transforms.canonicalize.loop_step import Probe, Ref, Role, Shape, Step
+from autodeploy.transforms.canonicalize.loop_step import Form, Probe, Ref, Role, Shape, Step, drawn
 from autodeploy.transforms.canonicalize.recurrence_forms import Call, find_call
 
 LEAST = 1.1754944e-38
 """what a decay is taken to be at least before its logarithm is taken: the smallest normal float32"""
-
-Form = tuple[Shape, torch.dtype]
-"""shape and dtype of one token's tensor, a constant, or a carried value"""
 
 
 def named_recurrence(
@@ -26,10 +24,12 @@ def named_recurrence(
 ) -> "NamedRecurrence | None":
     """The named ops that compute a step, one carried value after the other; None unless they compute all of it.
 
+    They are compared with the recurrence itself at last.
+
     Args:
         starts: the number that each carried value starts from everywhere, or None.
     """
-    probe = Probe.of(step, *([shape for shape, _ in forms] for forms in (tokens, constants, carried)))
+    probe = Probe.of(step, tokens, constants, carried)
     calls: list[Call] = []
     waiting = list(range(len(step.carries)))
     while waiting:
@@ -48,7 +48,10 @@ def named_recurrence(
     }
     values = dict(zip([c.gives for c in calls], step.evaluate([c.gives for c in calls], given), strict=True))
     dtypes = {ref: value.dtype for ref, value in values.items()}
-    return NamedRecurrence(step, tuple(calls), dtypes, {ref: tuple(value.shape) for ref, value in values.items()})
+    shapes = {ref: tuple(value.shape) for ref, value in values.items()}
+    named = NamedRecurrence(step, tuple(calls), dtypes, shapes)
+    initial = [torch.full(shape, start or 0.0) for (shape, _), start in zip(carried, starts, strict=True)]
+    return named if named.agrees(tokens, constants, initial) else None
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class NamedRecurrence:
     step: Step
     calls: tuple[Call, ...]
     dtypes: Mapping[Ref, torch.dtype]
-    shapes: Mapping[Ref, tuple[int, ...]]
+    shapes: Mapping[Ref, Shape]
 
     def __call__(self, tokens: Sequence[Tensor], constants: Sequence[Tensor], cu_seqlens: Tensor | None) -> Tensor:
         """What `recurrence` gives for the same tokens, constants and boundaries."""
@@ -79,6 +82,22 @@ class NamedRecurrence:
             return tuple(value.reshape(-1) for value in found)
 
         return torch.cat(_each_token(outputs, rows, shared), dim=1).unsqueeze(0)
+
+    def agrees(self, tokens: Sequence[Form], constants: Sequence[Form], starts: Sequence[Tensor]) -> bool:
+        """Whether it gives what `recurrence` gives, on two sequences of random tokens, in float32."""
+        generator = torch.Generator().manual_seed(1)
+        has_decays = any(role.log for call in self.calls for role in call.tokens.values())  # those are positive
+        rows, shared = (
+            [drawn(shape, dtype, generator, torch.float32, positive=has_decays) for shape, dtype in forms]
+            for forms in ([((1, 7, *shape), dtype) for shape, dtype in tokens], constants)
+        )
+        borders = torch.tensor([0, 2, 7], dtype=torch.int32)
+        wide = NamedRecurrence(
+            self.step.widened("float32"), self.calls, dict.fromkeys(self.dtypes, torch.float32), self.shapes
+        )
+        expected = recurrence.reference(rows, shared, starts, wide.step.body.text(), borders)
+        distance = (wide(rows, shared, borders) - expected).abs().max()
+        return bool(distance <= 1e-3 * expected.abs().max())
 
     def _arguments(self, call: Call, rows: dict[Ref, Tensor], shared: dict[Ref, Tensor]) -> dict[str, Tensor]:
         """The arguments that tokens have of their own, `[1, T, ...]`, at least as wide as the result."""
