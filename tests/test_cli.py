@@ -19,6 +19,7 @@ from autodeploy.debug.full_report import FullReport, PromptResult
 from autodeploy.errors import ConfigError, ModelNotFoundError
 from autodeploy.graph.report import BuildReport, TransformReport
 from autodeploy.outputs import OutputCollector, RequestOutput
+from autodeploy.runtime.constraints import Constraints
 from autodeploy.runtime.request import SamplingParams, TokenOutput
 from tests.runtime.tiny_tokenizers import byte_level
 
@@ -226,6 +227,7 @@ def test_serve_hands_the_model_to_the_app(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(FakeLLM, "async_engine", _IdleEngine(), raising=False)
     monkeypatch.setattr(FakeLLM, "tokenizer", TOKENIZER, raising=False)
     monkeypatch.setattr(FakeLLM, "max_model_len", 77, raising=False)
+    monkeypatch.setattr(FakeLLM, "constraints", Constraints(), raising=False)
     assert run_cli("serve", "m", "-q", "--port", "1234", "--served-model-name", "a", "--served-model-name", "b") == 0
     assert (served["host"], served["port"]) == ("127.0.0.1", 1234)
     from fastapi.testclient import TestClient

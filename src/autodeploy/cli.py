@@ -135,6 +135,7 @@ def serve(
             names=served_model_name or [model],
             tokenizer=llm.tokenizer,
             max_model_len=llm.max_model_len,
+            constraints=llm.constraints,
             default_sampling=llm.generation_defaults,
         )
         application = create_app(served, version=_show_version())

@@ -9,25 +9,29 @@ import pytest
 import uvicorn
 
 from autodeploy.runtime.async_engine import AsyncEngine
+from autodeploy.runtime.constraints import Constraints
+from autodeploy.runtime.grammar import GrammarCompiler
 from autodeploy.server.app import create_app
 from autodeploy.server.served import ServedModel
 from tests.runtime.fake_engine import FakeEngine
-from tests.server.running import ANSWER_IDS, EOS, TOKENIZER, Server, Start, wait_until
+from tests.server.running import ANSWER_IDS, EOS, TOKENIZER, VOCAB, Server, Start, wait_until
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
     """Starts servers with the given engine; stops them all at the end."""
-    running: list[tuple[uvicorn.Server, threading.Thread, AsyncEngine, FakeEngine]] = []
+    running: list[tuple[uvicorn.Server, threading.Thread, AsyncEngine, Any]] = []
 
-    def start_server(fake: FakeEngine | None = None, tokenizer: Any = TOKENIZER, **options: Any) -> Server:
+    def start_server(fake: Any = None, tokenizer: Any = TOKENIZER, **options: Any) -> Server:
         fake = fake or FakeEngine(ANSWER_IDS, eos_id=EOS)
         engine = AsyncEngine(fake, step_timeout_seconds=options.pop("step_timeout_seconds", 600))
+        grammars = None if tokenizer is None else GrammarCompiler(tokenizer, VOCAB, [EOS])
         served = ServedModel(
             engine=engine,
             names=["tiny", "alias"],
             tokenizer=tokenizer,
             max_model_len=fake.max_model_len,
+            constraints=Constraints(grammars),
             default_sampling=options.pop("default_sampling", {}),
         )
         app = create_app(served, version="1.2.3", **options)
@@ -41,7 +45,8 @@ def start() -> Iterator[Start]:
 
     yield start_server
     for server, thread, engine, fake in running:
-        fake.hold.clear()
+        if isinstance(fake, FakeEngine):
+            fake.hold.clear()
         server.should_exit = True
         thread.join(10)
         engine.shutdown()

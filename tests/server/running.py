@@ -7,15 +7,21 @@ from typing import Any
 
 import httpx
 import openai
+import torch
 
+from autodeploy.compile.program import NamedGraph, Program
+from autodeploy.config import EngineOptions
+from autodeploy.ops.state import PagedState
 from autodeploy.runtime.async_engine import AsyncEngine
-from tests.runtime.fake_engine import FakeEngine
+from autodeploy.runtime.engine import Engine
+from autodeploy.runtime.grammar import GrammarCompiler
 from tests.runtime.tiny_tokenizers import byte_level
 
 TOKENIZER = byte_level()
 ANSWER = "hello wörld 😀 the end"
 ANSWER_IDS = TOKENIZER.encode(ANSWER)
 EOS: int = TOKENIZER.hf.eos_token_id
+VOCAB = 340
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
 
 
@@ -24,7 +30,7 @@ class Server:
     """A running server and the scripted engine behind it."""
 
     url: str
-    fake: FakeEngine
+    fake: Any
     engine: AsyncEngine
 
     def client(self) -> openai.OpenAI:
@@ -51,3 +57,25 @@ def assert_error(response: httpx.Response, status: int, message: str, param: str
     assert set(error) == {"message", "type", "param", "code"}
     assert message in error["message"]
     assert error["param"] == param
+
+
+def random_engine(tokenizer: Any = TOKENIZER) -> Engine:
+    """The real engine around a model whose next token depends on the last one, in a random way."""
+    table = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(3)) * 2
+    names = ("input_ids", "position_ids", "cu_seqlens", "seq_lens", "logits_indices", "page_table_full")
+
+    def run(*inputs: torch.Tensor) -> torch.Tensor:
+        batch = dict(zip(names, inputs, strict=False))
+        return table[batch["input_ids"][0][batch["logits_indices"]]]
+
+    program = Program(
+        graphs={"text": NamedGraph("text", run, names, ("unused",))},
+        states=[PagedState(name="unused", shape=(1,), dtype=torch.float32)],
+        vocab_size=VOCAB,
+        max_model_len=2048,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        eos_token_ids=(EOS,),
+    )
+    options = EngineOptions(max_num_seqs=16, seed=1, kv_cache_memory_bytes=2**20)
+    return Engine(program, options, 2048, None, GrammarCompiler(tokenizer, VOCAB, [EOS]))

@@ -15,12 +15,19 @@ def asked_for() -> Any:
     return Field(default=None, exclude_if=_is_none)
 
 
+class PromptTokensDetails(BaseModel):
+    """Where the states of a prompt's tokens came from."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens of a request: all prompts, all choices."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = asked_for()
 
 
 class CompletionLogprobs(BaseModel):
@@ -88,11 +95,44 @@ class ChatLogprobs(BaseModel):
     content: list[ChatTokenLogprob]
 
 
+class FunctionCall(BaseModel):
+    """What is called. `arguments` is JSON as the model wrote it; nothing has checked it against a schema."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class FunctionCallDelta(BaseModel):
+    """The next piece of a call; the first one carries the name."""
+
+    name: str | None = asked_for()
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    """The next piece of a call; the first one carries its id."""
+
+    index: int
+    id: str | None = asked_for()
+    type: Literal["function"] | None = asked_for()
+    function: FunctionCallDelta
+
+
 class AnswerMessage(BaseModel):
     """The answer in a chat."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    reasoning_content: str | None = asked_for()
+    tool_calls: list[ToolCall] | None = asked_for()
 
 
 class AnswerDelta(BaseModel):
@@ -100,6 +140,8 @@ class AnswerDelta(BaseModel):
 
     role: Literal["assistant"] | None = asked_for()
     content: str | None = asked_for()
+    reasoning_content: str | None = asked_for()
+    tool_calls: list[ToolCallDelta] | None = asked_for()
 
 
 class ChatChoice(BaseModel):

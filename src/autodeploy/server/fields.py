@@ -10,33 +10,22 @@ from autodeploy.errors import InvalidRequestError
 UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
-    "cache_salt": (),
     "chat_template": (),
     "documents": (),
     "function_call": ("none",),
     "functions": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "include_reasoning": (),
     "kv_transfer_params": (),
     "length_penalty": (1.0,),
     "logits_processors": (),
     "mm_processor_kwargs": (),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (True,),
     "prediction": (),
     "prompt_embeds": (),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (),
-    "structured_outputs": (),
     "suffix": (),
-    "tool_choice": ("none", "auto"),
-    "tools": (),
     "use_beam_search": (),
     "verbosity": (),
     "web_search_options": (),
@@ -56,12 +45,13 @@ class StrictModel(BaseModel):
     def _refuse_what_is_not_done(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        known = {field.alias or name for name, field in cls.model_fields.items()}
         kept = {}
         for name, value in values.items():
-            if name in cls.model_fields:
+            if name in known:
                 kept[name] = value
             elif not _asks_for_nothing(name, value):
-                raise _refusal(name, sorted(cls.model_fields))
+                raise _refusal(name, sorted(known))
         return kept
 
 

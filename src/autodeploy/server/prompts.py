@@ -29,6 +29,9 @@ class PromptReader:
     async def encode_chat(self, body: ConversationFields, *, truncate: int | None = None) -> list[int]:
         """Raises InvalidRequestError for messages that the chat template refuses, or where there is none."""
         tokenizer = self._served.require_tokenizer("messages")
+        tools = body.template_tools()
+        if tools and "tools" not in self._served.chat_template:
+            raise InvalidRequestError("the chat template of this model takes no tools", "tools")
         tokenizer.check_template_arguments(body.template_arguments(), "chat_template_kwargs")
         messages = [message.as_template_input() for message in body.messages]
         self._check_length("".join(str(message["content"]) for message in messages), "messages")
@@ -37,6 +40,7 @@ class PromptReader:
             messages,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
+            tools=tools,
             template_arguments=body.template_arguments(),
             trust_messages=False,
         )

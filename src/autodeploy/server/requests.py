@@ -1,13 +1,25 @@
 """OpenAI's requests with vLLM's additions: JSON goes in, checked fields and `SamplingParams` come out."""
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from autodeploy.errors import InvalidRequestError
-from autodeploy.runtime.request import SamplingParams
+from autodeploy.runtime.request import RequestOptions, SamplingParams
 from autodeploy.server.fields import StrictModel
+from autodeploy.server.output_requests import (
+    MAX_CALLS,
+    MAX_TOOLS,
+    Guidance,
+    NamedToolChoice,
+    OutputFields,
+    Tool,
+    ToolChoice,
+    arguments_schema,
+    calls_schema,
+)
 
 MAX_MESSAGES = 4096
 
@@ -52,7 +64,7 @@ class CallerFields(StrictModel):
     prompt_cache_retention: Any = None
 
 
-class SamplingRequest(CallerFields):
+class SamplingRequest(CallerFields, OutputFields):
     """The fields that completions and chat completions share."""
 
     model: str | None = None
@@ -82,6 +94,7 @@ class SamplingRequest(CallerFields):
     return_tokens_as_token_ids: bool | None = None
     echo: bool | None = None
     priority: int | None = None
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=256)
     request_id: str | None = Field(default=None, min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$")
 
     @model_validator(mode="after")
@@ -100,10 +113,17 @@ class SamplingRequest(CallerFields):
     def wants_usage_in_every_chunk(self) -> bool:
         return self.wants_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
+    def engine_options(self) -> RequestOptions:
+        """How the engine serves it, beside what it samples."""
+        return RequestOptions(priority=self.priority or 0, cache_salt=self.cache_salt)
+
     def _sampling_params(self, defaults: Mapping[str, Any], **own: Any) -> SamplingParams:
         given = {name: getattr(self, name) for name in SAMPLING_FIELDS if getattr(self, name) is not None}
         if self.logit_bias:
             given["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}
+        guidance = self.guidance()
+        if guidance is not None:
+            given["structured_outputs"] = guidance[1]
         return SamplingParams(**{**defaults, **given, **own})
 
 
@@ -158,23 +178,56 @@ class ContentPart(StrictModel):
         return values
 
 
+class CalledFunction(StrictModel):
+    """A function that an earlier answer called. Arguments are JSON, as a text or as the object itself."""
+
+    name: str = Field(max_length=256)
+    arguments: str | dict[str, Any] | None = None
+
+
+class MessageToolCall(StrictModel):
+    """A call in an earlier answer."""
+
+    id: str | None = None
+    index: int | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def as_template_input(self) -> dict[str, Any]:
+        arguments: Any = self.function.arguments or {}
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError) as error:
+                raise InvalidRequestError("a tool call has arguments that are not valid JSON", "messages") from error
+        call = {"type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+        return call if self.id is None else {"id": self.id, **call}
+
+
 class ChatMessage(StrictModel):
-    """One message of a conversation. The last five fields are allowed when empty, as answers carry them."""
+    """One message of a conversation. The last four fields are allowed when empty, as answers carry them."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
+    tool_calls: list[MessageToolCall] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
     refusal: None = None
     annotations: list[Any] | None = Field(default=None, max_length=0)
     audio: None = None
     function_call: None = None
-    tool_calls: list[Any] | None = Field(default=None, max_length=0)
 
     def as_template_input(self) -> dict[str, Any]:
         """The message as chat templates read it, text parts joined."""
         parts = self.content if isinstance(self.content, list) else []
         content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in parts)
-        return {"role": self.role, "content": content} | ({} if self.name is None else {"name": self.name})
+        given = {"name": self.name, "tool_call_id": self.tool_call_id, "reasoning_content": self.reasoning_content}
+        message: dict[str, Any] = {"role": self.role, "content": content}
+        message |= {name: value for name, value in given.items() if value is not None}
+        if self.tool_calls:
+            message["tool_calls"] = [call.as_template_input() for call in self.tool_calls]
+        return message
 
 
 class ConversationFields(StrictModel):
@@ -186,6 +239,7 @@ class ConversationFields(StrictModel):
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = Field(default=None, max_length=32)
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
 
     @model_validator(mode="after")
     def _one_way_to_end(self) -> "ConversationFields":
@@ -196,6 +250,10 @@ class ConversationFields(StrictModel):
                 "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
             )
         return self
+
+    def template_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the model is told of."""
+        return [tool.model_dump(exclude_none=True) for tool in self.tools] if self.tools else None
 
     def template_arguments(self) -> dict[str, Any]:
         """What the request adds to the template's variables."""
@@ -210,21 +268,60 @@ class ChatCompletionRequest(SamplingRequest, ConversationFields):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
 
     @model_validator(mode="after")
-    def _top_logprobs_need_logprobs(self) -> "ChatCompletionRequest":
+    def _chat_fields_fit_together(self) -> "ChatCompletionRequest":
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs is only allowed with logprobs=true", "top_logprobs")
         if self.echo:
             raise InvalidRequestError("echo is for completions; a conversation is not repeated", "echo")
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            raise InvalidRequestError("tool_choice asks for a call, but there are no tools", "tool_choice")
         return self
+
+    @property
+    def forced_tool(self) -> Tool | None:
+        """The tool that must be called, if it is a certain one. Raises InvalidRequestError for an unknown one."""
+        if not isinstance(self.tool_choice, NamedToolChoice):
+            return None
+        name = self.tool_choice.function.name
+        found = [tool for tool in self.tools or () if tool.function.name == name]
+        if not found:
+            raise InvalidRequestError(f"tool_choice names {name[:100]!r}, which is none of the tools", "tool_choice")
+        return found[0]
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedToolChoice)
+
+    @property
+    def may_call(self) -> bool:
+        """The model is told of tools, and chooses by itself."""
+        return bool(self.tools) and self.tool_choice in (None, "auto")
+
+    def template_tools(self) -> list[dict[str, Any]] | None:
+        return None if self.tool_choice == "none" else super().template_tools()
+
+    def guidance(self) -> Guidance | None:
+        asked = super().guidance()
+        if not self.must_call:
+            return asked
+        if asked is not None:
+            raise InvalidRequestError(f"tool_choice and {asked[0]} exclude each other", asked[0])
+        if self.forced_tool is not None:
+            return "tools", arguments_schema(self.forced_tool)
+        return "tools", calls_schema(self.tools or [], 1 if self.parallel_tool_calls is False else MAX_CALLS)
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Without a limit of its own, an answer may fill the context. Raises InvalidRequestError for bad values."""
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        return self._sampling_params(
-            defaults, max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None
-        )
+        own: dict[str, Any] = {"max_tokens": limit, "logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+        if self.may_call and self.skip_special_tokens is None:
+            own["skip_special_tokens"] = False  # some models mark their calls with special tokens
+        return self._sampling_params(defaults, **own)
 
 
 class TokenizeTextRequest(StrictModel):

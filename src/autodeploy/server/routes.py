@@ -18,15 +18,18 @@ from starlette.types import Receive, Scope, Send
 from autodeploy.errors import InvalidRequestError
 from autodeploy.outputs import CompletionOutput, OutputCollector
 from autodeploy.runtime.async_engine import TokenStream
-from autodeploy.runtime.request import MAX_SEQUENCES_PER_REQUEST, SamplingParams
+from autodeploy.runtime.request import MAX_SEQUENCES_PER_REQUEST, RequestOptions, SamplingParams
 from autodeploy.runtime.tokenizer import with_token_ids
-from autodeploy.server import streaming
+from autodeploy.server import chat, streaming
+from autodeploy.server.answer_parts import THOUGHT_BEGINS, THOUGHT_ENDS
+from autodeploy.server.answer_reader import AnswerPlan
 from autodeploy.server.failures import ClientDisconnectedError
 from autodeploy.server.logprobs import TokenNames
 from autodeploy.server.prompts import PromptReader
 from autodeploy.server.requests import ChatCompletionRequest, CompletionRequest, SamplingRequest
 from autodeploy.server.served import ServedModel
 from autodeploy.server.streaming import AnswerForm, Generation
+from autodeploy.server.tool_calls import tool_format
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +49,7 @@ class GenerationRoutes:
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continue one or more prompts."""
         model = self._served.checked_name(body.model)
-        params = with_token_ids(body.sampling_params(self._served.default_sampling), self._served.tokenizer)
+        params = await self._params(body)
         prompts = body.prompts()
         if not prompts:
             raise InvalidRequestError("the prompt is empty; give at least one", "prompt")
@@ -68,11 +71,42 @@ class GenerationRoutes:
     async def chat_completions(self, body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation."""
         model = self._served.checked_name(body.model)
+        params = await self._params(body)
+        token_ids = await self._prompts.encode_chat(body, truncate=body.truncate_prompt_tokens)
+        plan, top = self._plan(body, token_ids), body.top_logprobs or 0
+        form = self._form("chatcmpl", model, body, top_logprobs=top, names=self._names(body), plan=plan)
+        return await self._answer(request, form, body, [token_ids], params, chat.chat_response, chat.chat_chunks)
+
+    async def _params(self, body: CompletionRequest | ChatCompletionRequest) -> SamplingParams:
+        """Checked parameters. What a guided request asks for is compiled here, in a thread, where it can be refused."""
         params = with_token_ids(body.sampling_params(self._served.default_sampling), self._served.tokenizer)
-        token_ids = [await self._prompts.encode_chat(body, truncate=body.truncate_prompt_tokens)]
-        form = self._form("chatcmpl", model, body, top_logprobs=body.top_logprobs or 0, names=self._names(body))
-        return await self._answer(
-            request, form, body, token_ids, params, streaming.chat_response, streaming.chat_chunks
+        guidance = body.guidance()
+        if guidance is not None:
+            try:
+                await asyncio.to_thread(self._served.constraints.check, params)
+            except InvalidRequestError as error:
+                raise InvalidRequestError(str(error), guidance[0]) from error
+        return params
+
+    def _plan(self, body: ChatCompletionRequest, prompt: Sequence[int]) -> AnswerPlan:
+        """What the answer may hold, by the model's own chat template and what the request asks for."""
+        names = [tool.function.name for tool in body.tools or ()]
+        if body.forced_tool is not None:
+            return AnswerPlan(only_arguments_of=body.forced_tool.function.name)
+        one_call = body.parallel_tool_calls is False
+        if body.must_call:
+            return AnswerPlan(only_calls=True, tool_names=names, one_call=one_call)
+        if body.guidance() is not None:
+            return AnswerPlan()
+        template = self._served.chat_template
+        begun = self._served.require_tokenizer("messages").decode(prompt[-8:], skip_special_tokens=False)
+        return AnswerPlan(
+            thoughts=THOUGHT_ENDS in template,
+            is_thinking=begun.rstrip().endswith(THOUGHT_BEGINS),
+            shows_thoughts=body.include_reasoning is not False,
+            tool_format=tool_format(template) if body.may_call else None,
+            tool_names=names,
+            one_call=one_call,
         )
 
     def _names(self, body: SamplingRequest) -> TokenNames:
@@ -100,7 +134,7 @@ class GenerationRoutes:
         make_whole: Whole,
         make_chunks: Chunks,
     ) -> Response:
-        start = self._start(prompts, params, body.priority)
+        start = self._start(prompts, params, body.engine_options())
         if body.stream:
             generation = await until_disconnect(request.receive, start)
             return _EventStream(streaming.server_sent_events(make_chunks(form, generation)), generation.stream)
@@ -115,7 +149,7 @@ class GenerationRoutes:
         return await until_disconnect(request.receive, whole())
 
     async def _start(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, priority: int | None
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, options: RequestOptions
     ) -> Generation:
         """Give all prompts to the engine; the engine has accepted all of them, or none when an error is raised."""
         stream = self._served.engine.open()
@@ -124,7 +158,7 @@ class GenerationRoutes:
         try:
             for position, token_ids in enumerate(prompts):
                 request_id = f"{call_id}-{position}"
-                await stream.add(request_id, token_ids, params, priority=priority or 0)
+                await stream.add(request_id, token_ids, params, **options)
                 abort = partial(stream.abort, request_id)
                 collectors.append(OutputCollector(request_id, token_ids, params, self._served.tokenizer, abort))
         except BaseException:

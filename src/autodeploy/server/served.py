@@ -8,6 +8,7 @@ from starlette.exceptions import HTTPException
 
 from autodeploy.errors import InvalidRequestError
 from autodeploy.runtime.async_engine import AsyncEngine
+from autodeploy.runtime.constraints import Constraints
 from autodeploy.runtime.tokenizer import Tokenizer
 
 
@@ -19,6 +20,7 @@ class ServedModel:
         names: names that clients may ask for; the first is the one answers carry.
         tokenizer: None serves token ids only.
         max_model_len: longest context in tokens, told to clients.
+        constraints: compiles what guided requests ask for; the engine's own keeps the same grammars.
         default_sampling: `SamplingParams` values for what a request leaves out.
     """
 
@@ -26,6 +28,7 @@ class ServedModel:
     names: Sequence[str]
     tokenizer: Tokenizer | None = None
     max_model_len: int | None = None
+    constraints: Constraints = field(default_factory=Constraints)
     default_sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def require_tokenizer(self, parameter: str) -> Tokenizer:
@@ -39,3 +42,8 @@ class ServedModel:
         if name is not None and name not in self.names:
             raise HTTPException(404, f"the model {name[:200]!r} does not exist; served: {', '.join(self.names)}")
         return name or self.names[0]
+
+    @property
+    def chat_template(self) -> str:
+        """The template's text; "" where there is none."""
+        return "" if self.tokenizer is None else str(self.tokenizer.hf.chat_template or "")

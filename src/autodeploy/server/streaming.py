@@ -6,24 +6,19 @@ all, prompt by prompt.
 
 import json
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 
 from autodeploy.errors import AutoDeployError
 from autodeploy.outputs import CompletionOutput, OutputCollector, OutputDelta
 from autodeploy.runtime.async_engine import TokenStream
+from autodeploy.server.answer_reader import AnswerPlan
 from autodeploy.server.answers import (
-    AnswerDelta,
-    AnswerMessage,
-    ChatChoice,
-    ChatChunkChoice,
-    ChatCompletionChunk,
-    ChatCompletionResponse,
-    ChatLogprobs,
     CompletionChoice,
     CompletionLogprobs,
     CompletionResponse,
+    PromptTokensDetails,
     Usage,
 )
 from autodeploy.server.failures import RequestFailedError, public_message
@@ -41,6 +36,7 @@ class AnswerForm:
         top_logprobs: most likely tokens told in each place of a chat answer.
         echoes: texts of the prompts, for completions that begin with them.
         only_scores: the answer is the prompt alone.
+        plan: what a chat answer may hold besides text.
     """
 
     answer_id: str
@@ -53,6 +49,7 @@ class AnswerForm:
     top_logprobs: int = 0
     echoes: Sequence[str] | None = None
     only_scores: bool = False
+    plan: AnswerPlan = field(default_factory=AnswerPlan)
 
 
 class Generation:
@@ -103,7 +100,14 @@ class Generation:
         """Tokens so far."""
         prompt = sum(len(collector.prompt_token_ids) for collector in self.collectors)
         completion = 0 if form.only_scores else sum(collector.num_output_tokens for collector in self.collectors)
-        return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(
+                cached_tokens=sum(collector.num_cached_tokens or 0 for collector in self.collectors)
+            ),
+        )
 
 
 def completion_response(
@@ -171,59 +175,6 @@ def _completion_piece(
         text, token_ids = echo + text, [*prompt_token_ids, *token_ids]
         entries = None if entries is None else [*(prompt_entries or ()), *entries]
     return text, None if entries is None else form.names.completion_logprobs(token_ids, entries, offset)
-
-
-def chat_response(
-    form: AnswerForm, generation: Generation, outputs: Sequence[CompletionOutput]
-) -> ChatCompletionResponse:
-    choices = [
-        ChatChoice(
-            index=index,
-            message=AnswerMessage(content=output.text),
-            logprobs=_chat_logprobs(form, output),
-            finish_reason=output.finish_reason,
-            stop_reason=output.stop_reason,
-            token_ids=output.token_ids if form.token_ids else None,
-        )
-        for index, output in enumerate(outputs)
-    ]
-    (collector,) = generation.collectors
-    return ChatCompletionResponse(
-        id=form.answer_id,
-        model=form.model,
-        choices=choices,
-        usage=generation.usage(form),
-        prompt_logprobs=form.names.prompt_logprobs(collector.prompt_logprobs if form.prompt_logprobs else None),
-        prompt_token_ids=collector.prompt_token_ids if form.token_ids else None,
-    )
-
-
-async def chat_chunks(form: AnswerForm, generation: Generation) -> AsyncIterator[ChatCompletionChunk]:
-    """A chat answer piece by piece; the first chunk of every choice says who speaks."""
-    for index in range(generation.num_choices):
-        first = ChatChunkChoice(index=index, delta=AnswerDelta(role="assistant", content=""))
-        yield ChatCompletionChunk(id=form.answer_id, model=form.model, choices=[first])
-    async for index, delta in generation.deltas():
-        logprobs = _chat_logprobs(form, delta)
-        if delta.text or delta.finish_reason or logprobs is not None or form.token_ids:
-            choice = ChatChunkChoice(
-                index=index,
-                delta=AnswerDelta(content=delta.text) if delta.text else AnswerDelta(),
-                logprobs=logprobs,
-                finish_reason=delta.finish_reason,
-                stop_reason=delta.stop_reason,
-                token_ids=delta.token_ids if form.token_ids else None,
-            )
-            usage = generation.usage(form) if form.usage_in_every_chunk else None
-            yield ChatCompletionChunk(id=form.answer_id, model=form.model, choices=[choice], usage=usage)
-    if form.usage:
-        yield ChatCompletionChunk(id=form.answer_id, model=form.model, choices=[], usage=generation.usage(form))
-
-
-def _chat_logprobs(form: AnswerForm, output: CompletionOutput | OutputDelta) -> ChatLogprobs | None:
-    if output.logprobs is None:
-        return None
-    return form.names.chat_logprobs(output.token_ids, output.logprobs, form.top_logprobs)
 
 
 async def server_sent_events(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[str]:

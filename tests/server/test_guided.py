@@ -1,0 +1,220 @@
+"""Structured output and tools over HTTP: the real engine around random logits, the official client in front of it."""
+
+import asyncio
+import json
+import re
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.runtime.fake_engine import FakeEngine
+from tests.runtime.tiny_tokenizers import CHAT_TEMPLATE, byte_level
+from tests.server.running import EOS, MESSAGES, TOKENIZER, Start, assert_error, random_engine
+
+COLOUR: dict[str, Any] = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["colour", "n"],
+    "additionalProperties": False,
+}
+POINT: dict[str, Any] = {
+    "$defs": {"number": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "type": "object",
+    "properties": {"x": {"$ref": "#/$defs/number"}},
+    "required": ["x"],
+    "additionalProperties": False,
+}
+TOOLS: Any = [
+    {"type": "function", "function": {"name": "paint", "description": "d", "parameters": COLOUR}},
+    {"type": "function", "function": {"name": "move", "parameters": POINT}},
+]
+TEMPLATE = CHAT_TEMPLATE + "{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}{# </think> #}"
+JSON_SCHEMA: Any = {"type": "json_schema", "json_schema": {"name": "colour", "schema": COLOUR, "strict": True}}
+
+
+def check_colour(value: Any) -> None:
+    assert set(value) == {"colour", "n"} and value["colour"] in ("red", "blue") and 0 <= value["n"] <= 99
+
+
+def test_the_official_client_gets_what_it_asks_for(start: Start) -> None:
+    client = start(random_engine()).client()
+    answer = client.chat.completions.create(model="tiny", messages=MESSAGES, response_format=JSON_SCHEMA, n=3)
+    for choice in answer.choices:
+        check_colour(json.loads(choice.message.content or ""))
+        assert choice.finish_reason == "stop"
+    streamed = client.chat.completions.create(model="tiny", messages=MESSAGES, response_format=JSON_SCHEMA, stream=True)
+    check_colour(json.loads("".join(chunk.choices[0].delta.content or "" for chunk in streamed)))
+    text = client.completions.create(
+        model="tiny", prompt="x", max_tokens=900, extra_body={"response_format": JSON_SCHEMA}
+    )
+    check_colour(json.loads(text.choices[0].text))
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"guided_regex": "[ab]{3}"}, "[ab]{3}"),
+        ({"guided_choice": ["yes", "no"]}, "yes|no"),
+        ({"guided_grammar": 'start: "a" "b"'}, "ab"),
+        ({"guided_json": {"const": 12}}, "12"),
+        ({"structured_outputs": {"regex": "[ab]{3}"}}, "[ab]{3}"),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes|no"),
+        ({"structured_outputs": {"json": '{"const": 12}'}}, "12"),
+        ({"structured_outputs": {"grammar": 'root ::= "ab"'}}, "ab"),
+    ],
+)
+def test_vllms_fields(start: Start, fields: dict[str, Any], pattern: str) -> None:
+    server = start(random_engine())
+    for path, body in (("completions", {"prompt": "x"}), ("chat/completions", {"messages": MESSAGES})):
+        choice = server.post(f"/v1/{path}", body | fields).json()["choices"][0]
+        text = choice["text"] if path == "completions" else choice["message"]["content"]
+        assert re.fullmatch(pattern, text), text
+
+
+def test_guided_and_free_requests_share_batches(start: Start) -> None:
+    """Each guided one follows its own grammar; a greedy free one has the tokens it has alone."""
+    server = start(random_engine())
+    free = {"prompt": "hello", "temperature": 0, "max_tokens": 40, "ignore_eos": True, "return_token_ids": True}
+    alone = server.post("/v1/completions", free).json()["choices"][0]["token_ids"]
+
+    async def everything() -> list[Any]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            bodies = [
+                {"prompt": "a", "guided_regex": f"[0-9]{{{length}}}", "max_tokens": 60} for length in range(5, 13)
+            ]
+            return list(await asyncio.gather(*(client.post("/v1/completions", json=body) for body in [free, *bodies])))
+
+    first, *guided = [response.json()["choices"][0] for response in asyncio.run(everything())]
+    assert first["token_ids"] == alone
+    for length, choice in zip(range(5, 13), guided, strict=True):
+        assert re.fullmatch(f"[0-9]{{{length}}}", choice["text"])
+
+
+def test_tools_that_must_be_called(start: Start) -> None:
+    tokenizer = byte_level(chat_template=TEMPLATE)
+    client = start(random_engine(tokenizer), tokenizer=tokenizer).client()
+    named: Any = {"type": "function", "function": {"name": "paint"}}
+    common: Any = {"model": "tiny", "messages": MESSAGES, "tools": TOOLS, "max_tokens": 900}
+    answer = client.chat.completions.create(tool_choice=named, **common)
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert call.type == "function" and call.function.name == "paint" and call.id
+    assert answer.choices[0].finish_reason == "tool_calls" and answer.choices[0].message.content is None
+    check_colour(json.loads(call.function.arguments))
+    required = client.chat.completions.create(tool_choice="required", parallel_tool_calls=False, **common)
+    (call,) = required.choices[0].message.tool_calls or []
+    assert call.type == "function" and call.function.name in ("paint", "move")
+    arguments = json.loads(call.function.arguments)
+    assert set(arguments) == ({"x"} if call.function.name == "move" else {"colour", "n"})
+    pieces = ""
+    for chunk in client.chat.completions.create(
+        tool_choice="required", parallel_tool_calls=False, stream=True, **common
+    ):
+        for part in chunk.choices[0].delta.tool_calls or []:
+            pieces += (part.function.arguments or "") if part.function else ""
+        reason = chunk.choices[0].finish_reason
+    assert isinstance(json.loads(pieces), dict) and reason == "tool_calls"
+
+
+def test_tools_that_may_be_called(start: Start) -> None:
+    """What the model writes by itself: a thought, a text and two calls."""
+    written = (
+        "<think>which?</think>\n\nhello\n"
+        '<tool_call>{"name": "paint", "arguments": {"colour": "red", "n": 1}}</tool_call>\n'
+        '<tool_call>{"name": "move", "arguments": {"x": 2}}</tool_call>'
+    )
+    tokenizer = byte_level(chat_template=TEMPLATE)
+    server = start(FakeEngine(tokenizer.encode(written), eos_id=EOS), tokenizer=tokenizer)
+    client = server.client()
+    answer = client.chat.completions.create(model="tiny", messages=MESSAGES, tools=TOOLS)
+    message = answer.choices[0].message
+    assert message.content == "hello" and message.model_extra == {"reasoning_content": "which?"}
+    calls = [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls or []]  # type: ignore[union-attr]
+    assert calls == [("paint", {"colour": "red", "n": 1}), ("move", {"x": 2})]
+    assert answer.choices[0].finish_reason == "tool_calls"
+    content, streamed = "", {}
+    for chunk in client.chat.completions.create(model="tiny", messages=MESSAGES, tools=TOOLS, stream=True):
+        delta = chunk.choices[0].delta
+        content += delta.content or ""
+        for call in delta.tool_calls or []:
+            assert call.function is not None
+            entry = streamed.setdefault(call.index, {"name": "", "arguments": ""})
+            entry["name"] += call.function.name or ""
+            entry["arguments"] += call.function.arguments or ""
+    assert content == "hello"
+    assert [(entry["name"], json.loads(entry["arguments"])) for entry in streamed.values()] == calls
+    again: Any = [
+        *MESSAGES,
+        message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": (message.tool_calls or [])[0].id, "content": "done"},
+    ]
+    assert client.chat.completions.create(model="tiny", messages=again, tools=TOOLS).choices
+    one = client.chat.completions.create(model="tiny", messages=MESSAGES, tools=TOOLS, parallel_tool_calls=False)
+    assert len(one.choices[0].message.tool_calls or []) == 1
+    none = client.chat.completions.create(model="tiny", messages=MESSAGES, tools=TOOLS, tool_choice="none")
+    assert none.choices[0].message.tool_calls is None and "<tool_call>" in (none.choices[0].message.content or "")
+    no_thought = server.post("/v1/chat/completions", {"messages": MESSAGES, "include_reasoning": False}).json()
+    assert "reasoning_content" not in no_thought["choices"][0]["message"]
+
+
+def test_tools_reach_the_template_unless_none_may_be_called(start: Start) -> None:
+    tokenizer = byte_level(chat_template=TEMPLATE)
+    server = start(FakeEngine(eos_id=EOS), tokenizer=tokenizer)
+    with_tools = server.post("/tokenize", {"messages": MESSAGES, "tools": TOOLS}).json()["tokens"]
+    assert '"name": "paint"' in TOKENIZER.decode(with_tools)
+    body = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "none", "max_tokens": 1, "return_token_ids": True}
+    without = server.post("/v1/chat/completions", body).json()["prompt_token_ids"]
+    assert "paint" not in TOKENIZER.decode(without)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"response_format": {"type": "structural_tag"}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "no"}}}}, "response_format"),
+    ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
+    ({"guided_regex": "("}, "guided_regex"),
+    ({"guided_regex": "a" * 100_000}, "guided_regex"),
+    ({"guided_choice": []}, "guided_choice"),
+    ({"guided_grammar": "x"}, "guided_grammar"),
+    ({"guided_json": "{"}, "guided_json"),
+    ({"guided_regex": "a", "ignore_eos": True}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+    ({"structured_outputs": {"regexp": "a"}}, "regexp"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+    ({"tools": TOOLS, "tool_choice": "required", "guided_regex": "a"}, "guided_regex"),
+    ({"tools": TOOLS * 100}, "tools"),
+    ({"tools": [{"type": "retrieval"}]}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+]
+
+
+def test_what_cannot_be_guided_is_refused_by_name(start: Start) -> None:
+    tokenizer = byte_level(chat_template=TEMPLATE)
+    server = start(FakeEngine(eos_id=EOS), tokenizer=tokenizer)
+    for fields, param in REFUSED:
+        assert_error(server.post("/v1/chat/completions", {"messages": MESSAGES} | fields), 400, "", param)
+    bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "string", "pattern": "("}}}
+    forced = {"messages": MESSAGES, "tools": [bad], "tool_choice": "required"}
+    assert_error(server.post("/v1/chat/completions", forced), 400, "", "tools")
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}]
+    broken = {"messages": [*MESSAGES, {"role": "assistant", "tool_calls": calls}]}
+    assert_error(server.post("/v1/chat/completions", broken), 400, "not valid JSON", "messages")
+    assert server.fake.added == []
+    no_tools = start()
+    assert_error(
+        no_tools.post("/v1/chat/completions", {"messages": MESSAGES, "tools": TOOLS}), 400, "no tools", "tools"
+    )
+    bare = start(FakeEngine(), tokenizer=None)
+    assert_error(
+        bare.post("/v1/completions", {"prompt": [1], "guided_regex": "a"}), 400, "needs a tokenizer", "guided_regex"
+    )
+
+
+def test_the_official_client_names_the_field(start: Start) -> None:
+    client = start().client()
+    with pytest.raises(openai.BadRequestError) as caught:
+        bad: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#/nowhere"}}}
+        client.chat.completions.create(model="tiny", messages=MESSAGES, response_format=bad)
+    assert caught.value.param == "response_format"
