@@ -36,8 +36,9 @@ def _logits(program: Program) -> torch.Tensor:
     return run_packed(program, [torch.tensor([3, 1, 4]), torch.tensor([1, 5])])
 
 
-def test_a_second_start_is_restored_and_the_same(folder: Path) -> None:
-    first, second = _build(folder), _build(folder)
+@pytest.mark.parametrize("options", [{}, {"quantization": "int8"}], ids=str)
+def test_a_second_start_is_restored_and_the_same(folder: Path, options: dict[str, str]) -> None:
+    first, second = _build(folder, **options), _build(folder, **options)
     assert not _is_restored(first) and _is_restored(second)
     assert "capture" in first.report.seconds and "capture" not in second.report.seconds
     assert torch.equal(_logits(first), _logits(second))

@@ -79,3 +79,18 @@ def _run(name: str, *arguments: str) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
     subprocess.run(command, env=environment, check=True, capture_output=True, cwd=ROOT)
+
+
+def test_quantized_linear(script: Script, tmp_path: Path) -> None:
+    script("quantized_linear").main(["--smoke", "--output", str(tmp_path)])
+    record = _record(tmp_path)
+    assert record["weight_bytes"] == {
+        "bf16": 64 * 64 * 2,
+        "int8": 64 * 64 + 64 * 2,
+        "int8 groups of 32": 64 * 64 + 64 * 2 * 2,
+        "int4": 64 * 32 + 64 * 2 * 2 * 2,
+        "int4 around zero": 64 * 32 + 64 * 2 * 2,
+    }
+    for by_rows in record["seconds"].values():
+        assert by_rows.keys() == {"1", "4", "16", "64", "256"}
+        assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in by_rows.values())
