@@ -137,7 +137,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/local"))
     given = parser.parse_args()
     data = seed_models.DATA
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
+    raw = {"command": sys.argv, "machine": record.machine(), "versions": record.versions(), "results": results}
+    given.output.mkdir(parents=True, exist_ok=True)
+    path = given.output / f"capture-cost_{time.strftime('%Y%m%d-%H%M')}.json"
     tiny_results: dict[str, dict[str, Any]] = {}
     for name in given.configs or data["configs"]:
         fields = data["configs"][name]
@@ -148,15 +151,11 @@ def main() -> None:
             tiny_results[key] = in_a_process(numbers, fields)
         result["numbers"] = tiny_results[key].get("numbers") or f"wrong: {tiny_results[key]['error']}"
         print(name, _line(result), flush=True)
+        path.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")  # now, so that nothing measured is lost
     over = [name for name, result in results.items() if not result.get("within_target")]
     wrong = [name for name, result in results.items() if result["numbers"].startswith("wrong")]
     print(f"targets: {len(results) - len(over)} of {len(results)} within; over or refused: {over or 'none'}")
     print(f"numbers: {len(results) - len(wrong)} of {len(results)} right; wrong: {wrong or 'none'}")
-    machine, stamp = record.machine(), time.strftime("%Y%m%d-%H%M")
-    raw = {"command": sys.argv, "machine": machine, "versions": record.versions(), "results": results}
-    given.output.mkdir(parents=True, exist_ok=True)
-    path = given.output / f"capture-cost_{stamp}.json"
-    path.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
     if given.page:
         given.page.write_text(seed_models_page.page(data["models"], raw), encoding="utf-8")
 
