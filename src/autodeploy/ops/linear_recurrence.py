@@ -15,15 +15,28 @@ from autodeploy.ops.state import SlotState, StateSpec
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
+CHUNK = 64
+"""tokens that are summed up by doubling"""
+
+
 def _recur(state: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """state: `[S, D]`, x and gate: `[S, L, D]`. Doubling: after step k every token has seen 2^k tokens before it."""
-    sums, kept, distance = x.float(), gate.float(), 1
-    while distance < x.shape[1]:
+    """state: `[S, D]`, x and gate: `[S, L, D]`."""
+    state, outputs = state.float(), []
+    for start in range(0, x.shape[1], CHUNK):
+        sums = _chunk(state, x[:, start : start + CHUNK].float(), gate[:, start : start + CHUNK].float())
+        state = sums[:, -1]
+        outputs.append(sums)
+    return torch.cat(outputs, dim=1).to(x.dtype), state
+
+
+def _chunk(state: Tensor, sums: Tensor, kept: Tensor) -> Tensor:
+    """Doubling: after step k every token has seen 2^k tokens before it."""
+    distance = 1
+    while distance < sums.shape[1]:
         earlier = torch.nn.functional.pad(sums, (0, 0, distance, 0))[:, :-distance]
         fading = torch.nn.functional.pad(kept, (0, 0, distance, 0), value=1.0)[:, :-distance]
         sums, kept, distance = sums + kept * earlier, kept * fading, 2 * distance
-    outputs = sums + kept * state.float().unsqueeze(1)
-    return outputs.to(x.dtype), outputs[:, -1]
+    return sums + kept * state.unsqueeze(1)
 
 
 @op(tolerance=_TOLERANCE, opaque=True, fake=lambda x, *_: x.new_empty(x.shape))

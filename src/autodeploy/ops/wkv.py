@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from autodeploy.ops.op import op
@@ -18,6 +17,9 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 NOTHING = -1e38
 """logarithm of the weight of an empty memory"""
+
+BLOCK = 16
+"""tokens that are gone through one by one; the blocks of a sequence do so side by side, twice: first for their ends"""
 
 Memory = tuple[Tensor, Tensor, Tensor]
 """A weighted sum of values, the sum of the weights, and the logarithm that both are relative to."""
@@ -30,33 +32,54 @@ def _joined(earlier: Memory, later: Memory) -> Memory:
     return first * earlier[0] + second * later[0], first * earlier[1] + second * later[1], level
 
 
-def _later(x: Tensor, distance: int, value: float = 0.0) -> Tensor:
-    """Rows `[S, L, D]` moved to later tokens; `value` stands before them."""
-    return F.pad(x, (0, 0, distance, 0), value=value)[:, : x.shape[1]]
+def _with_token(memory: Memory, key: Tensor, value: Tensor) -> Memory:
+    return _joined(memory, (value, torch.ones_like(value), key))
+
+
+def _faded(memory: Memory, amount: Tensor) -> Memory:
+    return memory[0], memory[1], memory[2] + amount
 
 
 def _recur(state: Tensor, key: Tensor, value: Tensor, *, decay: Tensor, bonus: Tensor) -> tuple[Tensor, Tensor]:
-    """state: `[S, 3, D]`, a memory; zeros are an empty one. key, value: `[S, L, D]`.
+    """state: `[S, 3, D]`, a memory; zeros are an empty one. key, value: `[S, L, D]`."""
+    k, v, decay, bonus = (part.float() for part in (key, value, decay, bonus))
+    sums, weights, level = state.float().unbind(1)
+    memory: Memory = (sums, weights, torch.where(weights > 0, level, NOTHING))
+    whole, outputs = key.shape[1] // BLOCK * BLOCK, []
+    if whole > BLOCK:
+        blocks = [part[:, :whole].unflatten(1, (-1, BLOCK)) for part in (k, v)]
+        starts, memory = _starts(memory, blocks[0], blocks[1], decay)
+        outputs.append(_tokens(starts, blocks[0], blocks[1], decay, bonus)[0].flatten(1, 2))
+        k, v = k[:, whole:], v[:, whole:]
+    if k.shape[1]:
+        output, memory = _tokens(memory, k, v, decay, bonus)
+        outputs.append(output)
+    return torch.cat(outputs, dim=1).to(value.dtype), torch.stack(memory, dim=1)
 
-    Doubling: after step k every token's memory holds the 2^k tokens up to it.
-    """
-    k, v, decay, length = key.float(), value.float(), decay.float(), key.shape[1]
-    memory: Memory = (v, torch.ones_like(v), k)
-    distance = 1
-    while distance < length:
-        sums, weights, levels = memory
-        before = (_later(sums, distance), _later(weights, distance), _later(levels, distance, NOTHING))
-        memory = _joined((before[0], before[1], before[2] + distance * decay), memory)
-        distance *= 2
-    sums, weights, levels = state.float().unsqueeze(2).unbind(1)
-    levels = torch.where(weights > 0, levels, NOTHING)
-    elapsed = torch.arange(length, device=key.device)[:, None] * decay
-    # What a token reads is what its predecessor left: the memory of the tokens here, and the state, faded once less.
-    chunk = tuple(_later(part, 1, empty) for part, empty in zip(memory, (0.0, 0.0, NOTHING), strict=True))
-    seen = _joined((sums, weights, levels + elapsed), (chunk[0], chunk[1], chunk[2]))
-    mixed, total, _ = _joined(seen, (v, torch.ones_like(v), k + bonus.float()))
-    after = _joined((sums[:, 0], weights[:, 0], levels[:, 0] + length * decay), tuple(m[:, -1] for m in memory))  # type: ignore[arg-type]
-    return (mixed / total).to(value.dtype), torch.stack(after, dim=1)
+
+def _starts(memory: Memory, key: Tensor, value: Tensor, decay: Tensor) -> tuple[Memory, Memory]:
+    """What each of the blocks `[S, B, L, D]` of a sequence starts from, `[S, B, D]`, and what the last one leaves."""
+    empty = torch.zeros_like(key[:, :, 0])
+    ends: Memory = (empty, empty, torch.full_like(empty, NOTHING))
+    for t in range(key.shape[2]):
+        ends = _with_token(_faded(ends, decay), key[:, :, t], value[:, :, t])
+    starts: list[Memory] = []
+    for block in range(key.shape[1]):
+        starts.append(memory)
+        own = (ends[0][:, block], ends[1][:, block], ends[2][:, block])
+        memory = _joined(_faded(memory, key.shape[2] * decay), own)
+    sums, weights, levels = (torch.stack(parts, dim=1) for parts in zip(*starts, strict=True))
+    return (sums, weights, levels), memory
+
+
+def _tokens(memory: Memory, key: Tensor, value: Tensor, decay: Tensor, bonus: Tensor) -> tuple[Tensor, Memory]:
+    """Token by token. memory: `[..., D]`; key, value: `[..., L, D]`."""
+    outputs = []
+    for k, v in zip(key.unbind(-2), value.unbind(-2), strict=True):
+        mixed, total, _ = _with_token(memory, k + bonus, v)
+        outputs.append(mixed / total)
+        memory = _with_token(_faded(memory, decay), k, v)
+    return torch.stack(outputs, dim=-2), memory
 
 
 @op(tolerance=_TOLERANCE, opaque=True, fake=lambda key, value, *_: value.new_empty(value.shape))
