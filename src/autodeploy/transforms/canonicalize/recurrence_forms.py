@@ -144,23 +144,38 @@ def _layouts(shape: Shape) -> Iterator[_Layout]:
 
 
 def _measured(probe: Probe, index: int, layout: _Layout) -> _Affine | None:
-    """Run on zeros and on unit vectors, then hold the result to random states, small and large."""
+    """Run on zeros, ones and unit vectors, then hold the result to random states, small and large."""
 
     def step(matrix: Tensor) -> Tensor:
         return layout.matrix(probe.carry(index, layout.state(matrix)))
 
     before = layout.matrix(probe.given["h", index])
     added = step(torch.zeros_like(before))
-    transition = before.new_zeros(layout.heads, layout.keys, layout.keys)
-    for start in range(0, layout.keys, layout.values):
-        width = min(layout.values, layout.keys - start)
-        unit = torch.zeros_like(before)
-        unit[:, start : start + width, :width] = torch.eye(width, dtype=unit.dtype)
-        transition[:, :, start : start + width] = (step(unit) - added)[:, :, :width]
+    gate = step(torch.ones_like(before)) - added
+    if is_same(step(before), gate * before + added):  # every element by itself
+        if not is_same(gate[:, :, :1].expand_as(gate), gate):
+            return None
+        transition = torch.diag_embed(gate[:, :, 0])
+    elif is_same(step(2.0 * before) - added, 2.0 * (step(before) - added)):
+        transition = _transition(step, before, added)
+    else:
+        return None
     for scale in (1.0, 1e4):
         if not is_same(step(scale * before), transition @ (scale * before) + added):
             return None
     return _Affine(index, layout, transition, added, before, step(before))
+
+
+def _transition(step: Callable[[Tensor], Tensor], before: Tensor, added: Tensor) -> Tensor:
+    """The matrix `[N, K, K]` that a step multiplies with, if it does: as many unit vectors at once as there is room."""
+    heads, keys, values = before.shape
+    transition = before.new_zeros(heads, keys, keys)
+    for start in range(0, keys, values):
+        width = min(values, keys - start)
+        unit = torch.zeros_like(before)
+        unit[:, start : start + width, :width] = torch.eye(width, dtype=unit.dtype)
+        transition[:, :, start : start + width] = (step(unit) - added)[:, :, :width]
+    return transition
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
