@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -223,7 +224,12 @@ def test_a_models_text_does_not_steer_the_terminal(monkeypatch: pytest.MonkeyPat
 
 def test_serve_hands_the_model_to_the_app(monkeypatch: pytest.MonkeyPatch) -> None:
     served: dict[str, Any] = {}
-    monkeypatch.setattr("uvicorn.run", lambda app, **options: served.update(options, app=app))
+
+    def run(server: Any) -> None:
+        served.update(app=server.config.app, host=server.config.host, port=server.config.port)
+
+    monkeypatch.setattr("autodeploy.server.run.DrainingServer.run", run)
+    monkeypatch.setattr("autodeploy.server.run.log_config", lambda log_format: None)
     monkeypatch.setattr(FakeLLM, "async_engine", _IdleEngine(), raising=False)
     monkeypatch.setattr(FakeLLM, "tokenizer", TOKENIZER, raising=False)
     monkeypatch.setattr(FakeLLM, "max_model_len", 77, raising=False)
@@ -234,6 +240,32 @@ def test_serve_hands_the_model_to_the_app(monkeypatch: pytest.MonkeyPatch) -> No
 
     models = TestClient(served["app"]).get("/v1/models").json()["data"]
     assert [(model["id"], model["max_model_len"]) for model in models] == [("a", 77), ("b", 77)]
+
+
+def test_a_file_says_what_flags_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Options of the server and of the model side by side; a flag goes before the file, the file before a variable."""
+    given: list[tuple[Any, Any]] = []
+    for name, value in (("async_engine", _IdleEngine()), ("tokenizer", None), ("max_model_len", 77)):
+        monkeypatch.setattr(FakeLLM, name, value, raising=False)
+    monkeypatch.setattr(FakeLLM, "constraints", Constraints(), raising=False)
+
+    def make_server(app: Any, model: Any, options: Any) -> Any:
+        given.append((options, FakeLLM.made[-1].options))
+        return SimpleNamespace(run=lambda: None)
+
+    monkeypatch.setattr("autodeploy.server.run.make_server", make_server)
+    monkeypatch.setenv("AUTODEPLOY_API_KEY", "from-the-environment")
+    file = tmp_path / "serve.yaml"
+    file.write_text("port: 1234\nhost: 0.0.0.0\nserved-model-name: [a, b]\nmax-body-bytes: 99\nmax_num_seqs: 3\n")
+    assert run_cli("serve", "m", "-q", "--config", str(file), "--port", "4321") == 0
+    names = ("--served-model-name", "a", "--served-model-name", "b")
+    flags = ("--port", "4321", "--host", "0.0.0.0", "--max-body-bytes", "99", "--max-num-seqs", "3")
+    assert run_cli("serve", "m", "-q", *names, *flags) == 0
+    assert given[0] == given[1]
+    options, values = given[0]
+    assert options.api_key == ("from-the-environment",) and options.port == 4321 and values == {"max_num_seqs": 3}
+    file.write_text("prot: 1234\n")
+    assert run_cli("serve", "m", "--config", str(file)) == 1
 
 
 class _IdleEngine:

@@ -62,7 +62,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "bench": (*_SERVING, "runtime", "build", "models.resolve"),
     "packaged_models": _BASE,
     "demo": (*_WHOLE, "packaged_models", "cli"),
-    "cli_flags": ("errors", "config"),
+    "cli_flags": ("errors", "config", "server.options"),
     "cli": (*_WHOLE, "packaged_models", "cli_flags"),
     "__main__": (*_WHOLE, "cli"),
     "": _WHOLE,  # autodeploy/__init__.py, the list of public names

@@ -20,10 +20,12 @@ from rich.table import Table
 from autodeploy import env
 from autodeploy.cli_flags import (
     NO_FLAGS,
+    NO_SERVER_FLAGS,
     NO_TEXTS,
     OWN_SAMPLING,
     ConfigFile,
     Flags,
+    Listening,
     Sampling,
     SamplingFlags,
     Texts,
@@ -67,7 +69,7 @@ def generate(
         quiet: no progress and no build report.
     """
     texts = list(prompts) or [_read_standard_input()]
-    with _loaded(model, flags, config, quiet) as llm:
+    with _loaded(model, _option_values(flags, config), quiet) as llm:
         params = _sampling_params(llm, sampling)
         for text in texts:
             asyncio.run(_stream(llm, text, params))
@@ -92,7 +94,7 @@ def chat(
         quiet: no progress and no build report.
     """
     messages = [] if system is None else [{"role": "system", "content": system}]
-    with _loaded(model, flags, config, quiet) as llm:
+    with _loaded(model, _option_values(flags, config), quiet) as llm:
         params = _sampling_params(llm, sampling)
         for line in _lines():
             messages.append({"role": "user", "content": line})
@@ -104,42 +106,40 @@ def chat(
 def serve(
     model: str,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    served_model_name: list[str] | None = None,
     config: ConfigFile = None,
     quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], negative="")] = False,
+    listening: Listening = NO_SERVER_FLAGS,
     flags: Flags = NO_FLAGS,
 ) -> None:
-    """Serve a model with an OpenAI-style HTTP interface: completions, chat completions, models, health, metrics.
+    """Serve a model with an OpenAI-style HTTP interface, until a signal ends it.
 
     Args:
         model: a checkpoint folder, a GGUF file, or a hub id.
-        host: address to listen on. There is no authentication: do not open it to a network you do not trust.
-        port: port to listen on.
-        served_model_name: name that clients ask for; may be given several times. Default: MODEL as given.
-        config: YAML file with options by the same names; flags go before it.
+        config: YAML file with options by the same names, those of the server included; flags go before it.
         quiet: no progress and no build report.
     """
     try:
-        import uvicorn
-
         from autodeploy.server.app import create_app
+        from autodeploy.server.options import NAMES, parse_server_options
+        from autodeploy.server.run import make_server
         from autodeploy.server.served import ServedModel
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs {error.name!r}: pip install 'autodeploy[serve]'") from error
 
-    with _loaded(model, flags, config, quiet) as llm:
+    values = _option_values(flags, config)
+    own = {name: values.pop(name) for name in NAMES & values.keys()} | _given(listening)
+    key = env.api_key()
+    options = parse_server_options({"api_key": key, **own} if key is not None else own)
+    with _loaded(model, values, quiet) as llm:
         served = ServedModel(
             engine=llm.async_engine,
-            names=served_model_name or [model],
+            names=options.served_model_name or [model],
             tokenizer=llm.tokenizer,
             max_model_len=llm.max_model_len,
             constraints=llm.constraints,
             default_sampling=llm.generation_defaults,
         )
-        application = create_app(served, version=_show_version())
-        uvicorn.run(application, host=host, port=port, log_level="info", timeout_graceful_shutdown=10)
+        make_server(create_app(served, version=_show_version(), options=options), served, options).run()
 
 
 @app.command
@@ -335,8 +335,7 @@ def print_report(report: Any, console: Console) -> None:
 
 
 @contextmanager
-def _loaded(model: str, flags: Any, config: Path | None, quiet: bool) -> Iterator[Any]:
-    values = _option_values(flags, config)
+def _loaded(model: str, values: dict[str, Any], quiet: bool) -> Iterator[Any]:
     parse_options(values)  # a typing error should not wait for torch
     with _progress(quiet) as report_stage:
         report_stage("loading libraries")
@@ -374,9 +373,13 @@ def _options(flags: Any, config: Path | None) -> Options:
 
 def _option_values(flags: Any, config: Path | None) -> dict[str, Any]:
     """Flat options: those of the YAML file, overridden by flags that were given."""
-    given = {name: value for name, value in vars(flags).items() if value is not None}
-    from_file = {} if config is None else {ALIASES.get(name, name): value for name, value in _read_yaml(config).items()}
-    return {**from_file, **given}
+    read = {} if config is None else {name.replace("-", "_"): value for name, value in _read_yaml(config).items()}
+    from_file = {ALIASES.get(name, name): value for name, value in read.items()}
+    return {**from_file, **_given(flags)}
+
+
+def _given(flags: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(flags).items() if value is not None}
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
 """Flags of the command line: option dataclasses go in, one flag per option comes out, and those of some commands alone.
 
-Names, defaults and help texts are those of `autodeploy.config`.
+Names, defaults and help texts are those of `autodeploy.config` and `autodeploy.server.options`.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from cyclopts import Parameter, Token
 
 from autodeploy.config import ALIASES, CompileOptions, EngineOptions, ModelOptions
 from autodeploy.errors import ConfigError
+from autodeploy.server.options import ServerOptions
 
 OPTION_PARTS = (ModelOptions, CompileOptions, EngineOptions)
 
@@ -27,6 +28,8 @@ def _flag(field: dataclasses.Field[Any], hint: Any) -> tuple[str, Any, None]:
     """One option as a flag that is None unless given, so that the option's own default stays the only one."""
     has_factory = field.default_factory is not dataclasses.MISSING
     default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    if default == ():  # a list, one entry per flag
+        return field.name, Annotated[list[str] | None, Parameter(negative="")], None
     names = tuple(f"--{alias.replace('_', '-')}" for alias, name in ALIASES.items() if name == field.name)
     shown = None if default is None or has_factory else str(default)
     show_default = False if shown is None else lambda _, shown=shown: shown
@@ -36,20 +39,19 @@ def _flag(field: dataclasses.Field[Any], hint: Any) -> tuple[str, Any, None]:
     return field.name, Annotated[hint | None, Parameter(alias=names, show_default=show_default)], None
 
 
-def _option_flags() -> type[Any]:
+def _option_flags(name: str, about: str, parts: tuple[type[Any], ...]) -> type[Any]:
     """A dataclass with one flag per option, documented by the option dataclasses' docstrings."""
-    flags = [
-        _flag(field, get_type_hints(part)[field.name]) for part in OPTION_PARTS for field in dataclasses.fields(part)
-    ]
-    made = dataclasses.make_dataclass("ModelFlags", flags, frozen=True, kw_only=True)
-    attributes = "".join((part.__doc__ or "").split("Attributes:\n")[1].rstrip() + "\n" for part in OPTION_PARTS)
-    made.__doc__ = f"Options of a deployment.\n\nAttributes:\n{attributes}"
+    flags = [_flag(field, get_type_hints(part)[field.name]) for part in parts for field in dataclasses.fields(part)]
+    made = dataclasses.make_dataclass(name, flags, frozen=True, kw_only=True)
+    attributes = "".join((part.__doc__ or "").split("Attributes:\n")[1].rstrip() + "\n" for part in parts)
+    made.__doc__ = f"{about}\n\nAttributes:\n{attributes}"
     made.__module__ = __name__  # where cyclopts looks up the annotations
     return made
 
 
-ModelFlags = _option_flags()
-NO_FLAGS = ModelFlags()
+ModelFlags = _option_flags("ModelFlags", "Options of a deployment.", OPTION_PARTS)
+ServerFlags = _option_flags("ServerFlags", "Options of the server.", (ServerOptions,))
+NO_FLAGS, NO_SERVER_FLAGS = ModelFlags(), ServerFlags()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,7 @@ class CheckTexts:
 
 
 Flags = Annotated[ModelFlags, Parameter(name="*")]  # type: ignore[valid-type]  # made at import time
+Listening = Annotated[ServerFlags, Parameter(name="*")]  # type: ignore[valid-type]  # made at import time
 Sampling = Annotated[SamplingFlags, Parameter(name="*")]
 Texts = Annotated[CheckTexts, Parameter(name="*")]
 OWN_SAMPLING, NO_TEXTS = SamplingFlags(), CheckTexts()

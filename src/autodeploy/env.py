@@ -1,5 +1,6 @@
 """Environment variables, all of them; each is read anew at every call, and none is needed in service.
 
+AUTODEPLOY_API_KEY       key that clients of `autodeploy serve` must send
 AUTODEPLOY_CACHE         folder for what builds leave behind; default `~/.cache/autodeploy`
 AUTODEPLOY_DEBUG         1: tracebacks instead of one-line errors on the command line
 AUTODEPLOY_NATIVE        0: the reference functions instead of the native CPU kernels
@@ -10,6 +11,11 @@ CXX                      the C++ compiler to try first
 import os
 import shlex
 from pathlib import Path
+
+
+def api_key() -> str | None:
+    """AUTODEPLOY_API_KEY."""
+    return os.environ.get("AUTODEPLOY_API_KEY") or None
 
 
 def cache_root() -> Path:

@@ -12,6 +12,7 @@ from autodeploy.runtime.async_engine import AsyncEngine
 from autodeploy.runtime.constraints import Constraints
 from autodeploy.runtime.grammar import GrammarCompiler
 from autodeploy.server.app import create_app
+from autodeploy.server.options import ServerOptions
 from autodeploy.server.served import ServedModel
 from tests.runtime.fake_engine import FakeEngine
 from tests.server.running import ANSWER_IDS, EOS, TOKENIZER, VOCAB, Server, Start, wait_until
@@ -34,14 +35,18 @@ def start() -> Iterator[Start]:
             constraints=Constraints(grammars),
             default_sampling=options.pop("default_sampling", {}),
         )
-        app = create_app(served, version="1.2.3", **options)
+        more = {name: options.pop(name) for name in ("ssl_keyfile", "ssl_certfile") if name in options}
+        app = create_app(served, version="1.2.3", options=ServerOptions(**options))
         listener = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1))
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1, **more)
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         running.append((server, thread, engine, fake))
         wait_until(lambda: server.started)
-        return Server(f"http://127.0.0.1:{listener.getsockname()[1]}", fake, engine)
+        scheme = "https" if more else "http"
+        return Server(f"{scheme}://127.0.0.1:{listener.getsockname()[1]}", fake, engine)
 
     yield start_server
     for server, thread, engine, fake in running:

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
+from autodeploy.server import status
+from autodeploy.server.access import RequireKey
 from autodeploy.server.answers import (
     ChatCompletionResponse,
     CompletionResponse,
@@ -20,21 +23,24 @@ from autodeploy.server.answers import (
 )
 from autodeploy.server.failures import ERROR_RESPONSES, add_error_handlers, error_response
 from autodeploy.server.limits import LimitBody
-from autodeploy.server.metrics import EngineMetrics
+from autodeploy.server.logs import RequestLog
+from autodeploy.server.metrics import ServingMetrics
+from autodeploy.server.options import ServerOptions
 from autodeploy.server.prompts import PromptReader
 from autodeploy.server.requests import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
 from autodeploy.server.routes import GenerationRoutes
 from autodeploy.server.served import ServedModel
 
-MAX_BODY_BYTES = 8 * 2**20
 STREAM = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 """With `stream=true`, the answer is server-sent events."""
 
 
-def create_app(served: ServedModel, *, version: str = "", max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+def create_app(served: ServedModel, *, version: str = "", options: ServerOptions | None = None) -> FastAPI:
     """The app for one model. The caller shuts the engine down."""
+    options = options or ServerOptions()
     app = FastAPI(title="AutoDeploy", version=version or "unknown", docs_url=None, redoc_url=None)
-    routes, generation = _Routes(served, version), GenerationRoutes(served)
+    metrics = ServingMetrics(served)
+    routes, generation = _Routes(served, metrics, version), GenerationRoutes(served, metrics, options)
 
     def add(method: str, path: str, route: Callable[..., Any], answer: Any = None, **extra: Any) -> None:
         responses = {**ERROR_RESPONSES, **extra.pop("responses", {})}
@@ -43,29 +49,48 @@ def create_app(served: ServedModel, *, version: str = "", max_body_bytes: int = 
     add("GET", "/health", routes.health)
     add("GET", "/ping", routes.health)
     add("POST", "/ping", routes.health)
+    add("GET", "/ready", routes.ready)
     add("GET", "/version", routes.show_version, VersionResponse)
     add("GET", "/metrics", routes.metrics)
+    add("GET", "/status", routes.status_page)
+    add("GET", "/status.json", routes.status)
     add("GET", "/v1/models", routes.models, ModelList)
     add("GET", "/v1/models/{name:path}", routes.model, ModelCard)
     add("POST", "/tokenize", routes.tokenize, TokenizeResponse)
     add("POST", "/detokenize", routes.detokenize, DetokenizeResponse)
     add("POST", "/v1/completions", generation.completions, CompletionResponse, responses=STREAM)
     add("POST", "/v1/chat/completions", generation.chat_completions, ChatCompletionResponse, responses=STREAM)
-    app.add_middleware(LimitBody, max_bytes=max_body_bytes)
     add_error_handlers(app)
+    _add_middleware(app, options)
     return app
+
+
+def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
+    """What is added last comes first: a request meets the log, then CORS, the key, and the limit."""
+    app.add_middleware(LimitBody, max_bytes=options.max_body_bytes)
+    if options.api_key:
+        app.add_middleware(RequireKey, keys=options.api_key)
+    if options.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(options.allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=["X-Request-Id"],
+        )
+    app.add_middleware(RequestLog)
 
 
 class _Routes:
     """Everything that does not run the model."""
 
-    def __init__(self, served: ServedModel, version: str):
+    def __init__(self, served: ServedModel, metrics: ServingMetrics, version: str):
         self._served = served
+        self._metrics = metrics
         self._version = version
         self._started = int(time.time())
         self._prompts = PromptReader(served)
-        self._registry = CollectorRegistry()
-        self._registry.register(EngineMetrics(served))
+        self._page = status.PAGE.read_text(encoding="utf-8")
 
     async def health(self) -> Response:
         """200 while the engine makes progress, 503 once it has stopped or hangs."""
@@ -73,12 +98,26 @@ class _Routes:
             return error_response(503, "the engine has stopped or hangs", "server_error", code="engine_unhealthy")
         return Response(status_code=200)
 
+    async def ready(self) -> Response:
+        """200 while new requests are welcome: healthy and not shutting down. `/health` is about the process alone."""
+        if self._served.lifecycle.is_draining:
+            return error_response(503, "the server is shutting down", "server_error", code="draining")
+        return await self.health()
+
+    async def status_page(self) -> Response:
+        """A page for people, which shows `/status.json`."""
+        return Response(self._page, media_type="text/html", headers=status.HEADERS)
+
+    async def status(self) -> dict[str, Any]:
+        """Queue, batch, cache, counters and latencies."""
+        return status.figures(self._served, self._metrics, self._version)
+
     async def show_version(self) -> VersionResponse:
         return VersionResponse(version=self._version)
 
     async def metrics(self) -> Response:
         """Prometheus text."""
-        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self) -> ModelList:
         """The served names."""

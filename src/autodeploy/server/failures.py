@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 404, 405, 413, 422, 429, 500, 503)
+    status: {"model": ErrorResponse} for status in (400, 401, 404, 405, 413, 422, 429, 500, 503)
 }
 
 
@@ -56,6 +56,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(AutoDeployError, _on_own_error)
+    app.add_exception_handler(ClientDisconnectedError, _on_client_gone)
     app.add_exception_handler(Exception, _on_unexpected_error)
 
 
@@ -110,8 +111,15 @@ async def _on_own_error(request: Request, error: Exception) -> Response:
     return error_response(500, message, "server_error")
 
 
+async def _on_client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
 async def _on_unexpected_error(request: Request, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnectedError):
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return unexpected_error()
+
+
+def unexpected_error() -> Response:
+    """What a client reads of a fault of ours."""
     # The text of an unexpected exception stays in the log: it may hold what is not the client's business.
     return error_response(500, "internal error; the server's log has the details", "server_error")

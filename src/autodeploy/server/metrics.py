@@ -1,17 +1,109 @@
-"""Prometheus metrics: the engine's counters and what requests took go in, a scrape's text comes out.
+"""Metrics: what requests took and the engine's counters go in; Prometheus' text and the status page's figures come out.
 
 Names are those that vLLM's users have on their dashboards, where they mean the same.
 """
 
-from collections.abc import Iterable
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
 
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from autodeploy.outputs import OutputCollector, OutputDelta
 from autodeploy.server.served import ServedModel
 
+RECENT = 1000
+"""Requests whose latencies the status page's percentiles are of."""
 
-class EngineMetrics:
-    """Reads the engine's counters whenever they are asked for, under the names that dashboards for vLLM use."""
+_SECONDS = tuple(0.001 * 2**power for power in range(18))  # to 131 seconds
+_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+
+
+class ServingMetrics:
+    """All metrics of one server."""
+
+    def __init__(self, served: ServedModel):
+        self._served = served
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineMetrics(served))
+        self.started = time.time()
+        self.recent_first_token: deque[float] = deque(maxlen=RECENT)
+        self.recent_between_tokens: deque[float] = deque(maxlen=RECENT)
+        self.recent_total: deque[float] = deque(maxlen=RECENT)
+        self._first_token = self._histogram("time_to_first_token_seconds", "Until a request's first token.", _SECONDS)
+        self._between = self._histogram("inter_token_latency_seconds", "Between two tokens of a sequence.", _SECONDS)
+        self._total = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _SECONDS)
+        self._prompt = self._histogram("request_prompt_tokens", "Tokens of a request's prompt.", _TOKENS)
+        self._generation = self._histogram("request_generation_tokens", "Tokens generated for a request.", _TOKENS)
+        self._ended = Counter(
+            "vllm:request_success",
+            "Sequences that ended, by reason.",
+            ["model_name", "finished_reason"],
+            registry=self._registry,
+        )
+
+    def text(self) -> bytes:
+        """For a scrape."""
+        return generate_latest(self._registry)
+
+    def watch(self, collectors: Sequence[OutputCollector]) -> "RequestWatch":
+        """Follows the requests of one call."""
+        return RequestWatch(self, collectors)
+
+    def note_first_token(self, seconds: float) -> None:
+        self._first_token.observe(seconds)
+        self.recent_first_token.append(seconds)
+
+    def note_token(self, seconds: float) -> None:
+        self._between.observe(seconds)
+        self.recent_between_tokens.append(seconds)
+
+    def note_end(self, reason: str) -> None:
+        self._ended.labels(self._served.names[0], reason).inc()
+
+    def note_request(self, collector: OutputCollector) -> None:
+        """A request all of whose sequences have ended."""
+        times = collector.metrics
+        if times.finished_time is not None:
+            self._total.observe(times.finished_time - times.arrival_time)
+            self.recent_total.append(times.finished_time - times.arrival_time)
+        self._prompt.observe(len(collector.prompt_token_ids))
+        self._generation.observe(collector.num_output_tokens)
+
+    def _histogram(self, name: str, help_text: str, buckets: Sequence[float]) -> Histogram:
+        histogram = Histogram(
+            f"vllm:{name}", help_text, ["model_name"], registry=self._registry, buckets=tuple(buckets)
+        )
+        return histogram.labels(self._served.names[0])
+
+
+class RequestWatch:
+    """Takes the times of one call's requests as their outputs pass by."""
+
+    def __init__(self, metrics: ServingMetrics, collectors: Sequence[OutputCollector]):
+        self._metrics = metrics
+        self._collectors = {collector.request_id: collector for collector in collectors}
+        self._latest: dict[tuple[str, int], float] = {}
+
+    def see(self, request_id: str, delta: OutputDelta) -> None:
+        now = time.monotonic()
+        collector = self._collectors[request_id]
+        if delta.token_ids:
+            before = self._latest.get((request_id, delta.index))
+            if before is None:
+                self._metrics.note_first_token(now - collector.metrics.arrival_time)
+            else:
+                self._metrics.note_token((now - before) / len(delta.token_ids))
+            self._latest[request_id, delta.index] = now
+        if delta.finish_reason is not None:
+            self._metrics.note_end(delta.finish_reason)
+            if collector.finished:
+                self._metrics.note_request(collector)
+
+
+class _EngineMetrics:
+    """Reads the engine's counters whenever they are asked for."""
 
     def __init__(self, served: ServedModel):
         self._served = served
@@ -27,6 +119,8 @@ class EngineMetrics:
             ("num_preemptions", "Sequences put back to waiting for lack of memory.", stats.num_preemptions),
             ("prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens),
             ("generation_tokens", "Tokens generated.", stats.generation_tokens),
+            ("prefix_cache_queries", "Prompt tokens looked for in the cache.", stats.prefix_cache_queried_tokens),
+            ("prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hit_tokens),
         )
         for kind, entries in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, help_text, value in entries:

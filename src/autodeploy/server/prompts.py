@@ -6,6 +6,9 @@ from functools import partial
 from autodeploy.errors import InvalidRequestError
 from autodeploy.server.requests import CompletionRequest, ConversationFields
 from autodeploy.server.served import ServedModel
+from autodeploy.server.time_limit import OutOfTimeError, run_within
+
+TEMPLATE_SECONDS = 10.0
 
 
 class PromptReader:
@@ -44,7 +47,12 @@ class PromptReader:
             template_arguments=body.template_arguments(),
             trust_messages=False,
         )
-        token_ids = await asyncio.to_thread(render)
+        try:
+            token_ids = await asyncio.to_thread(run_within, TEMPLATE_SECONDS, render)
+        except OutOfTimeError as error:
+            raise InvalidRequestError(
+                f"the chat template is too slow for these messages: {error}", "messages"
+            ) from error
         return token_ids[-truncate:] if truncate else token_ids
 
     def text(self, prompt: str | list[int], token_ids: list[int]) -> str:

@@ -18,13 +18,15 @@ from starlette.types import Receive, Scope, Send
 from autodeploy.errors import InvalidRequestError
 from autodeploy.outputs import CompletionOutput, OutputCollector
 from autodeploy.runtime.async_engine import TokenStream
-from autodeploy.runtime.request import MAX_SEQUENCES_PER_REQUEST, RequestOptions, SamplingParams
+from autodeploy.runtime.request import RequestOptions, SamplingParams
 from autodeploy.runtime.tokenizer import with_token_ids
 from autodeploy.server import chat, streaming
 from autodeploy.server.answer_parts import THOUGHT_BEGINS, THOUGHT_ENDS
 from autodeploy.server.answer_reader import AnswerPlan
 from autodeploy.server.failures import ClientDisconnectedError
 from autodeploy.server.logprobs import TokenNames
+from autodeploy.server.metrics import ServingMetrics
+from autodeploy.server.options import ServerOptions
 from autodeploy.server.prompts import PromptReader
 from autodeploy.server.requests import ChatCompletionRequest, CompletionRequest, SamplingRequest
 from autodeploy.server.served import ServedModel
@@ -42,8 +44,10 @@ Chunks = Callable[[AnswerForm, Generation], AsyncIterator[BaseModel]]
 class GenerationRoutes:
     """`/v1/completions` and `/v1/chat/completions`."""
 
-    def __init__(self, served: ServedModel):
+    def __init__(self, served: ServedModel, metrics: ServingMetrics, options: ServerOptions):
         self._served = served
+        self._metrics = metrics
+        self._most_sequences = options.max_sequences_per_request
         self._prompts = PromptReader(served)
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
@@ -53,9 +57,9 @@ class GenerationRoutes:
         prompts = body.prompts()
         if not prompts:
             raise InvalidRequestError("the prompt is empty; give at least one", "prompt")
-        if len(prompts) * params.n > MAX_SEQUENCES_PER_REQUEST:
+        if len(prompts) * params.n > self._most_sequences:
             raise InvalidRequestError(
-                f"{len(prompts)} prompts times n={params.n} are more than {MAX_SEQUENCES_PER_REQUEST} sequences; "
+                f"{len(prompts)} prompts times n={params.n} are more than {self._most_sequences} sequences; "
                 "send several requests",
                 "prompt",
             )
@@ -72,6 +76,8 @@ class GenerationRoutes:
         """Answer a conversation."""
         model = self._served.checked_name(body.model)
         params = await self._params(body)
+        if params.n > self._most_sequences:
+            raise InvalidRequestError(f"n={params.n} is more than {self._most_sequences} sequences", "n")
         token_ids = await self._prompts.encode_chat(body, truncate=body.truncate_prompt_tokens)
         plan, top = self._plan(body, token_ids), body.top_logprobs or 0
         form = self._form("chatcmpl", model, body, top_logprobs=top, names=self._names(body), plan=plan)
@@ -164,7 +170,7 @@ class GenerationRoutes:
         except BaseException:
             stream.close()
             raise
-        return Generation(stream, collectors)
+        return Generation(stream, collectors, self._metrics.watch(collectors))
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:

@@ -12,6 +12,13 @@ from autodeploy.runtime.constraints import Constraints
 from autodeploy.runtime.tokenizer import Tokenizer
 
 
+@dataclass
+class Lifecycle:
+    """Where the server is. Draining, it ends what runs and should get nothing new."""
+
+    is_draining: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
     """One model, as clients see it.
@@ -30,6 +37,7 @@ class ServedModel:
     max_model_len: int | None = None
     constraints: Constraints = field(default_factory=Constraints)
     default_sampling: Mapping[str, Any] = field(default_factory=dict)
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
 
     def require_tokenizer(self, parameter: str) -> Tokenizer:
         """Raises InvalidRequestError, about the field `parameter`, where there is none."""

@@ -23,6 +23,7 @@ from autodeploy.server.answers import (
 )
 from autodeploy.server.failures import RequestFailedError, public_message
 from autodeploy.server.logprobs import Entries, TokenNames
+from autodeploy.server.metrics import RequestWatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +59,12 @@ class Generation:
     Args:
         stream: has the collectors' requests and no others.
         collectors: one per prompt, in order.
+        watch: is shown every delta.
     """
 
-    def __init__(self, stream: TokenStream, collectors: Sequence[OutputCollector]):
+    def __init__(self, stream: TokenStream, collectors: Sequence[OutputCollector], watch: RequestWatch | None = None):
         self.stream = stream
+        self._watch = watch
         self.collectors = list(collectors)
         self._by_request = {collector.request_id: collector for collector in collectors}
         sizes = [collector.params.n for collector in collectors]
@@ -86,6 +89,8 @@ class Generation:
             delta = self._by_request[output.request_id].add(output)
             if delta is None:
                 continue
+            if self._watch is not None:
+                self._watch.see(output.request_id, delta)
             if delta.finish_reason == "error":
                 raise RequestFailedError(str(delta.stop_reason or "the request failed"))
             yield self._first_choice[output.request_id] + delta.index, delta

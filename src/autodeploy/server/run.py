@@ -1,0 +1,64 @@
+"""Runs the app with uvicorn until a signal ends it: first it stops taking requests, then those that run may finish."""
+
+import asyncio
+import logging
+import socket
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from autodeploy.server.logs import log_config
+from autodeploy.server.options import ServerOptions
+from autodeploy.server.served import ServedModel
+
+logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 10
+"""After requests were cut off, for their errors to be sent."""
+
+
+class DrainingServer(uvicorn.Server):
+    """On SIGTERM or SIGINT: no new connections, `/ready` says no, what runs has `drain_timeout_seconds`.
+
+    What is not finished by then ends with an error that says so; a second signal ends everything at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, served: ServedModel, drain_timeout_seconds: float):
+        super().__init__(config)
+        self._served = served
+        self._drain_timeout_seconds = drain_timeout_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._served.lifecycle.is_draining = True
+        logger.info("shutting down: requests that run may take %g more seconds", self._drain_timeout_seconds)
+        cut_off = asyncio.create_task(self._cut_off())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            cut_off.cancel()
+
+    async def _cut_off(self) -> None:
+        await asyncio.sleep(self._drain_timeout_seconds)
+        logger.warning("the time to finish is over; requests that still run end with an error")
+        await asyncio.to_thread(self._served.engine.shutdown)
+
+
+def make_server(app: FastAPI, served: ServedModel, options: ServerOptions, **more: Any) -> DrainingServer:
+    """The server, not running yet. h11 bounds the size of headers."""
+    config = uvicorn.Config(
+        app,
+        host=options.host,
+        port=options.port,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        server_header=False,
+        log_config=log_config(options.log_format),
+        ssl_keyfile=options.ssl_keyfile,
+        ssl_certfile=options.ssl_certfile,
+        timeout_graceful_shutdown=int(options.drain_timeout_seconds) + GRACE_SECONDS,
+        **more,
+    )
+    return DrainingServer(config, served, options.drain_timeout_seconds)
