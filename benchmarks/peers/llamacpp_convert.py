@@ -64,7 +64,8 @@ def _write_fields(writer: Any, config: dict[str, Any]) -> None:
         writer.add_head_count_kv(kv_heads)
         writer.add_feed_forward_length(config["intermediate_size"])
     else:
-        writer.add_head_count_kv([kv_heads if kind == "attention" else 0 for kind in config["layer_types"]])
+        attends = [kind in ("attention", "full_attention") for kind in config["layer_types"]]
+        writer.add_head_count_kv([kv_heads if attending else 0 for attending in attends])
         writer.add_feed_forward_length(config["shared_intermediate_size"])
         writer.add_ssm_conv_kernel(config["mamba_d_conv"])
         writer.add_ssm_state_size(config["mamba_d_state"])

@@ -4,6 +4,7 @@
 in a small shape of a kind of model; speed does not depend on what the weights are.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -102,4 +103,8 @@ def _write(target: Path, fields: dict[str, Any]) -> None:
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     partial = target.with_name("partial")
     model.save_pretrained(partial)
+    if "layer_types" in fields:  # stored under new names, which peers with an older transformers do not read
+        stored = json.loads((partial / "config.json").read_text(encoding="utf-8"))
+        stored["layer_types"] = fields["layer_types"]
+        (partial / "config.json").write_text(json.dumps(stored, indent=1), encoding="utf-8")
     partial.rename(target)

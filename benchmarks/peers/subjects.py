@@ -122,7 +122,8 @@ def _converted(script: str, python: Path, source: Path, target: Path, precision:
     command = [str(python), str(HERE / script), str(source), str(partial), precision]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not partial.exists():
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        raise NotAvailable(f"no {precision} files: {lines[-1][:300]}")
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        errors = [line for line in lines if "Error" in line] or lines
+        raise NotAvailable(f"no {precision} files: {errors[-1][:300]}")
     partial.rename(target)
     return target
