@@ -45,11 +45,11 @@ class Load:
     rounds: int = 5
 
 
-def load_engine(folder: str, transforms: Transforms) -> Engine:
+def load_engine(folder: str, precision: str, transforms: Transforms) -> Engine:
     """An engine with some transforms switched off, with memory for one long request."""
-    options = parse_options(
-        {"transforms": transforms, "graph_cache": False, "check_isolation": False, "kv_cache_memory_bytes": 2**28}
-    )
+    quantization = None if precision == "bf16" else precision
+    lean = {"graph_cache": False, "check_isolation": False, "kv_cache_memory_bytes": 2**28}
+    options = parse_options({"transforms": transforms, "quantization": quantization} | lean)
     return Engine(build(folder, options), options.engine)
 
 
@@ -79,13 +79,14 @@ def figures(engine: Engine, load: Load, seed: int) -> dict[str, float]:
     return {"decode": (len(decode) - 1) / (decode[-1] - decode[0]), "prefill": load.prefill / prefill[0]}
 
 
-def compare(folder: str, default: Engine, load: Load, chosen: list[str] | None) -> dict[str, dict[str, list[Any]]]:
+def compare(folder: str, precision: str, load: Load, chosen: list[str] | None) -> dict[str, dict[str, list[Any]]]:
     """Switch -> figure -> pairs [with, without], one per round after one that is not counted."""
+    default = load_engine(folder, precision, {})
     pairs: dict[str, dict[str, list[Any]]] = {}
     for name, transforms in switches(default).items():
         if chosen and name not in chosen:
             continue
-        other = load_engine(folder, transforms)
+        other = load_engine(folder, precision, transforms)
         pairs[name] = {"decode": [], "prefill": []}
         for turn in range(load.rounds + 1):
             found = [figures(engine, load, turn) for engine in (default, other)]
@@ -104,6 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="smollm2", help=f"of {', '.join(models.NAMES)}, or a folder")
+    parser.add_argument("--precision", choices=("bf16", "int8", "int4"), default="bf16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", help="names of switches, as printed")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, one round, seconds")
@@ -111,10 +113,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/local"))
     given = parser.parse_args(arguments)
     load = Load(decode=(8, 4), prefill=16, rounds=1) if given.smoke else Load(rounds=given.rounds)
+    before = record.machine()
     name, only = ("tiny", SMOKE) if given.smoke else (given.model, given.only)
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(models.folder(Path(scratch) if given.smoke else given.build.resolve(), name))
-        pairs = compare(folder, load_engine(folder, {}), load, only)
+        pairs = compare(folder, given.precision, load, only)
     limits = measure(torch.device("cpu"), torch.bfloat16, 0.1 if given.smoke else 3.0)
     raw = {
         "benchmark": "ablation",
@@ -122,13 +125,14 @@ def main(arguments: list[str] | None = None) -> None:
         "model": name,
         "load": dataclasses.asdict(load),
         "limits": dataclasses.asdict(limits),
-        "ratios": {switch: ratios(values) for switch, values in pairs.items()},
-        "samples": pairs,
-        "machine": record.machine(),
+        "precisions": {
+            given.precision: {"ratios": {name: ratios(each) for name, each in pairs.items()}, "samples": pairs}
+        },
+        "machine": before,
         "versions": record.versions(),
     }
     given.output.mkdir(parents=True, exist_ok=True)
-    path = given.output / f"ablation-{name}_{platform.machine()}_{time.strftime('%Y%m%d-%H%M')}.json"
+    path = given.output / f"ablation-{name}-{given.precision}_{platform.machine()}_{time.strftime('%Y%m%d-%H%M')}.json"
     path.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
 
 

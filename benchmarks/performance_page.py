@@ -2,7 +2,7 @@
 
     python benchmarks/performance_page.py [--results benchmarks/results] [--page docs/performance.md]
 
-Of each model the newest record counts that was taken on an idle machine; one of a loaded machine is named and left out.
+Of each model and precision the newest record of an idle machine counts; those of a loaded one are named and left out.
 """
 
 import argparse
@@ -12,6 +12,9 @@ from typing import Any
 
 from peers.bars import Bar, Panel, svg
 from peers.summary import FIGURES, IDLE_LOAD, OURS, advantage, newest, number, samples, share
+
+Records = dict[str, dict[str, Any]]
+"""Precision -> the record that has it."""
 
 PLOTTED = ("decode", "prefill_1024", "requests")
 HEAD = """# Performance
@@ -25,11 +28,12 @@ rate for prefill. Nothing is set but the precision.
 """
 
 
-def table(record: dict[str, Any]) -> list[str]:
+def table(records: Records) -> list[str]:
     """One row per precision and subject."""
     heads = ["weights", "", *(figure.label for figure in FIGURES.values())]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for precision, group in record["precisions"].items():
+    for precision, record in records.items():
+        group = record["precisions"][precision]
         for name in group["samples"]:
             cells = [_cell(record, group, figure, name) for figure in FIGURES]
             lines.append(f"| {precision} | {name} | {' | '.join(cells)} |")
@@ -53,13 +57,13 @@ def _cell(record: dict[str, Any], group: dict[str, Any], figure: str, name: str)
     return text
 
 
-def plot(record: dict[str, Any]) -> str:
+def plot(records: Records) -> str:
     """The rates of every subject and precision, as SVG."""
     panels = []
     for figure in PLOTTED:
         bars = []
-        for precision, group in record["precisions"].items():
-            for name, values in samples(group, figure).items():
+        for precision, record in records.items():
+            for name, values in samples(record["precisions"][precision], figure).items():
                 middle = statistics.median(values)
                 label = f"{name} {precision}"
                 bars.append(Bar(label=label, value=middle, low=min(values), high=max(values), ours=name == OURS))
@@ -91,11 +95,15 @@ def conditions(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def ablation(record: dict[str, Any]) -> list[str]:
+def ablation(model: str, records: Records) -> list[str]:
     """What each switch is worth."""
-    lines = [f"### {record['model']}", "", "| off | decode | prefill |", "|---|---|---|"]
-    lines += [f"| {name} | {each['decode']:.2f} | {each['prefill']:.2f} |" for name, each in record["ratios"].items()]
-    return [*lines, "", f"{len(record['samples'])} switches, record `{record['file']}`.", ""]
+    lines = []
+    for precision, record in records.items():
+        lines += [f"### {model}, {precision}", "", "| off | decode | prefill |", "|---|---|---|"]
+        for name, each in record["precisions"][precision]["ratios"].items():
+            lines.append(f"| {name} | {each['decode']:.2f} | {each['prefill']:.2f} |")
+        lines += ["", f"Record `{record['file']}`.", ""]
+    return lines
 
 
 def page(results: Path, images: Path) -> str:
@@ -105,16 +113,18 @@ def page(results: Path, images: Path) -> str:
     lines = [HEAD]
     if not compared:
         lines += [f"No record of a run on an idle machine (load of {IDLE_LOAD} at most) is there yet.", ""]
-    for model, record in compared.items():
+    for model, records in compared.items():
         images.mkdir(parents=True, exist_ok=True)
-        (images / f"peers-{model}.svg").write_text(plot(record), encoding="utf-8")
+        (images / f"peers-{model}.svg").write_text(plot(records), encoding="utf-8")
         lines += [f"## {model}", "", f"![rates of {model}](images/peers-{model}.svg)", ""]
-        lines += [*table(record), "", *conditions(record), ""]
+        lines += [*table(records), ""]
+        for record in {record["file"]: record for record in records.values()}.values():
+            lines += [*conditions(record), ""]
     if ablated:
         lines += ["## What each fusion and kernel is worth", ""]
-        lines += ["Rate with it over rate without, in bfloat16, medians of pairs taken in turns.", ""]
-    for record in ablated.values():
-        lines += ablation(record)
+        lines += ["Rate with it over rate without, medians of pairs taken in turns.", ""]
+    for model, records in ablated.items():
+        lines += ablation(model, records)
     if loaded := loaded + loaded_too:
         lines += [f"Left out, as the machine was busy: {', '.join(f'`{name}`' for name in loaded)}.", ""]
     return "\n".join(lines).rstrip() + "\n"

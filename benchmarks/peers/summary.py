@@ -40,16 +40,17 @@ FIGURES = {
 }
 
 
-def newest(results: Path, benchmark: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Model -> its newest record of an idle machine, and the names of files of a loaded one."""
-    records: dict[str, dict[str, Any]] = {}
+def newest(results: Path, benchmark: str) -> tuple[dict[str, dict[str, dict[str, Any]]], list[str]]:
+    """Model -> precision -> the newest record of an idle machine that has it; and the files of a loaded machine."""
+    records: dict[str, dict[str, dict[str, Any]]] = {}
     loaded = []
     for path in sorted(results.glob(f"{benchmark}-*.json"), key=lambda path: path.stem.rsplit("_", 1)[-1]):
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["machine"]["load_average"][0] > IDLE_LOAD:
             loaded.append(path.name)
         else:
-            records[record["model"]] = record | {"file": path.name}
+            found = dict.fromkeys(record["precisions"], record | {"file": path.name})
+            records.setdefault(record["model"], {}).update(found)
     return records, loaded
 
 

@@ -54,9 +54,12 @@ def test_the_newest_record_of_an_idle_machine_counts(script: Script, tmp_path: P
     newest = script("peers.summary").newest
     _write(tmp_path, "peers-small_arm_20260102-1200.json", versions={"torch": "new"})
     _write(tmp_path, "peers-small_x86_20260101-1200.json", versions={"torch": "old"})
+    only = {"int4": RECORD["precisions"]["int4"]}
+    _write(tmp_path, "peers-small_x86_20260102-1300.json", versions={"torch": "newest"}, precisions=only)
     _write(tmp_path, "peers-small_x86_20260103-1200.json", machine=MACHINE | {"load_average": [1.5, 0.0, 0.0]})
     records, loaded = newest(tmp_path, "peers")
-    assert {model: record["versions"] for model, record in records.items()} == {"small": {"torch": "new"}}
+    versions = {precision: record["versions"] for precision, record in records["small"].items()}
+    assert versions == {"bf16": {"torch": "new"}, "int4": {"torch": "newest"}}
     assert loaded == ["peers-small_x86_20260103-1200.json"]
 
 
@@ -76,8 +79,8 @@ def test_ratios_and_shares_follow_from_medians(script: Script) -> None:
 
 def test_the_page_and_its_plot(script: Script, tmp_path: Path) -> None:
     _write(tmp_path, "peers-small_x86_20260101-1200.json")
-    ablation = {"ratios": {"fuse_qkv": {"decode": 1.25, "prefill": 1.0}}, "samples": {"fuse_qkv": {}}}
-    _write(tmp_path, "ablation-small_x86_20260101-1200.json", **ablation)
+    ratios = {"int8": {"ratios": {"fuse_qkv": {"decode": 1.25, "prefill": 1.0}}}}
+    _write(tmp_path, "ablation-small-int8_x86_20260101-1200.json", precisions=ratios)
     page = tmp_path / "docs" / "performance.md"
     page.parent.mkdir()
     script("performance_page").main(["--results", str(tmp_path), "--page", str(page)])
@@ -86,6 +89,7 @@ def test_the_page_and_its_plot(script: Script, tmp_path: Path) -> None:
     assert "| bf16 | two | 80 | - |" in text
     assert "- Not measured: AutoDeploy int4: raises." in text
     assert "- Failed: two bf16: prefill_1024: out of words." in text
+    assert "### small, int8" in text
     assert "| fuse_qkv | 1.25 | 1.00 |" in text
     drawn = ElementTree.parse(page.parent / "images" / "peers-small.svg").getroot()
     texts = [each.text for each in drawn.iter("{http://www.w3.org/2000/svg}text")]

@@ -44,12 +44,12 @@ def test_peers(script: Script, tmp_path: Path) -> None:
 
 def test_ablation(script: Script, tmp_path: Path) -> None:
     script("ablation").main(["--smoke", "--output", str(tmp_path)])
-    record = _record(tmp_path)
-    assert record["ratios"].keys() == {"fuse_qkv", "kernel rms_norm"}
-    for name, figures in record["samples"].items():
+    group = _record(tmp_path)["precisions"]["bf16"]
+    assert group["ratios"].keys() == {"fuse_qkv", "kernel rms_norm"}
+    for name, figures in group["samples"].items():
         for figure, pairs in figures.items():
             ((on, off),) = pairs
-            assert record["ratios"][name][figure] == pytest.approx(on / off, abs=1e-3)
+            assert group["ratios"][name][figure] == pytest.approx(on / off, abs=1e-3)
 
 
 def test_compare_transformers(script: Script, tmp_path: Path) -> None:
