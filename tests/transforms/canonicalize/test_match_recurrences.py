@@ -108,6 +108,13 @@ def _reset(self: Sketch, x: Tensor) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
+def _nothing_carried(self: Sketch, x: Tensor) -> Tensor:
+    rows = []
+    for t in range(x.shape[1]):
+        rows.append(self.gate(x[:, t]).tanh() * self.decay)
+    return torch.stack(rows, 1)
+
+
 NAMED: dict[Body, dict[str, int]] = {
     _lerp: {"linear_recurrence": 1},
     _two_states_in_turn: {"linear_recurrence": 2},
@@ -115,6 +122,7 @@ NAMED: dict[Body, dict[str, int]] = {
     _selective_scan: {"linear_attention": 1},
     _normalised: {"linear_attention": 2},
     _gated_delta_rule: {"delta_rule": 1},
+    _nothing_carried: {"token_shift": 0},
     _previous_token: {"token_shift": 1, "linear_recurrence": 0},
 }
 

@@ -1,12 +1,12 @@
 """MatchRecurrences: a rolled loop whose step is that of a named op, by its numbers, becomes calls of that op."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -18,7 +18,7 @@ from autodeploy.ops.recurrence import parse_body, recurrence
 from autodeploy.transforms.canonicalize.bounds import bounds
 from autodeploy.transforms.canonicalize.evaluate import NotEvaluable, evaluate, is_evaluable
 from autodeploy.transforms.canonicalize.loop_step import Form, Step
-from autodeploy.transforms.canonicalize.named_recurrence import LEAST, named_recurrence
+from autodeploy.transforms.canonicalize.named_recurrence import LEAST, NamedRecurrence, named_recurrence
 
 aten = torch.ops.aten
 
@@ -31,6 +31,8 @@ class MatchRecurrences(Transform):
     for all tokens at once. Named ops hold their states in float32 and run whole chunks of tokens; sums come in another
     order. What is not recognised stays a recurrence, which is right and runs token by token.
     """
+
+    tolerance: ClassVar[Mapping[torch.dtype, float]] = {**Transform.tolerance, torch.float32: 1e-4}
 
     def apply(self, graph: ModelGraph) -> TransformResult:
         found = graph.nodes(recurrence)
@@ -94,18 +96,23 @@ def _traced(
     """
     try:
         named = named_recurrence(Step(parse_body(body)), tokens, constants, carried, starts)
-    except Exception:  # the step does not run on numbers of another dtype, or on random ones
+        return None if named is None else _trace(named, tokens, constants)
+    except Exception:  # the step does not run on numbers of another dtype, on random ones, or for all tokens at once
         return None
-    if named is None:
-        return None
+
+
+def _trace(named: NamedRecurrence, tokens: Sequence[Form], constants: Sequence[Form]) -> fx.Graph | None:
     mode = FakeTensorMode(shape_env=ShapeEnv())
     context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])  # type: ignore[var-annotated]
     row = mode.from_tensor(torch.empty(23), symbolic_context=context)
+
+    def call(cu_seqlens: Tensor, *values: Tensor) -> Tensor:
+        return named(values[: len(tokens)], values[len(tokens) :], cu_seqlens)
+
     with mode:
         fakes = [row.new_empty(1, row.shape[0], *shape, dtype=dtype) for shape, dtype in tokens]
         fakes += [row.new_empty(shape, dtype=dtype) for shape, dtype in constants]
-        traced = make_fx(lambda cu_seqlens, *values: named(values[: len(tokens)], values[len(tokens) :], cu_seqlens))(
-            row.new_empty(3, dtype=torch.int32), *fakes
-        ).graph
+        traced = make_fx(call)(row.new_empty(3, dtype=torch.int32), *fakes).graph
     traced.eliminate_dead_code()
-    return traced if isinstance(fakes[0].shape[1], torch.SymInt) and fakes[0].shape[1].node.expr.free_symbols else None
+    length = row.shape[0]
+    return traced if isinstance(length, torch.SymInt) and length.node.expr.free_symbols else None
