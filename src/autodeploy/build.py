@@ -36,6 +36,7 @@ from autodeploy.models.locate import LocatedModel, locate_model
 from autodeploy.ops.linear import linear
 from autodeploy.ops.moe import expert_linear, moe
 from autodeploy.ops.quantized_linear import quantized_linear
+from autodeploy.ops.quantized_moe import quantized_moe
 
 # Importing transformers, and torch.export, takes longer than the whole start of a model whose graph was kept. So the
 # steps that need them import them.
@@ -323,22 +324,34 @@ def _count_flops(graph: ModelGraph) -> tuple[int, int]:
             arguments = fx.map_arg(op.arguments(node.args, node.kwargs), lambda argument: argument.meta["val"])
             is_per_token = any(num_tokens == str(size) for size in arguments["x"].shape[:-1])
             flops[is_per_token] += op.work(**arguments).flops_per_token
-    return flops[True] + sum(2 * count for _, count in _chosen_weights(graph)), flops[False]
+    return flops[True] + sum(2 * count * each for _, count, each in _chosen_weights(graph)), flops[False]
 
 
-def _chosen_weights(graph: ModelGraph) -> Iterator[tuple[fx.Node, int]]:
-    """Each node that reads experts' weights, and how many of their elements one token's experts have."""
+_EXPERTS = (
+    (moe, ("gate_up", "down"), ()),
+    (expert_linear, ("weight",), ()),
+    (quantized_moe, ("gate_up", "down"), ("gate_up_scales", "gate_up_offsets", "down_scales", "down_offsets")),
+)
+"""Ops that read experts' weights, the parameters that are weights, and those that belong to them."""
+
+
+def _chosen_weights(graph: ModelGraph) -> Iterator[tuple[fx.Node, int, int]]:
+    """Each node that reads experts' weights, how many of its elements one token's experts have, and weights in each."""
     input_ids = graph.input("input_ids")
     assert input_ids is not None
-    for op, names in ((moe, ("gate_up", "down")), (expert_linear, ("weight",))):
+    for op, names, belonging in _EXPERTS:
         for node in graph.nodes(op):
             arguments = op.arguments(node.args, node.kwargs)
             indices = arguments["indices"].meta["val"]
             choices = _hint(indices.shape[0]) * _hint(indices.shape[1]) // _hint(input_ids.meta["val"].shape[1])
-            for name in names:
-                weight: fx.Node = arguments[name]
+            for name in (*names, *belonging):
+                weight: fx.Node | None = arguments[name]
+                if weight is None:
+                    continue
                 value = weight.meta["val"]
-                yield weight, value.numel() // value.shape[0] * min(choices, value.shape[0])
+                num_experts = arguments.get("num_experts", value.shape[0])
+                weights_each = 0 if name in belonging else 8 // value.shape[2] if op is quantized_moe else 1
+                yield weight, value.numel() // num_experts * min(choices, num_experts), weights_each
 
 
 def _hint(size: int | torch.SymInt) -> int:
@@ -354,7 +367,7 @@ def _unread_bytes(graph: ModelGraph) -> int:
         if all(user.target in lookups for user in node.users)
     ]
     unread = sum(weight_bytes(graph.weights[name]) for name in tables if name in graph.weights)
-    experts = [(node.meta["val"], count) for node, count in _chosen_weights(graph)]
+    experts = [(node.meta["val"], count) for node, count, _ in _chosen_weights(graph)]
     return unread + sum(int(value.numel() - count) * int(value.element_size()) for value, count in experts)
 
 

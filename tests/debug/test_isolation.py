@@ -23,10 +23,11 @@ def _mean_over_tokens(self: nn.Module, x: Tensor) -> Tensor:
     return self.inner(x + x.mean(1, keepdim=True))
 
 
-def test_a_mixing_op_is_named_with_its_line() -> None:
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_mixing_op_is_named_with_its_line(quantization: str | None) -> None:
     model = Sketch(_mean_over_tokens, inner=nn.Linear(16, 16))
     with pytest.raises(TokenMixingError, match=r"First seen at add in module"):
-        build(model)
+        build(model, parse_options({"quantization": quantization}))
 
 
 def test_can_be_switched_off() -> None:

@@ -18,7 +18,7 @@ mlstm.py         the matrix memory of an xLSTM
 recurrence.py    any loop over tokens, given as text, whole and cached
 token_shift.py   the token some places back, whole and cached
 norm.py rope.py linear.py mlp.py moe.py   token-wise operations
-quantized_linear.py          products with weights of 8 or 4 bits
+quantized_linear.py quantized_moe.py       products with weights of 8 or 4 bits
 """
 
 from autodeploy.ops.attention import attention, cached_attention
@@ -36,6 +36,7 @@ from autodeploy.ops.moe import expert_linear, moe
 from autodeploy.ops.norm import add_rms_norm, gated_rms_norm, layer_norm, rms_norm
 from autodeploy.ops.op import OPS, Kernel, Op, find_op, op
 from autodeploy.ops.quantized_linear import quantized_linear
+from autodeploy.ops.quantized_moe import quantized_moe
 from autodeploy.ops.recurrence import recurrence
 from autodeploy.ops.rope import rope
 from autodeploy.ops.sparse_attention import cached_sparse_attention, sparse_attention
@@ -74,6 +75,7 @@ __all__ = [
     "moe",
     "op",
     "quantized_linear",
+    "quantized_moe",
     "recurrence",
     "rms_norm",
     "rope",

@@ -34,7 +34,7 @@ def expert_gate(hidden: Tensor, activation: str, gated: bool, limit: float | Non
     return function(gate) * (up + up_offset if up_offset else up)
 
 
-def _choices(indices: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor]]:
+def choices(indices: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor]]:
     """Each expert that was chosen, with the positions of its choices in `indices` laid out flat."""
     experts, order = indices.reshape(-1).sort(stable=True)
     borders = torch.searchsorted(experts, torch.arange(num_experts + 1, device=experts.device)).tolist()
@@ -62,7 +62,7 @@ def expert_linear(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | Non
     rows = x.reshape(-1, x.shape[-1])
     rows_each = num_choices // x.shape[1]
     out = x.new_zeros(num_tokens * num_choices, weight.shape[1])
-    for expert, positions in _choices(indices, weight.shape[0]):
+    for expert, positions in choices(indices, weight.shape[0]):
         shift = None if bias is None else bias[expert]
         out[positions] = F.linear(rows[positions // rows_each], weight[expert], shift)
     return out.view(num_tokens, num_choices, -1)
@@ -116,7 +116,7 @@ def moe(
     num_choices = indices.shape[1]
     flat_weights = weights.reshape(-1, 1)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert, positions in _choices(indices, down.shape[0]):
+    for expert, positions in choices(indices, down.shape[0]):
         tokens = positions // num_choices
         hidden = F.linear(x[tokens], gate_up[expert], None if gate_up_bias is None else gate_up_bias[expert])
         hidden = expert_gate(hidden, activation, gated, limit, up_offset)

@@ -13,7 +13,7 @@ from autodeploy.config import CompileOptions, parse_options
 from autodeploy.debug.packed_run import run_packed
 from autodeploy.errors import ConfigError
 from autodeploy.graph.model_graph import ModelGraph
-from autodeploy.ops import linear, quantized_linear
+from autodeploy.ops import linear, moe, quantized_linear, quantized_moe
 from autodeploy.ops.quantized_linear import dequantize, round_activations
 from autodeploy.transforms.canonicalize.match_linear import MatchLinear
 from autodeploy.transforms.pipeline import configure, default_pipeline
@@ -120,6 +120,50 @@ def test_routers_keep_their_precision() -> None:
     assert router.meta["val"].shape[-1] == 4
 
 
+def _mixture(hidden: int = 64, width: int = 32) -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    fields = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}
+    torch.manual_seed(0)
+    config = MixtralConfig(hidden_size=hidden, intermediate_size=width, num_local_experts=4, **fields)
+    model = MixtralForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize(("quantization", "worst"), [("int8", 0.03), ("int4", 0.25)])
+def test_experts_are_quantised_and_their_router_is_not(quantization: str, worst: float) -> None:
+    exact, program = build(_mixture()), build(_mixture(), parse_options({"quantization": quantization}))
+    report = next(report for report in program.report.transforms if report.name == "quantize_weights")
+    assert (report.expected, report.rewritten, report.refused) == (4, 4, ())  # qkv, o, experts, head
+    assert program.report.kernels["linear"] and program.report.kernels["quantized_moe"]
+    assert (exact.flops_per_token, exact.flops_per_logits_row) == (
+        program.flops_per_token,
+        program.flops_per_logits_row,
+    )
+    parts = 4 * 3 * 64 * 32  # weights of experts, of which a token chooses half
+    least = {"int8": parts // 2, "int4": parts // 4}[quantization]
+    unread = program.weight_bytes - program.step_weight_bytes
+    assert least <= unread - 100 * 64 * 4 < 1.3 * least
+    rows = [torch.tensor(prompt) % 100 for prompt in tiny.prompts(4, longest=20)]
+    before, after = run_packed(exact, rows), run_packed(program, rows)
+    # Of two experts with nearly the same score, rounding may choose another one for a token.
+    error = (after - before).norm(dim=-1) / before.norm(dim=-1)
+    assert 1e-4 < float(error.median()) < worst
+
+
+def test_experts_that_are_no_whole_tiles_are_left_with_the_reason() -> None:
+    graph = _lowered(_mixture(width=40), quantization="int8", transforms={"quantize_weights": {"enabled": False}})
+    report = QuantizeWeights(enabled=True, format="int4").run(graph)
+    assert "moe in " in report.refused[0] and "40 inputs are no multiple of 32" in report.refused[0]
+    report = QuantizeWeights(enabled=True, format="int8").run(graph)
+    assert len(report.refused) == 0 and len(graph.nodes(quantized_moe)) == 1
+    odd = _lowered(_mixture(hidden=40), quantization="int8")
+    assert not odd.nodes(quantized_moe) and len(odd.nodes(moe)) == 1
+
+
 def _exactly_rounded(model: nn.Module, formats: dict[str, NumberFormat]) -> nn.Module:
     """The model with each product's weight replaced by what its numbers stand for, activations rounded before it."""
     for name, module in model.named_modules():
@@ -159,8 +203,10 @@ def test_a_model_computes_what_its_rounded_weights_stand_for(
     rows = [torch.tensor(prompt) % 100 for prompt in tiny.prompts(3, longest=20)]
     with torch.no_grad():
         expected = torch.cat([model(row[None]).logits[0] for row in rows])
-    # A value on the border between two levels may go either way; one step of it is all that may differ.
-    assert (run_packed(program, rows) - expected).norm() < 2e-3 * expected.norm()
+    errors = (run_packed(program, rows) - expected).norm(dim=-1) / expected.norm(dim=-1)
+    # A value on the border of two levels may go to either, as sums differ in their last bits; few tokens have one.
+    # Without rounded activations the error would be 0.03 throughout.
+    assert errors.median() < 1e-5 and errors.max() < 2e-2
 
 
 def test_fused_products_are_quantised_as_one() -> None:

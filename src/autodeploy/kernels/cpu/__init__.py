@@ -2,13 +2,13 @@
 
 native.py      compiles and loads csrc/, and says why it cannot
 linear.py moe.py         products with few rows, bound by memory bandwidth
-quantized_linear.py      products with weights of 8 or 4 bits
+quantized_linear.py quantized_moe.py   products with weights of 8 or 4 bits
 norm.py rope.py mlp.py   token-wise ops, one call each
 attention.py   attention over pages read in place
 recurrence.py  convolutions, scans, delta rules and linear recurrences over slot states
 """
 
-from autodeploy.kernels.cpu import attention, linear, mlp, moe, norm, quantized_linear, recurrence, rope
+from autodeploy.kernels.cpu import attention, linear, mlp, moe, norm, quantized_linear, quantized_moe, recurrence, rope
 from autodeploy.kernels.cpu.native import is_compiled, why_unavailable
 
 PROVIDER = "cpu"
@@ -22,6 +22,7 @@ __all__ = [
     "moe",
     "norm",
     "quantized_linear",
+    "quantized_moe",
     "recurrence",
     "rope",
     "why_unavailable",

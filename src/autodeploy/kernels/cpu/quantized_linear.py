@@ -7,24 +7,29 @@ from autodeploy.kernels.cpu.native import INT, INT64, POINTER, NativeFunction, n
 from autodeploy.ops.quantized_linear import BLOCK, QUAD, TILE, quantized_linear
 
 _MIN_WEIGHTS_FOR_THREADS = 1 << 16
-_PANEL = 8
+PANEL = 8
 """Rows that lie together, as csrc/quantized.h counts them."""
-_BLOCK_BYTES = 48
+BLOCK_BYTES = 48
 """A block of activations: 32 numbers, a scale and sums."""
 
 _quantized_linear = NativeFunction("quantized_linear", (*[POINTER] * 6, *[INT64] * 4, INT, INT, POINTER))
 
 
-def _supports(
-    x: Tensor, weight: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, num_outputs: int
-) -> str | None:
+def why_not_packed(weight: Tensor, scales: Tensor, offsets: Tensor | None) -> str | None:
+    """The reason that these are no packed weight, or None."""
     if weight.dtype != torch.uint8 or weight.dim() != 5 or weight.shape[2] not in (4, 8):
         return f"a weight {weight.dtype} {tuple(weight.shape)}; it must be packed numbers of 4 or 8 bits"
     if tuple(weight.shape[3:]) != (TILE, QUAD) or 0 in weight.shape:
         return f"a weight of shape {tuple(weight.shape)}"
     if any(part is not None and part.dtype != torch.float16 for part in (scales, offsets)):
         return f"scales {scales.dtype}; they must be float16"
-    return why_refused(x, bias)
+    return None
+
+
+def _supports(
+    x: Tensor, weight: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, num_outputs: int
+) -> str | None:
+    return why_not_packed(weight, scales, offsets) or why_refused(x, bias)
 
 
 @quantized_linear.kernel("cpu", _supports)
@@ -37,8 +42,8 @@ def quantized_linear_cpu(
     x, weight, scales = x.contiguous(), weight.contiguous(), scales.contiguous()
     offsets, bias = (None if part is None else part.contiguous() for part in (offsets, bias))
     out = x.new_empty(*x.shape[:-1], num_outputs)
-    panels = num_rows if num_rows < _PANEL else -(-num_rows // _PANEL) * _PANEL
-    scratch = x.new_empty(panels * -(-num_inputs // BLOCK) * _BLOCK_BYTES, dtype=torch.uint8)
+    panels = num_rows if num_rows < PANEL else -(-num_rows // PANEL) * PANEL
+    scratch = x.new_empty(panels * -(-num_inputs // BLOCK) * BLOCK_BYTES, dtype=torch.uint8)
     _quantized_linear[x.dtype](
         x.data_ptr(),
         weight.data_ptr(),

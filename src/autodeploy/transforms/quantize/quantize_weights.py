@@ -1,6 +1,7 @@
 """QuantizeWeights: products with weights become products with weights of 8 or 4 bits, made so while they are read."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,11 +10,14 @@ import torch
 from torch import fx
 
 from autodeploy.checkpoint.quantize import NumberFormat
-from autodeploy.checkpoint.recipe import Quantize, Recipe
+from autodeploy.checkpoint.recipe import Quantize, Reshape
 from autodeploy.graph.model_graph import ModelGraph, module_path
 from autodeploy.graph.transform import Transform, TransformResult
 from autodeploy.ops.linear import linear
-from autodeploy.ops.quantized_linear import quantized_linear
+from autodeploy.ops.moe import expert_linear, moe
+from autodeploy.ops.op import find_op
+from autodeploy.ops.quantized_linear import TILE, quantized_linear
+from autodeploy.ops.quantized_moe import quantized_moe
 
 aten = torch.ops.aten
 
@@ -29,7 +33,8 @@ _CHOICES = (aten.topk.default, aten.sort.default, aten.argmax.default)
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeWeights(Transform):
-    """`linear(x, w)`  becomes  `quantized_linear(x, numbers(w), scales(w))`. Changes numbers on purpose.
+    """`linear(x, w)`  becomes  `quantized_linear(x, numbers(w), scales(w))`, `moe`  `quantized_moe`. Changes numbers on
+    purpose.
 
     The head gets 8 bits in either format. Left as they are: tables that are looked up, and routers, products whose
     result is only compared to choose from, where rounding would choose others.
@@ -49,15 +54,18 @@ class QuantizeWeights(Transform):
 
     def apply(self, graph: ModelGraph) -> TransformResult:
         head, routers = _head(graph), _routers(graph)
-        sites = [node for node in graph.nodes(linear) if node not in routers]
+        sites = [node for op in (linear, moe, expert_linear) for node in graph.nodes(op) if node not in routers]
         refused = []
         for node in sites:
             number_format = self._number_format(is_head=node is head)
             reason = _why_not(graph, node, number_format)
-            if reason is None:
+            if reason is not None:
+                op = find_op(node.target)
+                refused.append(f"{op.name if op else node} in {module_path(node) or '(top)'}: {reason}")
+            elif node.target == linear.overload:
                 _quantize_linear(graph, node, number_format)
             else:
-                refused.append(f"linear in {module_path(node) or '(top)'}: {reason}")
+                _quantize_moe(graph, node, number_format)
         return TransformResult(
             found=len(sites), rewritten=len(sites) - len(refused), expected=len(sites), refused=tuple(refused)
         )
@@ -71,42 +79,59 @@ class QuantizeWeights(Transform):
 
 
 def _why_not(graph: ModelGraph, node: fx.Node, number_format: NumberFormat) -> str | None:
-    weight = node.args[1]
-    recipe = graph.recipe(weight)
-    if recipe is None:
-        return "its weight is computed, not read"
-    assert isinstance(weight, fx.Node)
-    return _why_not_recipe(recipe, number_format) or _why_kept(weight)
-
-
-def _why_not_recipe(recipe: Recipe, number_format: NumberFormat) -> str | None:
-    if not recipe.dtype.is_floating_point or recipe.dtype == torch.float64:
-        return f"its weight is {recipe.dtype}"
-    size = number_format.group_size
-    if size is not None and recipe.shape[-1] % size:
-        return f"{recipe.shape[-1]} inputs are no multiple of {size}, the group size"
+    """The reason that a product stays as it is, or None."""
+    if node.target == expert_linear.overload:
+        return "experts whose products stand alone have no op for fewer bits"
+    is_mixture = node.target == moe.overload
+    for weight in node.args[3:5] if is_mixture else node.args[1:2]:
+        recipe = graph.recipe(weight)
+        if recipe is None:
+            return "its weight is computed, not read"
+        assert isinstance(weight, fx.Node)
+        if not recipe.dtype.is_floating_point or recipe.dtype == torch.float64:
+            return f"its weight is {recipe.dtype}"
+        rows, size = recipe.shape[-2:]
+        group = number_format.group_size
+        if group is not None and size % group:
+            return f"{size} inputs are no multiple of {group}, the group size"
+        if is_mixture and rows % TILE:
+            return f"{rows} outputs of an expert are no multiple of {TILE}"
+        other = next((u for u in weight.users if u.target not in (*_LOOKUPS, linear.overload, moe.overload)), None)
+        if other is not None:  # it stays in memory as it is, so that another copy gains nothing
+            return f"its weight is also read by {other.name}"
     return None
-
-
-def _why_kept(weight: fx.Node) -> str | None:
-    """Why a weight stays in memory as it is whatever products do, so that another copy gains nothing."""
-    other = next((u for u in weight.users if u.target not in (*_LOOKUPS, linear.overload)), None)
-    return None if other is None else f"its weight is also read by {other.name}"
 
 
 def _quantize_linear(graph: ModelGraph, node: fx.Node, number_format: NumberFormat) -> None:
     x, weight, bias = node.args
-    recipe = graph.recipe(weight)
-    assert recipe is not None and isinstance(weight, fx.Node)
-    numbers, scales, offsets = _parts(graph, weight, recipe, number_format, before=node)
-    replacement = graph.call(quantized_linear, x, numbers, scales, offsets, bias, recipe.shape[0], before=node)
+    parts = _parts(graph, weight, number_format, before=node)
+    num_outputs = node.meta["val"].shape[-1]
+    _replace(graph, node, graph.call(quantized_linear, x, *parts, bias, num_outputs, before=node))
+
+
+def _quantize_moe(graph: ModelGraph, node: fx.Node, number_format: NumberFormat) -> None:
+    x, indices, weights, gate_up, down, *rest = node.args
+    up_parts, down_parts = (_parts(graph, weight, number_format, before=node) for weight in (gate_up, down))
+    biases, facts = rest[:2], rest[2:]
+    experts = graph.recipe(down)
+    assert experts is not None
+    arguments = (x, indices, weights, *up_parts, *down_parts, *biases, experts.shape[0], *facts)
+    _replace(graph, node, graph.call(quantized_moe, *arguments, before=node))
+
+
+def _replace(graph: ModelGraph, node: fx.Node, replacement: fx.Node) -> None:
     node.replace_all_uses_with(replacement)
     graph.graph.erase_node(node)
 
 
 def _parts(
-    graph: ModelGraph, weight: fx.Node, matrix: Recipe, number_format: NumberFormat, *, before: fx.Node
+    graph: ModelGraph, weight: object, number_format: NumberFormat, *, before: fx.Node
 ) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    """Nodes for the numbers, scales and offsets of a weight; experts' rows one after another."""
+    recipe = graph.recipe(weight)
+    assert recipe is not None and isinstance(weight, fx.Node)
+    rows = math.prod(recipe.shape[:-1])
+    matrix = recipe if len(recipe.shape) == 2 else Reshape(recipe, (rows, recipe.shape[-1]))
     name = str(weight.target)
     numbers = graph.weight(f"{name}_int{number_format.bits}", Quantize(matrix, number_format, "numbers"), before=before)
     scales = graph.weight(f"{name}_scales", Quantize(matrix, number_format, "scales"), before=before)

@@ -3,9 +3,7 @@
 // Choices are sorted by expert. First all up products, one work item per expert and block of its rows; then gates; then
 // the down products, one work item per block of outputs, which adds the experts of a token in their order.
 
-#include <algorithm>
-
-#include "activation.h"
+#include "experts.h"
 
 namespace autodeploy {
 namespace {
@@ -13,41 +11,19 @@ namespace {
 constexpr int64_t BLOCK = 8;  // weight rows that stay in cache while tokens go by, a few at a time
 
 template <class T>
-struct Mixture {
+struct Mixture : Choices, Gate {
     const T* x;
-    const int64_t* indices;
     const float* weights;
     const T *gate_up, *down, *gate_up_bias, *down_bias;
     T* out;
-    int64_t num_tokens, num_choices, num_experts, size, width;
-    int activation;
-    bool gated;
-    float limit, up_offset;
+    int64_t size, width;
     int threads;
-    int64_t *order, *groups;  // choices by expert; where each expert's begin
-    float* hidden;            // `[choices, rows of gate_up]`
-    T* inner;                 // `[choices, width]`
-    float* totals;            // `[num_tokens, size]`
+    float* hidden;  // `[choices, rows of gate_up]`
+    T* inner;       // `[choices, width]`
+    float* totals;  // `[num_tokens, size]`
 
     int64_t rows() const { return gated ? 2 * width : width; }
-    int64_t expert(int64_t position) const { return indices[order[position]]; }
-    int64_t token(int64_t position) const { return order[position] / num_choices; }
 };
-
-// Sorts the choices that are experts; groups[g] .. groups[g + 1] are those of one. Returns the number of groups.
-template <class T>
-int64_t sort_choices(const Mixture<T>& m) {
-    int64_t count = 0, num_groups = 0;
-    for (int64_t c = 0; c < m.num_tokens * m.num_choices; ++c)
-        if (m.indices[c] >= 0 && m.indices[c] < m.num_experts) m.order[count++] = c;
-    std::sort(m.order, m.order + count, [&](int64_t a, int64_t b) {
-        return m.indices[a] != m.indices[b] ? m.indices[a] < m.indices[b] : a < b;
-    });
-    for (int64_t p = 0; p < count; ++p)
-        if (p == 0 || m.expert(p) != m.expert(p - 1)) m.groups[num_groups++] = p;
-    m.groups[num_groups] = count;
-    return num_groups;
-}
 
 // emit(position, o, product) for the products of weight rows 0 .. count with the rows of positions begin .. end.
 template <class T, int M, class Row, class Emit>
@@ -86,23 +62,8 @@ void multiply_up(const Mixture<T>& m, int64_t num_groups) {
 template <class T>
 void gate(const Mixture<T>& m, int64_t count) {
 #pragma omp parallel for schedule(static) num_threads(m.threads) if (m.threads > 1)
-    for (int64_t position = 0; position < count; ++position) {
-        const float *gates = m.hidden + position * m.rows(), *ups = gates + m.width;
-        for (int64_t i = 0; i < m.width; i += LANES) {
-            const int64_t left = m.width - i;
-            Floats result = load(gates + i, left);
-            if (m.gated) {
-                Floats up = load(ups + i, left);
-                result = result > m.limit ? splat(m.limit) : result;
-                up = up > m.limit ? splat(m.limit) : up;
-                up = up < -m.limit ? splat(-m.limit) : up;
-                result = activate(m.activation, result) * (up + m.up_offset);
-            } else {
-                result = activate(m.activation, result);
-            }
-            store(m.inner + position * m.width + i, result, left);
-        }
-    }
+    for (int64_t position = 0; position < count; ++position)
+        m.apply(m.hidden + position * m.rows(), m.width, m.inner + position * m.width);
 }
 
 template <class T>
@@ -133,7 +94,7 @@ void multiply_down(const Mixture<T>& m, int64_t num_groups) {
 
 template <class T>
 void moe(const Mixture<T>& m) {
-    const int64_t num_groups = sort_choices(m);
+    const int64_t num_groups = m.sort();
     multiply_up(m, num_groups);
     gate(m, m.groups[num_groups]);
     multiply_down(m, num_groups);
@@ -151,9 +112,9 @@ void moe(const Mixture<T>& m) {
                          int64_t num_experts, int64_t size, int64_t width, int activation, int gated, float limit,   \
                          float up_offset, int threads, int64_t* order, int64_t* groups, float* hidden, T* inner,     \
                          float* totals) {                                                                            \
-        autodeploy::moe<T>({x, indices, weights, gate_up, down, gate_up_bias, down_bias, out, num_tokens,            \
-                            num_choices, num_experts, size, width, activation, gated != 0, limit, up_offset,         \
-                            threads, order, groups, hidden, inner, totals});                                         \
+        autodeploy::moe<T>({{indices, num_tokens, num_choices, num_experts, order, groups},                          \
+                            {activation, gated != 0, limit, up_offset}, x, weights, gate_up, down, gate_up_bias,     \
+                            down_bias, out, size, width, threads, hidden, inner, totals});                           \
     }
 
 DEFINE_MOE(moe_float32, float)
