@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from peers import models
+from peers.conditions import conditions
 
 from autodeploy.bench import record
 from autodeploy.bench.latency import one_request, random_prompt
-from autodeploy.bench.machine import measure
 from autodeploy.build import build
 from autodeploy.config import parse_options
 from autodeploy.ops.op import REFERENCE
@@ -113,22 +113,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/local"))
     given = parser.parse_args(arguments)
     load = Load(decode=(8, 4), prefill=16, rounds=1) if given.smoke else Load(rounds=given.rounds)
-    before = record.machine()
+    seconds = 0.1 if given.smoke else 3.0
+    before = conditions(seconds)
     name, only = ("tiny", SMOKE) if given.smoke else (given.model, given.only)
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(models.folder(Path(scratch) if given.smoke else given.build.resolve(), name))
         pairs = compare(folder, given.precision, load, only)
-    limits = measure(torch.device("cpu"), torch.bfloat16, 0.1 if given.smoke else 3.0)
+    after = conditions(seconds)
     raw = {
         "benchmark": "ablation",
         "command": sys.argv,
         "model": name,
         "load": dataclasses.asdict(load),
-        "limits": dataclasses.asdict(limits),
+        "limits": [before, after],
         "precisions": {
             given.precision: {"ratios": {name: ratios(each) for name, each in pairs.items()}, "samples": pairs}
         },
-        "machine": before,
+        "machine": record.machine(),
         "versions": record.versions(),
     }
     given.output.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,8 @@
 
 Subjects of one precision take turns at each figure (A B C A B C ...), after a round that is not counted; every prompt
 is random and used once. A start is a process of its own, from launch to the first token after 128. The machine's limits
-are measured in every round. Speed is meaningful on an idle machine only: the record holds the load that was found, and
-`performance_page.py` takes no record of a loaded one.
+are measured in every round. Speed is meaningful on an idle machine only: how busy others keep it is measured in every
+round too, and `performance_page.py` takes no record of a busy one.
 """
 
 import argparse
@@ -22,13 +22,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from peers import environments, models
+from peers.conditions import conditions
 from peers.rounds import SMOKE, Load, Rounds, agreement
 from peers.subjects import KINDS, Subject, prepare, vocab_size
 
 from autodeploy.bench import record
-from autodeploy.bench.machine import measure
 
 PRECISIONS = ("bf16", "int8", "int4")
 REFERENCE = "transformers"
@@ -54,7 +53,7 @@ def compare(subjects: list[Subject], load: Load, num_ids: int, rounds: int, limi
     with ExitStack() as stack:
         runs = Rounds(load, num_ids)
         for turn in range(rounds + 1):
-            limits.append(dataclasses.asdict(measure(torch.device("cpu"), torch.bfloat16, seconds)))
+            limits.append(conditions(seconds))
             for subject in subjects if turn == 0 or load is not SMOKE else ():
                 runs.start(subject, stack)
             print(f"-- {subjects[0].precision}, round {turn} of {rounds}", flush=True)
@@ -69,7 +68,7 @@ def run(given: argparse.Namespace, model: str, build: Path) -> Path | None:
     if given.prepare:
         return None
     num_ids = min(vocab_size(models.folder(build, model)), 8192)
-    load, before = SMOKE if given.smoke else Load(), record.machine()
+    load = SMOKE if given.smoke else Load()
     limits: list[Any] = []
     groups: dict[str, Any] = {}
     for precision in given.precision:
@@ -88,7 +87,7 @@ def run(given: argparse.Namespace, model: str, build: Path) -> Path | None:
         "limits": limits,
         "precisions": groups,
         "not_available": missing,
-        "machine": before | {"load_average_after": record.machine()["load_average"]},
+        "machine": record.machine(),
         "versions": record.versions(),
         "environments": {
             name: {"note": environments.ENVIRONMENTS[name].note, "packages": environments.versions(build, name)}

@@ -2,7 +2,7 @@
 
     python benchmarks/performance_page.py [--results benchmarks/results] [--page docs/performance.md]
 
-Of each model and precision the newest record of an idle machine counts; those of a loaded one are named and left out.
+Of each model and precision the newest record of an idle machine counts; those of a busy one are named and left out.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peers.bars import Bar, Panel, svg
-from peers.summary import FIGURES, IDLE_LOAD, OURS, advantage, newest, number, samples, share
+from peers.summary import FIGURES, IDLE_SHARE, OURS, advantage, newest, number, samples, share
 
 Records = dict[str, dict[str, Any]]
 """Precision -> the record that has it."""
@@ -76,10 +76,11 @@ def conditions(record: dict[str, Any]) -> list[str]:
     """What the numbers were taken under, what is missing from them, and whether the answers agree."""
     machine, versions = record["machine"], record["versions"]
     memory = statistics.median(each["memory_gb_per_second"] for each in record["limits"])
+    busy = max(each["busy_share"] for each in record["limits"])
     matrix = statistics.median(each["matmul_gflop_per_second"] for each in record["limits"])
     lines = [
         f"- {machine['cpu']}, {machine['threads']} threads, {memory:.1f} GB/s,"
-        f" {matrix:,.0f} GFLOP/s in bfloat16; load before {machine['load_average'][0]:.2f};"
+        f" {matrix:,.0f} GFLOP/s in bfloat16; at most {busy:.0%} busy with other work;"
         f" {', '.join(f'{name} {version}' for name, version in versions.items())}; record `{record['file']}`.",
         *(f"- {name}: {each['note']}." for name, each in record["environments"].items()),
         *(f"- Not measured: {name}: {reason}." for name, reason in record["not_available"].items()),
@@ -108,11 +109,14 @@ def ablation(model: str, records: Records) -> list[str]:
 
 def page(results: Path, images: Path) -> str:
     """The page's text; writes the plots that it shows into `images`."""
-    compared, loaded = newest(results, "peers")
-    ablated, loaded_too = newest(results, "ablation")
+    compared, busy = newest(results, "peers")
+    ablated, busy_too = newest(results, "ablation")
     lines = [HEAD]
     if not compared:
-        lines += [f"No record of a run on an idle machine (load of {IDLE_LOAD} at most) is there yet.", ""]
+        lines += [
+            f"No record of a run on an idle machine (at most {IDLE_SHARE:.0%} of it taken by others) is there yet.",
+            "",
+        ]
     for model, records in compared.items():
         images.mkdir(parents=True, exist_ok=True)
         (images / f"peers-{model}.svg").write_text(plot(records), encoding="utf-8")
@@ -125,8 +129,8 @@ def page(results: Path, images: Path) -> str:
         lines += ["Rate with it over rate without, medians of pairs taken in turns.", ""]
     for model, records in ablated.items():
         lines += ablation(model, records)
-    if loaded := loaded + loaded_too:
-        lines += [f"Left out, as the machine was busy: {', '.join(f'`{name}`' for name in loaded)}.", ""]
+    if busy := busy + busy_too:
+        lines += [f"Left out, as the machine was busy: {', '.join(f'`{name}`' for name in busy)}.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

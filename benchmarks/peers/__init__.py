@@ -1,5 +1,8 @@
 """Peers: what `benchmarks/peers.py` compares AutoDeploy with, each behind the same few lines of JSON.
 
+conditions.py     how busy the machine is, and its limits
+rounds.py         the turns of peers, and the samples they leave
+summary.py bars.py       medians, ratios and shares of a record; bars as SVG
 process.py        a peer's process as the benchmark sees it: launched, asked, held still, ended
 worker.py         the same process from inside: requests in, tokens and their times out
 ours.py hf.py llamacpp.py genai.py vllmcpu.py    one peer each: how it loads a model and generates greedily

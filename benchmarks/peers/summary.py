@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 OURS = "AutoDeploy"
-IDLE_LOAD = 1.0
-"""Load average of the last minute, at most, before a run that counts."""
+IDLE_SHARE = 0.1
+"""Of the processors' time, at most, may others take before any round of a run that counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +41,17 @@ FIGURES = {
 
 
 def newest(results: Path, benchmark: str) -> tuple[dict[str, dict[str, dict[str, Any]]], list[str]]:
-    """Model -> precision -> the newest record of an idle machine that has it; and the files of a loaded machine."""
+    """Model -> precision -> the newest record of an idle machine that has it; and the files of a busy machine."""
     records: dict[str, dict[str, dict[str, Any]]] = {}
-    loaded = []
+    busy = []
     for path in sorted(results.glob(f"{benchmark}-*.json"), key=lambda path: path.stem.rsplit("_", 1)[-1]):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record["machine"]["load_average"][0] > IDLE_LOAD:
-            loaded.append(path.name)
+        if max(each["busy_share"] for each in record["limits"]) > IDLE_SHARE:
+            busy.append(path.name)
         else:
             found = dict.fromkeys(record["precisions"], record | {"file": path.name})
             records.setdefault(record["model"], {}).update(found)
-    return records, loaded
+    return records, busy
 
 
 def samples(group: dict[str, Any], figure: str) -> dict[str, list[float]]:

@@ -10,7 +10,8 @@ import pytest
 
 Script = Callable[[str], Any]
 
-MACHINE = {"cpu": "a processor", "threads": 2, "load_average": [0.2, 2.0, 2.0]}
+MACHINE = {"cpu": "a processor", "threads": 2}
+BUSY = [{"busy_share": 0.0}, {"busy_share": 0.3}]
 FACTS = {
     "step_weight_bytes": 100_000_000,
     "state_bytes_per_token": 10_000,
@@ -21,7 +22,10 @@ FACTS = {
 RECORD: dict[str, Any] = {
     "model": "small",
     "load": {"decode": [128, 128]},
-    "limits": [{"memory_gb_per_second": each, "matmul_gflop_per_second": 40.0} for each in (20.0, 90.0, 10.0)],
+    "limits": [
+        {"memory_gb_per_second": each, "matmul_gflop_per_second": 40.0, "busy_share": 0.04}
+        for each in (20.0, 90.0, 10.0)
+    ],
     "precisions": {
         "bf16": {
             "samples": {
@@ -56,11 +60,11 @@ def test_the_newest_record_of_an_idle_machine_counts(script: Script, tmp_path: P
     _write(tmp_path, "peers-small_x86_20260101-1200.json", versions={"torch": "old"})
     only = {"int4": RECORD["precisions"]["int4"]}
     _write(tmp_path, "peers-small_x86_20260102-1300.json", versions={"torch": "newest"}, precisions=only)
-    _write(tmp_path, "peers-small_x86_20260103-1200.json", machine=MACHINE | {"load_average": [1.5, 0.0, 0.0]})
-    records, loaded = newest(tmp_path, "peers")
+    _write(tmp_path, "peers-small_x86_20260103-1200.json", limits=BUSY)
+    records, busy = newest(tmp_path, "peers")
     versions = {precision: record["versions"] for precision, record in records["small"].items()}
     assert versions == {"bf16": {"torch": "new"}, "int4": {"torch": "newest"}}
-    assert loaded == ["peers-small_x86_20260103-1200.json"]
+    assert busy == ["peers-small_x86_20260103-1200.json"]
 
 
 def test_ratios_and_shares_follow_from_medians(script: Script) -> None:
@@ -102,7 +106,7 @@ def test_the_page_and_its_plot(script: Script, tmp_path: Path) -> None:
 
 
 def test_without_records_the_page_says_so(script: Script, tmp_path: Path) -> None:
-    _write(tmp_path, "peers-small_x86_20260101-1200.json", machine=MACHINE | {"load_average": [9.0, 0.0, 0.0]})
+    _write(tmp_path, "peers-small_x86_20260101-1200.json", limits=BUSY)
     script("performance_page").main(["--results", str(tmp_path), "--page", str(tmp_path / "page.md")])
     text = (tmp_path / "page.md").read_text()
     assert "No record of a run on an idle machine" in text
