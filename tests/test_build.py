@@ -86,6 +86,12 @@ def test_recurrent_states_survive_chunks_and_preemption(name: str, monkeypatch: 
     assert _run(engine, prompts, 14) == expected
     assert engine.stats().num_preemptions > 0
     _check_prefix_cache(engine, prompts, expected)
+    # Many drafts, most of them wrong: recurrent states are rolled back.
+    monkeypatch.undo()
+    drafting = dataclasses.replace(CROWDED, speculative_config={"prompt_lookup_min": 1})
+    engine = Engine(program, drafting, max_model_len=96)
+    assert _run(engine, prompts, 14) == expected
+    assert engine.stats().draft_tokens > engine.stats().accepted_tokens
 
 
 def _whole_sequence_greedy(model: nn.Module, prompt: list[int], num_tokens: int) -> list[int]:

@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 
-from autodeploy.config import ALIASES, CompileOptions, EngineOptions, ModelOptions, Options, parse_options
+from autodeploy.config import (
+    ALIASES,
+    CompileOptions,
+    EngineOptions,
+    ModelOptions,
+    Options,
+    SpeculativeOptions,
+    parse_options,
+)
 from autodeploy.errors import ConfigError
 
 COMPONENTS = (ModelOptions, CompileOptions, EngineOptions)
@@ -18,6 +26,39 @@ def test_nothing_given_is_all_defaults() -> None:
 def test_names_sort_into_their_components() -> None:
     options = parse_options({"dtype": "bfloat16", "strict": True, "max_num_seqs": 3})
     assert (options.model.dtype, options.compile.strict, options.engine.max_num_seqs) == ("bfloat16", True, 3)
+
+
+def test_speculation_is_spelled_as_elsewhere_and_checked() -> None:
+    given = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
+    assert parse_options({"speculative_config": given}).engine.speculative_config == given
+    assert SpeculativeOptions.of(None) is None
+    assert SpeculativeOptions.of({"prompt_lookup_max": 1}) == SpeculativeOptions(
+        prompt_lookup_max=1, prompt_lookup_min=1
+    )
+    assert SpeculativeOptions.of({"model": "folder"}) == SpeculativeOptions(method="draft_model", model="folder")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"metod": "ngram"}, "unknown key 'metod'"),
+        ({"method": "medusa"}, "ngram, draft_model"),
+        ({"method": "draft_model"}, "must name a model"),
+        ({"method": "ngram", "model": "folder"}, "must name a model"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens"),
+        ({"num_speculative_tokens": 1000}, "at most 64"),
+        ({"prompt_lookup_max": 2, "prompt_lookup_min": 3}, "prompt_lookup_min"),
+        ("ngram", "must map names to values"),
+    ],
+)
+def test_bad_speculation_is_refused(config: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_options({"speculative_config": config})
+
+
+def test_the_naive_runtime_does_not_speculate() -> None:
+    with pytest.raises(ConfigError, match="demollm does not speculate"):
+        parse_options({"speculative_config": {}, "runtime": "demollm"})
 
 
 def test_every_name_belongs_to_one_component_and_is_documented() -> None:

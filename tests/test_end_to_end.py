@@ -44,6 +44,7 @@ def expected(folder: Path) -> list[list[int]]:
         {"compile_backend": "torch-compile"},
         {"attn_backend": "torch"},
         {"max_num_batched_tokens": 4, "max_num_seqs": 2, "page_size": 2},
+        {"speculative_config": {"method": "ngram", "prompt_lookup_min": 1}},
     ],
     ids=str,
 )
@@ -52,6 +53,13 @@ def test_every_way_to_serve_gives_transformers_tokens(
 ) -> None:
     with LLM(str(folder), max_model_len=64, **options) as llm:
         assert _tokens(llm, PROMPTS) == expected
+
+
+def test_a_model_that_drafts_for_itself_is_always_right(folder: Path, expected: list[list[int]]) -> None:
+    with LLM(str(folder), max_model_len=64, speculative_config={"model": str(folder)}) as llm:
+        assert _tokens(llm, PROMPTS) == expected
+        # After a prompt come seven tokens: a draft of four and the token behind it, then one of one.
+        assert llm.stats().acceptance_length == 1 + (4 + 1) / 2 and llm.stats().draft_tokens == 3 * 5
 
 
 def test_text_is_the_decoded_tokens(folder: Path) -> None:

@@ -49,7 +49,9 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
                 graphs={}, states=(), vocab_size=1000, max_model_len=64, dtype=torch.float32, device=torch.device("cpu")
             )
 
-        def make_engine(program: Program, options: Any, max_model_len: int | None, *others: object) -> FakeEngine:
+        def make_engine(
+            program: Program, options: Any, max_model_len: int | None, *others: object, **named: object
+        ) -> FakeEngine:
             engine.program, engine.max_model_len = program, max_model_len or 64
             return engine
 

@@ -17,6 +17,7 @@ COMPILE_BACKENDS = ("auto", "torch-simple", "torch-compile")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = (None, "int8", "int4")
 RUNTIMES = ("engine", "demollm")
+MAX_SPECULATIVE_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,7 @@ class EngineOptions:
         memory_fraction: share of the free memory that states may take when no byte count is given.
         max_queued_requests: requests waiting before new ones are refused.
         enable_prefix_caching: share the states of prefixes that requests have in common instead of computing them anew.
+        speculative_config: draft tokens that one step verifies together, see `SpeculativeOptions`; default: none.
         seed: seed of requests that bring none.
     """
 
@@ -98,7 +100,62 @@ class EngineOptions:
     memory_fraction: float = 0.5
     max_queued_requests: int = 1024
     enable_prefix_caching: bool = True
+    speculative_config: Mapping[str, Any] | None = None
     seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculativeOptions:
+    """Who drafts tokens, and how many. The keys of `speculative_config`, spelled as in vLLM.
+
+    Attributes:
+        method: `ngram` (what followed the same tokens earlier in the sequence) or `draft_model`; with `model` given,
+            the latter is the default.
+        num_speculative_tokens: tokens drafted per step and sequence, at most.
+        prompt_lookup_max, prompt_lookup_min: for `ngram`, how many of the latest tokens must have occurred before: the
+            longest match counts, of at most and at least so many tokens.
+        model: for `draft_model`, any model with the same vocabulary: a folder, file, hub id or `nn.Module`.
+    """
+
+    method: str = "ngram"
+    num_speculative_tokens: int = 4
+    prompt_lookup_max: int = 4
+    prompt_lookup_min: int = 2
+    model: Any = None
+
+    @staticmethod
+    def of(values: Mapping[str, Any] | None) -> "SpeculativeOptions | None":
+        """Raises ConfigError for an unknown key or a bad value."""
+        if values is None:
+            return None
+        name = "speculative_config"
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{name} must map names to values, e.g. {{'method': 'ngram'}}; got {values!r}")
+        known = [f.name for f in dataclasses.fields(SpeculativeOptions)]
+        if unknown := sorted(map(str, values.keys() - set(known))):
+            raise ConfigError(f"{name} has the unknown key {unknown[0]!r}; known keys: {', '.join(known)}")
+        given = dict(values)
+        if given.get("model") is not None:
+            given.setdefault("method", "draft_model")
+        longest = given.get("prompt_lookup_max")
+        if isinstance(longest, int):
+            given.setdefault("prompt_lookup_min", min(longest, SpeculativeOptions.prompt_lookup_min))
+        options = SpeculativeOptions(**given)
+        options._check(name)
+        return options
+
+    def _check(self, name: str) -> None:
+        _one_of(f"{name}['method']", self.method, ("ngram", "draft_model"))
+        for key in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
+            _at_least_one(f"{name}[{key!r}]", getattr(self, key))
+        if self.num_speculative_tokens > MAX_SPECULATIVE_TOKENS:
+            raise ConfigError(f"{name}['num_speculative_tokens'] must be at most {MAX_SPECULATIVE_TOKENS}")
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ConfigError(
+                f"{name}['prompt_lookup_min'] must be at most prompt_lookup_max, {self.prompt_lookup_max}"
+            )
+        if (self.method == "draft_model") != (self.model is not None):
+            raise ConfigError(f"{name} must name a model for the method 'draft_model', and for no other")
 
 
 ALIASES: dict[str, str] = {
@@ -171,6 +228,8 @@ def check_options(options: Options) -> None:
             _at_least_one(name, value)
     if not 0.0 < options.engine.memory_fraction <= 1.0:
         raise ConfigError(f"memory_fraction must be in (0, 1], got {options.engine.memory_fraction!r}")
+    if SpeculativeOptions.of(options.engine.speculative_config) is not None and options.engine.runtime == "demollm":
+        raise ConfigError("runtime=demollm does not speculate; leave speculative_config out, or use runtime=engine")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str | None, ...]) -> None:

@@ -7,7 +7,7 @@ import uuid
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from autodeploy.compile.program import Program
-from autodeploy.config import ModelOptions, Options, parse_options
+from autodeploy.config import ModelOptions, Options, SpeculativeOptions, parse_options
 from autodeploy.errors import AutoDeployError, EngineDeadError, InvalidRequestError
 from autodeploy.graph.report import BuildReport
 from autodeploy.instant_on import deploy
@@ -98,7 +98,8 @@ class LLM:
         if parsed.engine.runtime == "demollm":
             engine: Engine | DemoEngine = DemoEngine(program, parsed.engine, length, grammars)
         else:
-            engine = Engine(program, parsed.engine, length, self._successor, grammars)
+            draft = _draft_program(parsed, progress)
+            engine = Engine(program, parsed.engine, length, self._successor, grammars, draft=draft)
         self.name = type(model).__name__ if located is None else located.name
         self.options: Options = parsed
         self.max_model_len: int = engine.max_model_len
@@ -441,6 +442,19 @@ class PendingOutput:
                 if self._streaming or collector.finished:
                     yield collector.snapshot()
         self._llm.warn_of_default_length(collector.snapshot())
+
+
+def _draft_program(options: Options, progress: Callable[[str], None] | None) -> Program | None:
+    """The draft model that `speculative_config` names, if it does, built like the model itself."""
+    speculation = SpeculativeOptions.of(options.engine.speculative_config)
+    if speculation is None or speculation.model is None:
+        return None
+    named = speculation.model
+    # What was said of the model itself, its limit and its config, says nothing of this one.
+    chosen = replace(options.model, revision=None, max_model_len=None, model_kwargs={})
+    subject = named if isinstance(named, nn.Module) else locate_model(os.fspath(named), chosen)
+    compiled = replace(options.compile, instant_on=False)
+    return deploy(subject, replace(options, model=chosen, compile=compiled), progress)[0]
 
 
 def _load_tokenizer(located: LocatedModel | None, options: ModelOptions) -> Tokenizer | None:

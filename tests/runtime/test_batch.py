@@ -74,6 +74,20 @@ def test_a_mixed_step_written_out_by_hand() -> None:
     assert window[1, 0] == 0 and full[1, 0] == 1, "the window group gave its first page back"
 
 
+def test_drafts_follow_the_last_token_and_each_has_a_row_of_logits() -> None:
+    allocator = make_allocator()
+    first = make_sequence(allocator, [10, 11, 12], computed=2, count=4)
+    chunk = make_sequence(allocator, list(range(20, 32)), computed=0, count=2)
+    last = make_sequence(allocator, [40, 41], computed=1, count=1)
+    first.draft_token_ids = [70, 71, 72]
+    batch = make_builder(allocator).build({first: 4, chunk: 2, last: 1})
+    assert batch.sampled == [first, last] and batch.num_sampled_rows == 5
+    inputs = as_lists(batch)
+    assert inputs["input_ids"] == [[12, 70, 71, 72, 20, 21, 41]]
+    assert inputs["position_ids"] == [[2, 3, 4, 5, 0, 1, 1]]
+    assert inputs["logits_indices"] == [0, 1, 2, 3, 6] and inputs["seq_lens"] == [6, 2, 2]
+
+
 def test_names_shapes_dtypes_and_layout_are_as_declared() -> None:
     allocator = make_allocator()
     sequences = [make_sequence(allocator, [1] * n, computed=0, count=n) for n in (3, 9)]

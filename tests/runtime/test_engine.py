@@ -1,6 +1,6 @@
 """Every schedule gives exactly the tokens of a plain Python loop: chunked, mixed, preempted, aborted, n > 1."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
@@ -24,6 +24,7 @@ from autodeploy.runtime.engine import Engine, EngineStats
 from autodeploy.runtime.request import SamplingParams, TokenOutput
 from tests.runtime.toy import VOCAB, reference_tokens, toy_program
 
+DRAFT_MODEL = {"model": "the same layers, with errors", "num_speculative_tokens": 3}
 LAYERS = [("full",), ("window",), ("slot",), ("window", "full"), ("slot", "full", "window"), ("full", "window", "slot")]
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
@@ -32,12 +33,16 @@ def make_engine(
     layers: Sequence[str] = ("full",), *, max_model_len: int = 64, program: Any = None, **options: Any
 ) -> Engine:
     chosen = program or toy_program(layers)
-    return Engine(chosen, EngineOptions(**{"page_size": 4, "max_num_seqs": 4, **options}), max_model_len)
+    chosen_options = EngineOptions(**{"page_size": 4, "max_num_seqs": 4, **options})
+    # A draft model with other kinds of layers than the model could draft nothing right: it has the same, and errs.
+    draft = toy_program(layers, max_model_len=40, err_every=3)
+    return Engine(chosen, chosen_options, max_model_len, draft=draft)
 
 
-def short_memory(layers: Sequence[str], num_tokens: int) -> int:
-    """Bytes for this many tokens in each paged layer, and a few slots."""
-    return 8 * num_tokens * sum(layer != "slot" for layer in layers) + 8 * 8 * layers.count("slot")
+def short_memory(layers: Sequence[str], num_tokens: int, drafts: Mapping[str, Any] | None = None) -> int:
+    """Bytes for this many tokens in each paged layer, and a few slots; with drafts, as much beside them."""
+    num_bytes = 8 * num_tokens * sum(layer != "slot" for layer in layers) + 8 * 8 * layers.count("slot")
+    return num_bytes if drafts is None else 2 * num_bytes
 
 
 def drain(engine: Any) -> dict[tuple[str, int], list[int]]:
@@ -89,13 +94,14 @@ def run_schedule(
     **options: Any,
 ) -> EngineStats:
     """Run the jobs and check every token."""
+    drafts = options.get("speculative_config")
     engine = make_engine(
         layers,
         page_size=page_size,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         # room for one longest sequence (48 tokens, a window more) and little else: what preempts
-        kv_cache_memory_bytes=short_memory(layers, 48 + 12) if is_short_of_memory else None,
+        kv_cache_memory_bytes=short_memory(layers, 48 + 12, drafts) if is_short_of_memory else None,
         max_model_len=48,
         **options,
     )
@@ -142,6 +148,7 @@ def run_schedule(
     budget=st.integers(1, 20),
     is_short_of_memory=st.booleans(),
     caches=st.sampled_from([True, True, False]),
+    drafts=st.sampled_from([None, None, DRAFT_MODEL, {"prompt_lookup_min": 1}]),
 )
 def test_every_schedule_gives_the_tokens_of_a_plain_loop(
     layers: tuple[str, ...],
@@ -151,8 +158,10 @@ def test_every_schedule_gives_the_tokens_of_a_plain_loop(
     budget: int,
     is_short_of_memory: bool,
     caches: bool,
+    drafts: dict[str, Any] | None,
 ) -> None:
-    run_schedule(layers, jobs, page_size, max_num_seqs, budget, is_short_of_memory, enable_prefix_caching=caches)
+    options = {"enable_prefix_caching": caches, "speculative_config": drafts}
+    run_schedule(layers, jobs, page_size, max_num_seqs, budget, is_short_of_memory, **options)
 
 
 @pytest.mark.parametrize("layers", LAYERS)
@@ -216,6 +225,31 @@ def test_prefixes_are_not_shared_across_salts_and_not_when_switched_off() -> Non
             engine.add_request(str(at), STEM[:19], GREEDY, cache_salt=salt)
             assert drain(engine)[str(at), 0] == reference_tokens(("full",), STEM[:19], 12)
         assert engine.stats().prefix_cache_hit_tokens == hits
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_crowded_schedules_with_drafts_give_the_tokens_of_a_plain_loop(layers: tuple[str, ...]) -> None:
+    num_accepted = num_rejected = num_preemptions = 0
+    for seed in range(4):
+        random = Random(seed)
+        jobs = [
+            Job(
+                when=random.randrange(6),
+                prompt=STEM[: random.choice([0, 5, 12])] + random.choices(range(VOCAB), k=random.randint(1, 9)),
+                max_tokens=random.randint(10, 30),
+                n=random.choice([1, 2]),
+                priority=random.randrange(2),
+                abort_after=random.choice([None, None, 5, 20]),
+            )
+            for _ in range(5)
+        ]
+        config = {"speculative_config": DRAFT_MODEL}
+        stats = run_schedule(layers, jobs, random.choice([2, 3]), 6, 30, is_short_of_memory=seed % 2 == 0, **config)
+        num_accepted += stats.accepted_tokens
+        num_rejected += stats.draft_tokens - stats.accepted_tokens
+        num_preemptions += stats.num_preemptions
+    assert num_accepted > 20 and num_rejected > 20
+    assert num_preemptions > 0 or "full" not in layers
 
 
 def test_a_window_group_needs_bounded_pages() -> None:

@@ -103,6 +103,25 @@ def test_a_preempted_sequence_goes_on_from_the_pages_that_nobody_took() -> None:
     assert second.num_cached_tokens == 0 and step.scheduled == {second: len(second.token_ids) - 1 - 12}
 
 
+def test_drafts_are_granted_from_what_is_left_only() -> None:
+    loop = Loop.make(budget=7)
+    first, second = loop.add(3, arrival=0), loop.add(3, arrival=1)
+    loop.step()
+    for sequence in (first, second):
+        sequence.draft_token_ids = [5, 6, 7, 8]
+    step = loop.scheduler.schedule()
+    assert step.scheduled == {first: 5, second: 1}, "the second one's token comes before the first one's drafts"
+    assert first.draft_token_ids == [5, 6, 7, 8] and second.draft_token_ids == []
+
+
+def test_drafts_take_no_page_that_another_may_need() -> None:
+    loop = Loop.make(num_pages=4)  # three pages
+    first, second = loop.add(3, arrival=0), loop.add(2, arrival=1)
+    loop.step()
+    first.draft_token_ids = [5, 6]
+    assert loop.scheduler.schedule().scheduled == {first: 1, second: 1} and first.draft_token_ids == []
+
+
 def test_a_lower_priority_is_preempted_although_it_came_first() -> None:
     loop = Loop.make(num_pages=6)
     late = loop.add(7, arrival=0, priority=1)

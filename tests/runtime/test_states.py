@@ -116,6 +116,17 @@ def test_snapshots_take_a_share_of_what_slots_leave_and_none_without_the_cache()
     assert short.num_slots - 1 == 5 and short.num_snapshots == 1
 
 
+def test_drafts_need_a_row_beside_every_slot() -> None:
+    options = EngineOptions(page_size=16, max_num_seqs=8, kv_cache_memory_bytes=500_000, speculative_config={})
+    made = plan_states([*FULL, SLOT], options, device=CPU, max_model_len=160, model_limit=None)
+    tensors = allocate_states([*FULL, SLOT], made, CPU)
+    assert made.num_backups == made.num_slots == 9 and num_bytes(tensors) == made.num_bytes
+    assert len(tensors["running"]) == made.num_rows == made.backup_row(made.num_slots - 1) + 1
+    assert made.backup_row(0) == 9 + made.num_snapshots
+    without_slots = plan_states(list(FULL), options, device=CPU, max_model_len=160, model_limit=None)
+    assert without_slots.num_backups == 0
+
+
 def test_a_limit_of_the_user_is_refused_and_not_shortened() -> None:
     with pytest.raises(OutOfMemoryError, match=r"4096 tokens need 526336 bytes.*gives 526335.*lower max_model_len"):
         plan(list(FULL), 526_335, max_len=4096)

@@ -63,8 +63,12 @@ def toy_program(
     max_model_len: int | None = 64,
     eos_token_ids: tuple[int, ...] = (),
     poison: int | None = None,
+    err_every: int | None = None,
 ) -> Program:
-    """A program of these layers. A context that ends in the token `poison` gets NaN logits."""
+    """A program of these layers. A context that ends in the token `poison` gets NaN logits.
+
+    One context in `err_every`, by its hash, gets the logits of another context: such a program is a fair draft model.
+    """
     specs: list[StateSpec] = []
     names = ["input_ids", "position_ids", "cu_seqlens", "seq_lens", "logits_indices", "state_slots"]
     for at, layer in enumerate(layers):
@@ -85,7 +89,10 @@ def toy_program(
         for spec in specs:
             values = _run_layer(spec, states[spec.name], values, batch)
         rows = batch["logits_indices"].tolist()
-        logits = torch.tensor([logits_of(values[row]) for row in rows])
+        seen = [values[row] for row in rows]
+        if err_every is not None:
+            seen = [hash_values([0], start=value) if value % err_every == 0 else value for value in seen]
+        logits = torch.tensor([logits_of(value) for value in seen])
         for at, row in enumerate(rows):
             if input_ids[row] == poison:
                 logits[at] = torch.nan

@@ -21,11 +21,12 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's inputs by name, and the sequences whose next token it decides.
+    """One step's inputs by name, and the sequences whose next tokens it decides.
 
-    Row i of the logits belongs to `sampled[i]`; after those come the rows of `prompt_rows`, whose logits tell the
-    log-probabilities of a prompt's tokens: (sequence, position of the first row, number of rows). A program is never
-    asked for zero rows: where nothing is wanted, one row of logits is computed all the same.
+    The first rows of the logits belong to the sequences in `sampled`: for each, one row behind its last token and one
+    behind each of its drafts. After those come the rows of `prompt_rows`, whose logits tell the log-probabilities of a
+    prompt's tokens: (sequence, position of the first row, number of rows). A program is never asked for zero rows:
+    where nothing is wanted, one row of logits is computed all the same.
 
     On CUDA the copies may still be under way: sampled tokens must have been read before the next `build`.
     """
@@ -34,6 +35,10 @@ class Batch:
     sampled: list[Sequence]
     num_tokens: int
     prompt_rows: list[tuple[Sequence, int, int]] = field(default_factory=list)
+
+    @property
+    def num_sampled_rows(self) -> int:
+        return sum(1 + len(sequence.draft_token_ids) for sequence in self.sampled)
 
 
 class BatchBuilder:
@@ -81,7 +86,10 @@ class BatchBuilder:
                 self._pinned[name] = torch.zeros(size, dtype=declared.dtype, pin_memory=True)
 
     def build(self, scheduled: Mapping[Sequence, int]) -> Batch:
-        """The inputs for computing `scheduled[sequence]` more tokens of each sequence; at least one sequence."""
+        """The inputs for computing `scheduled[sequence]` more tokens of each sequence; at least one sequence.
+
+        A sequence with drafts computes all its tokens and all its drafts.
+        """
         num_seqs = len(scheduled)
         counts: IntArray = np.fromiter(scheduled.values(), np.int64, num_seqs)
         starts: IntArray = np.fromiter((sequence.num_computed_tokens for sequence in scheduled), np.int64, num_seqs)
@@ -96,8 +104,13 @@ class BatchBuilder:
         else:
             token_slots = np.repeat(slots, counts)
             positions = self._arange[:num_tokens] + np.repeat(starts - offsets[:-1], counts)
-        is_complete = ends == lengths
+        is_complete = ends >= lengths
         rows = offsets[1:][is_complete] - 1
+        num_drafts = (ends - lengths)[is_complete]
+        if num_drafts.any():
+            rows = np.concatenate(
+                [self._arange[end - more : end + 1] for end, more in zip(rows, num_drafts, strict=True)]
+            )
         prompt_rows = _prompt_rows(scheduled)
         if prompt_rows:
             firsts = dict(zip(scheduled, offsets.tolist(), strict=False))
@@ -155,4 +168,5 @@ def _token_ids(scheduled: Mapping[Sequence, int], num_tokens: int) -> IntArray:
             token_ids.append(sequence.token_ids[start])
         else:
             token_ids += sequence.token_ids[start : start + count]
+            token_ids += sequence.draft_token_ids
     return np.array(token_ids, dtype=np.int64)

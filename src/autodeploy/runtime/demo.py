@@ -113,7 +113,7 @@ class DemoEngine:
             sequence.append(token_id)
         if sequence.finish_reason is not None:
             self._release(sequence)
-        return [sequence.output([] if token_id is None else [token_id], logprobs)]
+        return [sequence.output([] if token_id is None else [token_id], None if logprobs is None else [logprobs])]
 
     def stats(self) -> EngineStats:
         num_running = sum(sequence.num_computed_tokens > 0 for sequence in self._queue)

@@ -12,10 +12,11 @@ from typing import Unpack
 from torch import Tensor
 
 from autodeploy.compile.program import Program
-from autodeploy.config import EngineOptions, Options, check_options
-from autodeploy.errors import EngineDeadError, EngineOverloadedError, InvalidRequestError
+from autodeploy.config import EngineOptions, Options, SpeculativeOptions, check_options
+from autodeploy.errors import ConfigError, EngineDeadError, EngineOverloadedError, InvalidRequestError
 from autodeploy.ops.state import SlotState
 from autodeploy.runtime.batch import Batch, BatchBuilder
+from autodeploy.runtime.draft_model import draft_model_beside
 from autodeploy.runtime.grammar import GrammarCompiler
 from autodeploy.runtime.pages import StateAllocator
 from autodeploy.runtime.prefix_cache import PrefixCache
@@ -29,9 +30,11 @@ from autodeploy.runtime.request import (
     TokenOutput,
     new_sequences,
 )
-from autodeploy.runtime.sampler import Sampler, Samples, token_logprobs
+from autodeploy.runtime.sampler import Sampler, token_logprobs
 from autodeploy.runtime.scheduler import ScheduledStep, Scheduler
+from autodeploy.runtime.speculative import NgramProposer, Proposer, may_speculate
 from autodeploy.runtime.states import allocate_states, copy_slot, plan_states
+from autodeploy.runtime.verify import Extension, extend_sequences
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,8 @@ class EngineStats:
         num_steps, prompt_tokens, generation_tokens: since the start; a prompt counts once, when its first token is out.
         prefix_cache_queried_tokens, prefix_cache_hit_tokens: tokens of prompts that started since the start, and how
             many of them were found in the prefix cache; one that starts again after a preemption is not counted again.
+        num_drafts, draft_tokens, accepted_tokens: since the start, how often drafts were verified, how many tokens they
+            had, and how many of those became tokens of the sequence; see `acceptance_length`.
         last_step_host_seconds: scheduling, building the batch and committing, in the last step.
         last_step_model_seconds: running the model and sampling, in the last step.
     """
@@ -65,8 +70,16 @@ class EngineStats:
     generation_tokens: int = 0
     prefix_cache_queried_tokens: int = 0
     prefix_cache_hit_tokens: int = 0
+    num_drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     last_step_host_seconds: float = 0.0
     last_step_model_seconds: float = 0.0
+
+    @property
+    def acceptance_length(self) -> float:
+        """Mean tokens that a verification yields: the accepted drafts and the token behind them."""
+        return 1 + self.accepted_tokens / self.num_drafts if self.num_drafts else 1.0
 
 
 class Engine:
@@ -80,6 +93,7 @@ class Engine:
         grammars: compiles what guided requests follow; None refuses them.
         successor: a program of the same model that takes over between two steps, when there is one; what runs then is
             computed anew. One that failed is reported once, and `program` goes on.
+        draft: the draft model, when `speculative_config` names one.
         clock: seconds, never going back; for the timeouts of requests.
     Raises:
         ConfigError: an option with a bad value.
@@ -94,6 +108,7 @@ class Engine:
         successor: Future[Program] | None = None,
         grammars: GrammarCompiler | None = None,
         *,
+        draft: Program | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         check_options(Options(engine=options))
@@ -106,7 +121,18 @@ class Engine:
         self._failure: Exception | None = None
         self._num_arrivals = self._num_steps = self._num_preemptions = 0
         self._prompt_tokens = self._generation_tokens = self._queried_tokens = self._hit_tokens = 0
+        self._num_drafts = self._draft_tokens = self._accepted_tokens = 0
         self._host_seconds = self._model_seconds = 0.0
+        self._speculation = SpeculativeOptions.of(options.speculative_config)
+        self._proposer: Proposer | None = None
+        if self._speculation is not None and self._speculation.method == "ngram":
+            self._proposer = NgramProposer(self._speculation)
+        elif self._speculation is not None:
+            if draft is None:
+                raise ConfigError(
+                    "speculative_config names a draft model, and the engine was given none; pass draft=..."
+                )
+            self._proposer, options = draft_model_beside(program, draft, options, max_model_len)
         self._sampler = Sampler(options.seed, grammars)
         self._run_with(program, options, max_model_len)
 
@@ -128,10 +154,10 @@ class Engine:
         self._allocator = StateAllocator(
             plan.groups, num_slots=plan.num_slots, page_size=plan.page_size, max_model_len=plan.max_model_len
         )
-        has_slots = any(isinstance(spec, SlotState) for spec in program.states)
+        self._has_slots = any(isinstance(spec, SlotState) for spec in program.states)
         self._prefixes = PrefixCache(
             self._allocator,
-            snapshot_rows=range(plan.num_slots, plan.num_slots + plan.num_snapshots) if has_slots else None,
+            snapshot_rows=range(plan.num_slots, plan.num_slots + plan.num_snapshots) if self._has_slots else None,
             is_enabled=options.enable_prefix_caching,
         )
         self._scheduler = Scheduler(
@@ -222,6 +248,9 @@ class Engine:
             generation_tokens=self._generation_tokens,
             prefix_cache_queried_tokens=self._queried_tokens + self._prefixes.num_queried_tokens,
             prefix_cache_hit_tokens=self._hit_tokens + self._prefixes.num_hit_tokens,
+            num_drafts=self._num_drafts,
+            draft_tokens=self._draft_tokens,
+            accepted_tokens=self._accepted_tokens,
             last_step_host_seconds=self._host_seconds,
             last_step_model_seconds=self._model_seconds,
         )
@@ -231,19 +260,26 @@ class Engine:
             self._adopt(self._successor)
         began = time.perf_counter()
         outputs = self._expire()
+        self._draft()
         step = self._scheduler.schedule()
         outputs += [self._finish(sequence, "error", sequence.stop_reason) for sequence in step.failed]
         for sequence, row in step.admitted.items():
-            copy_slot(self.program.states, self._states, row, sequence.slot)
+            self._copy_slot(row, sequence.slot)
         if not step.scheduled:
             return outputs
         batch = self._batches.build(step.scheduled)
+        if self._has_slots:
+            for sequence in batch.sampled:
+                if sequence.draft_token_ids:
+                    self._copy_slot(sequence.slot, self.plan.backup_row(sequence.slot))
         running = time.perf_counter()
         logits = self.program.run(batch.inputs, self._states)
-        samples = self._sampler.sample(logits[: len(batch.sampled)], batch.sampled)
-        _note_prompt_logprobs(batch, logits[len(batch.sampled) :])
+        num_rows = batch.num_sampled_rows
+        _note_prompt_logprobs(batch, logits[num_rows:])
+        extensions = extend_sequences(self._sampler, logits[:num_rows], batch)
         committing = time.perf_counter()
-        outputs += self._commit(step, batch, samples)
+        self._commit(step, extensions)
+        outputs += [self._output(extension) for extension in extensions]
         self._num_steps += 1
         self._model_seconds = committing - running
         self._host_seconds = time.perf_counter() - began - self._model_seconds
@@ -275,31 +311,66 @@ class Engine:
         for sequence in unfinished:
             self._allocator.free(sequence)
             sequence.num_computed_tokens = 0
+            sequence.draft_token_ids = []
         self._states = {}  # given back before new ones are allocated, within the same budget
         options = replace(self.options, kv_cache_memory_bytes=self.plan.num_bytes)
         self._run_with(successor.result(), options, self.max_model_len)
         for sequence in unfinished:
             self._scheduler.add(sequence)
 
-    def _commit(self, step: ScheduledStep, batch: Batch, samples: Samples) -> list[TokenOutput]:
-        for sequence, num_tokens in step.scheduled.items():
-            row = self._scheduler.commit(sequence, num_tokens)
-            if row:
-                copy_slot(self.program.states, self._states, sequence.slot, row)
-        outputs = []
-        for sequence, token_id, logprobs in zip(batch.sampled, samples.token_ids, samples.logprobs, strict=True):
-            if token_id is None:
-                problem = self._sampler.constraints.problem(sequence)
-                outputs.append(self._finish(sequence, "error", problem or UNUSABLE_LOGITS))
+    def _draft(self) -> None:
+        """Give decoding sequences drafts of what may come next, as far as they may still grow."""
+        if self._proposer is None or self._speculation is None:
+            return
+        most = self._speculation.num_speculative_tokens
+        wanted = {
+            sequence: count
+            for sequence in self._scheduler.running
+            # one more token comes behind the last draft
+            if may_speculate(sequence) and (count := min(most, sequence.max_length - len(sequence.token_ids) - 1)) > 0
+        }
+        for sequence, drafts in self._proposer.propose(wanted).items():
+            sequence.draft_token_ids = drafts
+
+    def _commit(self, step: ScheduledStep, extensions: SequenceOf[Extension]) -> None:
+        """Record what is in memory now. Of drafts that were rejected, slot states are undone and pages written anew."""
+        num_tokens = dict(step.scheduled)
+        for extension in extensions:
+            sequence = extension.sequence
+            num_drafts = len(sequence.draft_token_ids)
+            if num_drafts == 0:
                 continue
-            if len(sequence.token_ids) == sequence.num_prompt_tokens:
-                self._prompt_tokens += sequence.num_prompt_tokens
-            sequence.append(token_id)
-            self._generation_tokens += 1
-            outputs.append(sequence.output([token_id], logprobs))
-            if sequence.finish_reason is not None:
-                self._release(sequence)
-        return outputs
+            self._num_drafts += 1
+            self._draft_tokens += num_drafts
+            self._accepted_tokens += extension.num_accepted
+            sequence.draft_token_ids = []
+            if extension.num_accepted == num_drafts:
+                continue
+            if self._has_slots:
+                self._copy_slot(self.plan.backup_row(sequence.slot), sequence.slot)
+                del num_tokens[sequence]
+            else:
+                num_tokens[sequence] = 1 + extension.num_accepted
+        for sequence, count in num_tokens.items():
+            row = self._scheduler.commit(sequence, count)
+            if row:
+                self._copy_slot(sequence.slot, row)
+
+    def _output(self, extension: Extension) -> TokenOutput:
+        """Count what a sequence got, end it if that is due, and say so."""
+        sequence, num_tokens = extension.sequence, len(extension.token_ids)
+        if num_tokens and sequence.num_output_tokens == num_tokens:
+            self._prompt_tokens += sequence.num_prompt_tokens
+        self._generation_tokens += num_tokens
+        if not extension.is_usable:
+            sequence.finish_reason = "error"
+            sequence.stop_reason = self._sampler.constraints.problem(sequence) or UNUSABLE_LOGITS
+        if sequence.finish_reason is not None:
+            self._release(sequence)
+        return sequence.output(extension.token_ids, extension.logprobs or None)
+
+    def _copy_slot(self, source: int, target: int) -> None:
+        copy_slot(self.program.states, self._states, source, target)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, why: int | str | None = None) -> TokenOutput:
         """End a sequence without a new token."""
@@ -310,6 +381,8 @@ class Engine:
     def _release(self, sequence: Sequence) -> None:
         self._scheduler.finish(sequence)
         self._sampler.release(sequence)
+        if self._proposer is not None:
+            self._proposer.release(sequence)
         siblings = self._requests[sequence.request.request_id]
         siblings.remove(sequence)
         if not siblings:

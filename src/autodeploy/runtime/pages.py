@@ -231,6 +231,10 @@ class StateAllocator:
     def has_free_slot(self) -> bool:
         return bool(self._free_slots)
 
+    def has_free_pages(self, num_pages: int) -> bool:
+        """Whether every group has more than this many free pages."""
+        return all(table.pool.num_free > num_pages for table in self.tables)
+
     def can_admit(self, sequence: Sequence, prefix: Prefix, *, num_reserved_pages: int) -> bool:
         """Whether all tokens of a waiting sequence, which shares `prefix`, fit beside `num_reserved_pages` kept free
         per group.

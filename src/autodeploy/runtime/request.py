@@ -306,6 +306,7 @@ class Sequence:
         token_ids: prompt and output so far.
         num_computed_tokens: leading tokens whose states are in memory; 0 again after a preemption.
         num_cached_tokens: those that were found in the prefix cache when it first started; None before.
+        draft_token_ids: what may follow `token_ids`, to be verified in this step.
         page_hashes, snapshot_tokens, shared_tokens: notes of the prefix cache.
         slot: row in the page tables and slot states; 0 while it has none. The pages are in `StateAllocator`'s tables.
         order: sort key; the smallest runs first and is preempted last.
@@ -315,6 +316,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "draft_token_ids",
         "eos_ids",
         "finish_reason",
         "index",
@@ -356,6 +358,7 @@ class Sequence:
             params.is_greedy and not params.has_penalties and params.logprobs is None and not params.has_constraints
         )
         self.prompt_logprobs: list[dict[int, Logprob] | None] = [None]
+        self.draft_token_ids: list[int] = []
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
         self.page_hashes: list[bytes] = []
@@ -382,14 +385,14 @@ class Sequence:
         elif len(self.token_ids) >= self.max_length:
             self.finish_reason = "length"
 
-    def output(self, token_ids: list[int], logprobs: dict[int, Logprob] | None = None) -> TokenOutput:
+    def output(self, token_ids: list[int], logprobs: list[dict[int, Logprob]] | None = None) -> TokenOutput:
         """What to tell the caller: these new tokens, and how the sequence ended, if it did."""
         is_first = self.params.prompt_logprobs is not None and 0 < len(token_ids) == self.num_output_tokens
         return TokenOutput(
             request_id=self.request.request_id,
             index=self.index,
             token_ids=token_ids,
-            logprobs=None if logprobs is None else [logprobs],
+            logprobs=logprobs,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             prompt_logprobs=self.prompt_logprobs if is_first else None,

@@ -7,6 +7,8 @@ cut into chunks by what the budget leaves. A sequence starts behind the longest 
 When pages run out, the last running sequence gives up all it owns and waits again; of that it finds again, as a known
 prefix, what nobody has overwritten, and the rest is recomputed. Nobody overtakes the first waiting sequence, and the
 first running sequence is never preempted for another, so every sequence finishes.
+
+Drafts are computed behind the one token of a decoding sequence where budget and pages are plenty, else dropped.
 """
 
 import heapq
@@ -24,7 +26,7 @@ class ScheduledStep:
     """What one step does.
 
     Attributes:
-        scheduled: tokens to compute now, per sequence; they follow its `num_computed_tokens`.
+        scheduled: tokens to compute now, per sequence, drafts included; they follow its `num_computed_tokens`.
         admitted: sequences that start in this step, and the row that their slot states are copied from; 0: they start
             from zero.
         preempted: sequences that lost their states and wait again.
@@ -160,9 +162,21 @@ class Scheduler:
         wanted = min(budget, len(sequence.token_ids) - sequence.num_computed_tokens)
         wanted = self._prefixes.limit_chunk(sequence, wanted)
         granted = self._allocator.allocate(sequence, wanted)
+        if granted and sequence.draft_token_ids:
+            granted += self._grant_drafts(sequence, budget - granted)
         if granted:
             step.scheduled[sequence] = granted
         return granted
+
+    def _grant_drafts(self, sequence: Sequence, budget: int) -> int:
+        """Keep as many drafts as are for free: the others lose neither the budget for a token nor a page by them."""
+        num_drafts = max(0, min(len(sequence.draft_token_ids), budget - len(self.running)))
+        if not self._allocator.has_free_pages(len(self.running)):
+            num_drafts = 0
+        elif num_drafts:
+            num_drafts = self._allocator.allocate(sequence, 1 + num_drafts) - 1
+        del sequence.draft_token_ids[num_drafts:]
+        return num_drafts
 
     def _make_room(self, sequence: Sequence, step: ScheduledStep) -> int:
         """Preempt the last running sequence, maybe `sequence` itself; returns how many tokens of this step that undid.
@@ -175,6 +189,7 @@ class Scheduler:
         victim = self.running.pop()
         self._allocator.free(victim)
         victim.num_computed_tokens = 0
+        victim.draft_token_ids = []
         self.num_preemptions += 1
         self.add(victim)
         step.preempted.append(victim)

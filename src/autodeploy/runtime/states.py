@@ -31,6 +31,7 @@ class StatePlan:
         groups: geometry of each group of paged states; page counts include scratch page 0.
         num_slots: slots, scratch slot 0 included; one less is how many sequences run at once.
         num_snapshots: rows behind the slots that keep slot states for the prefix cache.
+        num_backups: rows behind those, one per slot or none, that keep slot states while drafts are verified.
         page_size: tokens per page.
         max_model_len: longest sequence in tokens, prompt and output together.
         num_bytes: memory of all state tensors.
@@ -39,14 +40,23 @@ class StatePlan:
     groups: tuple[PageGroup, ...]
     num_slots: int
     num_snapshots: int
+    num_backups: int
     page_size: int
     max_model_len: int
     num_bytes: int
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of every slot state."""
+        return self.num_slots + self.num_snapshots + self.num_backups
+
+    def backup_row(self, slot: int) -> int:
+        return self.num_slots + self.num_snapshots + slot
+
 
 @dataclass(frozen=True, kw_only=True)
 class StateBytes:
-    """Bytes of one page of each group and of one slot, all specs of the group together."""
+    """Bytes of one page of each group and of one row of slots, all specs of the group together."""
 
     page_bytes: dict[PageGroup, int]
     slot_bytes: int
@@ -62,6 +72,18 @@ class StateBytes:
             else:
                 slot_bytes += spec.bytes_per_slot
         return StateBytes(page_bytes=pages, slot_bytes=slot_bytes)
+
+
+def memory_budget(options: EngineOptions, device: torch.device) -> int:
+    """Bytes that all states together may take."""
+    if options.kv_cache_memory_bytes is not None:
+        return options.kv_cache_memory_bytes
+    return int(available_bytes(device) * options.memory_fraction)
+
+
+def bytes_per_sequence(specs: Iterable[StateSpec], options: EngineOptions, num_tokens: int = MIN_MODEL_LEN) -> int:
+    """Bytes that the states of one sequence take, to compare programs by."""
+    return _minimum_bytes(StateBytes.of(specs, options.page_size), options, num_tokens)
 
 
 def plan_states(
@@ -80,9 +102,7 @@ def plan_states(
     Raises:
         OutOfMemoryError: one sequence does not fit; says the bytes needed and available, and which option to change.
     """
-    budget = options.kv_cache_memory_bytes
-    if budget is None:
-        budget = int(available_bytes(device) * options.memory_fraction)
+    budget = memory_budget(options, device)
     sizes = StateBytes.of(specs, options.page_size)
     wanted = max_model_len or model_limit or UNLIMITED_MODEL_LEN
     length = min(wanted, _longest_fitting(sizes, options, wanted, budget))
@@ -110,7 +130,12 @@ def _minimum_bytes(sizes: StateBytes, options: EngineOptions, length: int) -> in
     pages = sum(
         (1 + group.max_pages(length, options.page_size)) * page_bytes for group, page_bytes in sizes.page_bytes.items()
     )
-    return pages + 2 * sizes.slot_bytes
+    return pages + 2 * _rows_per_slot(options) * sizes.slot_bytes
+
+
+def _rows_per_slot(options: EngineOptions) -> int:
+    """The slot itself and, while drafts are verified, what it held before them."""
+    return 1 if options.speculative_config is None else 2
 
 
 def _longest_fitting(sizes: StateBytes, options: EngineOptions, wanted: int, budget: int) -> int:
@@ -134,9 +159,10 @@ def _divide(sizes: StateBytes, options: EngineOptions, length: int, budget: int)
     """
     spare = budget - _minimum_bytes(sizes, options, length)
     num_seqs = options.max_num_seqs
-    if sizes.slot_bytes:
-        num_seqs = min(num_seqs, 1 + (spare // 2 if sizes.page_bytes else spare) // sizes.slot_bytes)
-    spare -= (num_seqs - 1) * sizes.slot_bytes
+    bytes_per_seq = _rows_per_slot(options) * sizes.slot_bytes
+    if bytes_per_seq:
+        num_seqs = min(num_seqs, 1 + (spare // 2 if sizes.page_bytes else spare) // bytes_per_seq)
+    spare -= (num_seqs - 1) * bytes_per_seq
     num_snapshots = 0
     if sizes.slot_bytes and options.enable_prefix_caching:
         num_snapshots = min(options.max_num_seqs, (spare // 4 if sizes.page_bytes else spare) // sizes.slot_bytes)
@@ -157,12 +183,13 @@ def _divide(sizes: StateBytes, options: EngineOptions, length: int, budget: int)
     groups = tuple(
         PageGroup(name=group.name, num_pages=pages[group], window=group.window) for group in sizes.page_bytes
     )
-    num_bytes = (num_seqs + 1 + num_snapshots) * sizes.slot_bytes
+    num_bytes = (num_seqs + 1) * bytes_per_seq + num_snapshots * sizes.slot_bytes
     num_bytes += sum(pages[group] * size for group, size in sizes.page_bytes.items())
     return StatePlan(
         groups=groups,
         num_slots=num_seqs + 1,
         num_snapshots=num_snapshots,
+        num_backups=num_seqs + 1 if sizes.slot_bytes and _rows_per_slot(options) == 2 else 0,
         page_size=options.page_size,
         max_model_len=length,
         num_bytes=num_bytes,
@@ -186,7 +213,7 @@ def _refusal(sizes: StateBytes, options: EngineOptions, length: int, budget: int
 def allocate_states(specs: Iterable[StateSpec], plan: StatePlan, device: torch.device) -> dict[str, Tensor]:
     """Zeroed tensors by spec name.
 
-    `[num_pages, page_size, *shape]` for paged states, `[num_slots + num_snapshots, *shape]` for slot states.
+    `[num_pages, page_size, *shape]` for paged states, `[num_rows, *shape]` for slot states.
 
     Raises:
         OutOfMemoryError: the device refuses the memory after all.
@@ -198,7 +225,7 @@ def allocate_states(specs: Iterable[StateSpec], plan: StatePlan, device: torch.d
             if isinstance(spec, PagedState):
                 leading: tuple[int, ...] = (num_pages[spec.group], plan.page_size)
             else:
-                leading = (plan.num_slots + plan.num_snapshots,)
+                leading = (plan.num_rows,)
             tensors[spec.name] = _zeros((*leading, *spec.shape), spec.dtype, device)
     except (RuntimeError, MemoryError, ValueError) as error:  # from CUDA, NumPy, and NumPy beyond the address space
         raise OutOfMemoryError(

@@ -1,0 +1,130 @@
+"""Drafts change how many tokens a step yields, never which: greedy, sampled, penalised, ended in the middle."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from autodeploy.config import EngineOptions
+from autodeploy.runtime.engine import Engine
+from autodeploy.runtime.request import SamplingParams, TokenOutput
+from tests.runtime.toy import VOCAB, logits_of, reference_logits, reference_tokens, toy_program
+
+LAYERS = ("full", "window")
+DRAFT_MODEL = {"model": "the same layers, with errors", "num_speculative_tokens": 4}
+HIGHEST_CHI_SQUARE = 54.0  # 22 degrees of freedom: one sample in 5000 lies above
+
+
+def make_engine(
+    layers: tuple[str, ...] = LAYERS, *, drafts: dict[str, Any] | None = DRAFT_MODEL, **program: Any
+) -> Engine:
+    options = EngineOptions(page_size=4, max_num_seqs=130, seed=3, speculative_config=drafts)
+    draft = toy_program(layers, err_every=3)
+    return Engine(toy_program(layers, **program), options, 64, draft=draft)
+
+
+def run(engine: Engine, prompt: list[int], params: SamplingParams) -> list[TokenOutput]:
+    engine.add_request("a", prompt, params)
+    outputs = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    return outputs
+
+
+def tokens_of(outputs: list[TokenOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0, max_tokens=30),
+        SamplingParams(temperature=0, max_tokens=30, repetition_penalty=1.3, frequency_penalty=0.2),
+        SamplingParams(temperature=0, max_tokens=30, logprobs=2),
+        SamplingParams(temperature=0.03, max_tokens=30, seed=5),
+        SamplingParams(temperature=0.1, max_tokens=30, seed=6, top_p=0.8, presence_penalty=0.1, logprobs=1),
+        SamplingParams(temperature=0, max_tokens=30, bad_token_sequences=[[3], [1, 2]], logit_bias={4: 0.3}),
+    ],
+    ids=str,
+)
+def test_the_tokens_are_those_without_drafts(params: SamplingParams) -> None:
+    plain, drafting = make_engine(drafts=None), make_engine()
+    expected, outputs = run(plain, [1, 2, 3], params), run(drafting, [1, 2, 3], params)
+    assert tokens_of(outputs) == tokens_of(expected)
+    assert len(outputs) < len(expected), "no step yielded more than one token"
+    if params.logprobs is not None:
+        entries = [[entry for output in each for entry in output.logprobs or ()] for each in (outputs, expected)]
+        assert entries[0] == entries[1] and len(entries[0]) == 30
+    stats = drafting.stats()
+    assert 0 < stats.accepted_tokens < stats.draft_tokens
+    assert stats.acceptance_length == 1 + stats.accepted_tokens / stats.num_drafts
+    assert stats.generation_tokens == 30 and plain.stats().acceptance_length == 1
+
+
+def test_a_sequence_ends_at_its_stop_token_and_at_its_length_whatever_is_drafted_behind() -> None:
+    free = reference_tokens(LAYERS, [1, 2], 30)
+    for at in range(5, 12):
+        if free.index(free[at]) == at:
+            outputs = run(make_engine(eos_token_ids=(free[at],)), [1, 2], SamplingParams(temperature=0, max_tokens=30))
+            assert tokens_of(outputs) == free[: at + 1] and outputs[-1].finish_reason == "stop"
+    for length in range(1, 9):
+        outputs = run(make_engine(), [1, 2], SamplingParams(temperature=0, max_tokens=length))
+        assert tokens_of(outputs) == free[:length] and outputs[-1].finish_reason == "length"
+
+
+def test_unusable_logits_behind_a_draft_end_the_sequence_after_the_tokens_before() -> None:
+    free = reference_tokens(LAYERS, [1, 2], 30)
+    at = next(at for at in range(6, 30) if free[at] not in (1, 2, *free[:at]))
+    outputs = run(make_engine(poison=free[at]), [1, 2], SamplingParams(temperature=0, max_tokens=30))
+    assert tokens_of(outputs) == free[: at + 1] and outputs[-1].finish_reason == "error"
+
+
+def test_speculating_and_other_sequences_share_a_step() -> None:
+    engine = make_engine(("full", "slot"))
+    prompts = {"a": [1, 2, 3], "b": [4] * 20, "c": [5, 6]}
+    params = SamplingParams(temperature=0, max_tokens=20)
+    for name, prompt in prompts.items():
+        engine.add_request(name, prompt, replace(params, seed=1) if name == "c" else params)
+    got: dict[str, list[int]] = {name: [] for name in prompts}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            got[output.request_id] += output.token_ids
+    assert got == {name: reference_tokens(("full", "slot"), prompt, 20) for name, prompt in prompts.items()}
+    assert engine.stats().accepted_tokens > 10 and engine.stats().state_usage_fraction == 0
+
+
+def test_the_sampled_distribution_is_the_models() -> None:
+    """The third token, behind two that were drafted or not, is distributed as the sum over all paths says."""
+    temperature, prompt, repeats = 0.15, [1, 2, 3], 12
+    expected = [0.0] * VOCAB
+    for first, weight in enumerate(_softmax(reference_logits(LAYERS, prompt), temperature)):
+        for second, share in enumerate(_softmax(reference_logits(LAYERS, [*prompt, first]), temperature)):
+            third = _softmax(reference_logits(LAYERS, [*prompt, first, second]), temperature)
+            for token, chance in enumerate(third):
+                expected[token] += weight * share * chance
+    engine = make_engine()
+    counts = [0] * VOCAB
+    for _ in range(repeats):
+        tokens: dict[int, list[int]] = {}
+        engine.add_request("a", prompt, SamplingParams(temperature=temperature, max_tokens=5, n=128))
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                tokens.setdefault(output.index, []).extend(output.token_ids)
+        for drawn in tokens.values():
+            counts[drawn[2]] += 1
+    total = 128 * repeats
+    assert sum(counts) == total and engine.stats().accepted_tokens > 200
+    chi_square = sum((count - total * p) ** 2 / (total * p) for count, p in zip(counts, expected, strict=True))
+    assert min(expected) * total > 4 and chi_square < HIGHEST_CHI_SQUARE
+    uniform = sum((count - total / VOCAB) ** 2 / (total / VOCAB) for count in counts)
+    assert uniform > HIGHEST_CHI_SQUARE, "the test would not see another distribution"
+
+
+def _softmax(logits: list[float], temperature: float) -> list[float]:
+    weights = [2.718281828459045 ** (logit / temperature) for logit in logits]
+    return [weight / sum(weights) for weight in weights]
+
+
+def test_the_reference_has_room_for_other_tokens() -> None:
+    """What the distributions are made from: logits that differ by context."""
+    assert logits_of(12345) != logits_of(12346) and len(reference_logits(LAYERS, [1])) == VOCAB
