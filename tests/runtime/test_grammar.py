@@ -119,6 +119,20 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [source for _, source in grammars._kept] == ['["c"]', '["e"]']
 
 
+def test_what_was_compiled_for_a_request_stays_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many others are compiled before the engine takes it; another model's compiler makes its own."""
+    monkeypatch.setattr("autodeploy.runtime.grammar.MAX_CACHED_GRAMMARS", 1)
+    grammars, other = compiler(), compiler(byte_fallback(), 300)
+    params = StructuredOutputsParams(choice=["hello"])
+    grammars.matcher(params)
+    for letter in "abc":
+        grammars.matcher(StructuredOutputsParams(choice=[letter]))
+    monkeypatch.setattr(grammars, "_compile", None)
+    begins = set(grammars.matcher(params).allowed().nonzero()[0])
+    assert set(other.matcher(params).allowed().nonzero()[0]) != begins
+    assert params == StructuredOutputsParams(choice=["hello"])
+
+
 def nested(depth: int) -> str:
     return '{"type": "array", "items": ' * depth + "{}" + "}" * depth
 

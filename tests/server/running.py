@@ -59,7 +59,7 @@ def assert_error(response: httpx.Response, status: int, message: str, param: str
     assert error["param"] == param
 
 
-def random_engine(tokenizer: Any = TOKENIZER) -> Engine:
+def random_engine(tokenizer: Any = TOKENIZER, *, max_model_len: int = 2048, **options: Any) -> Engine:
     """The real engine around a model whose next token depends on the last one, in a random way."""
     table = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(3)) * 2
     names = ("input_ids", "position_ids", "cu_seqlens", "seq_lens", "logits_indices", "page_table_full")
@@ -77,5 +77,5 @@ def random_engine(tokenizer: Any = TOKENIZER) -> Engine:
         device=torch.device("cpu"),
         eos_token_ids=(EOS,),
     )
-    options = EngineOptions(max_num_seqs=16, seed=1, kv_cache_memory_bytes=2**20)
-    return Engine(program, options, 2048, None, GrammarCompiler(tokenizer, VOCAB, [EOS]))
+    chosen = EngineOptions(**{"max_num_seqs": 16, "seed": 1, "kv_cache_memory_bytes": 2**20, **options})
+    return Engine(program, chosen, max_model_len, None, GrammarCompiler(tokenizer, VOCAB, [EOS]))

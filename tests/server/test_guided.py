@@ -9,6 +9,9 @@ import httpx
 import openai
 import pytest
 
+from autodeploy.runtime.engine import Engine
+from autodeploy.runtime.request import SamplingParams
+from autodeploy.runtime.structured_outputs import StructuredOutputsParams
 from tests.runtime.fake_engine import FakeEngine
 from tests.runtime.tiny_tokenizers import CHAT_TEMPLATE, byte_level
 from tests.server.running import EOS, MESSAGES, TOKENIZER, Start, assert_error, random_engine
@@ -90,6 +93,32 @@ def test_guided_and_free_requests_share_batches(start: Start) -> None:
     assert first["token_ids"] == alone
     for length, choice in zip(range(5, 13), guided, strict=True):
         assert re.fullmatch(f"[0-9]{{{length}}}", choice["text"])
+
+
+def test_guided_requests_keep_their_place_when_memory_is_short() -> None:
+    """In chunks, preempted and computed anew: each output is the one that its request has alone."""
+
+    def run(engine: Engine, numbers: range) -> dict[str, list[int]]:
+        outputs: dict[str, list[int]] = {}
+        for number in numbers:
+            params = SamplingParams(
+                temperature=0,
+                max_tokens=60,
+                structured_outputs=StructuredOutputsParams(regex=f"[0-9]{{{20 + number}}}"),
+            )
+            engine.add_request(str(number), [70 + number] * 40, params)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                outputs.setdefault(output.request_id, []).extend(output.token_ids)
+        return outputs
+
+    short = random_engine(max_num_batched_tokens=16, page_size=4, kv_cache_memory_bytes=4 * 4 * 45, max_model_len=120)
+    together = run(short, range(6))
+    assert short.stats().num_preemptions, "the memory was meant to be short"
+    for number in range(6):
+        alone = run(random_engine(), range(number, number + 1))
+        assert together[str(number)] == alone[str(number)]
+        assert re.fullmatch(f"[0-9]{{{20 + number}}}", TOKENIZER.decode(together[str(number)]))
 
 
 def test_tools_that_must_be_called(start: Start) -> None:

@@ -23,7 +23,7 @@ from autodeploy.server.served import ServedModel
 from autodeploy.server.time_limit import OutOfTimeError, run_within
 from tests.runtime.fake_engine import FakeEngine
 from tests.runtime.tiny_tokenizers import byte_level
-from tests.server.running import ANSWER_IDS, EOS, MESSAGES, TOKENIZER, Start, assert_error, wait_until
+from tests.server.running import ANSWER_IDS, EOS, MESSAGES, TOKENIZER, Start, assert_error, random_engine, wait_until
 
 TLS = Path(__file__).parent / "tls"
 
@@ -160,6 +160,13 @@ def test_the_number_of_sequences_is_limited(start: Start) -> None:
     assert_error(server.post("/v1/completions", {"prompt": ["a", "b"], "n": 2}), 400, "more than 2", "prompt")
     assert_error(server.post("/v1/chat/completions", {"messages": MESSAGES, "n": 3}), 400, "more than 2", "n")
     assert server.post("/v1/chat/completions", {"messages": MESSAGES, "n": 2}).status_code == 200
+
+
+def test_requests_that_take_too_long_end(start: Start) -> None:
+    server = start(random_engine(), request_timeout_seconds=0.2)
+    body = {"prompt": "x", "max_tokens": 100_000, "ignore_eos": True}
+    choice = server.post("/v1/completions", body).json()["choices"][0]
+    assert choice["finish_reason"] == "timeout" and "timeout" in choice["stop_reason"]
 
 
 def test_a_slow_template_is_ended(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,18 +103,27 @@ class GrammarCompiler:
         Raises:
             InvalidRequestError: it cannot be compiled, or not within the limits.
         """
+        compiler, found = params.compiled or (None, None)
+        if compiler is not self or found is None:
+            found = self._kept_or_compiled(params)
+            # Others may take its place among those kept before the engine asks, and the engine should not compile.
+            object.__setattr__(params, "compiled", (self, found))
+        copy: Matcher = found.copy()
+        return copy
+
+    def _kept_or_compiled(self, params: StructuredOutputsParams) -> Matcher:
         with self._lookup:
             found = self._kept.get(params.source)
             if found is not None:
                 self._kept.move_to_end(params.source)
-        if found is None:
-            with self._compiling:
-                found = _on_a_large_stack(lambda: self._compile(*params.source))
-            with self._lookup:
-                self._kept[params.source] = found
-                while len(self._kept) > MAX_CACHED_GRAMMARS:
-                    self._kept.popitem(last=False)
-        return found.copy()
+                return found
+        with self._compiling:
+            found = _on_a_large_stack(lambda: self._compile(*params.source))
+        with self._lookup:
+            self._kept[params.source] = found
+            while len(self._kept) > MAX_CACHED_GRAMMARS:
+                self._kept.popitem(last=False)
+        return found
 
     def _compile(self, kind: str, text: str) -> Matcher:
         try:

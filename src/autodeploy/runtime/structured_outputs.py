@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from autodeploy.errors import InvalidRequestError
@@ -29,6 +29,7 @@ class StructuredOutputsParams:
         regex: a regular expression for the whole output, in the syntax of Rust's `regex` crate.
         choice: texts, one of which is the output. Kept as a tuple.
         grammar: a context-free grammar in Lark's notation or GBNF.
+        compiled: what a compiler keeps here, so that the engine does not compile again.
     Raises:
         InvalidRequestError: none or several are given, or one is too large to be compiled safely.
     """
@@ -38,6 +39,7 @@ class StructuredOutputsParams:
     regex: str | None = None
     choice: Sequence[str] | None = None
     grammar: str | None = None
+    compiled: Any = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         given = [name for name in ("json", "regex", "choice", "grammar") if getattr(self, name) is not None]

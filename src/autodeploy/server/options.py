@@ -26,6 +26,7 @@ class ServerOptions:
         allowed_origins: web pages of this origin may call the server; may be given several times. Default: none.
         max_body_bytes: largest body of a request.
         max_sequences_per_request: most prompts times n of one request.
+        request_timeout_seconds: what takes longer ends with finish_reason "timeout"; default: no limit.
         drain_timeout_seconds: after SIGTERM, how long requests that run may take before they end with an error.
         log_format: text or json, one line per request.
     """
@@ -39,6 +40,7 @@ class ServerOptions:
     allowed_origins: Sequence[str] = ()
     max_body_bytes: int = MAX_BODY_BYTES
     max_sequences_per_request: int = 128
+    request_timeout_seconds: float | None = None
     drain_timeout_seconds: float = 30.0
     log_format: str = "text"
 
@@ -78,9 +80,12 @@ def _check(options: ServerOptions) -> None:
         value = getattr(options, name)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ConfigError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
-    seconds = options.drain_timeout_seconds
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= 86_400:
-        raise ConfigError(f"drain_timeout_seconds must be a number from 0 to 86400, got {seconds!r}")
+    for name in ("drain_timeout_seconds", "request_timeout_seconds"):
+        seconds = getattr(options, name)
+        if seconds is None and name == "request_timeout_seconds":
+            continue
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= 86_400:
+            raise ConfigError(f"{name} must be a number from 0 to 86400, got {seconds!r}")
     if options.log_format not in LOG_FORMATS:
         raise ConfigError(f"log_format must be one of {', '.join(LOG_FORMATS)}; got {options.log_format!r}")
     if any(not key.isascii() or not key.isprintable() for key in options.api_key):

@@ -113,9 +113,9 @@ class SamplingRequest(CallerFields, OutputFields):
     def wants_usage_in_every_chunk(self) -> bool:
         return self.wants_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
-    def engine_options(self) -> RequestOptions:
+    def engine_options(self, timeout_seconds: float | None) -> RequestOptions:
         """How the engine serves it, beside what it samples."""
-        return RequestOptions(priority=self.priority or 0, cache_salt=self.cache_salt)
+        return RequestOptions(priority=self.priority or 0, cache_salt=self.cache_salt, timeout_seconds=timeout_seconds)
 
     def _sampling_params(self, defaults: Mapping[str, Any], **own: Any) -> SamplingParams:
         given = {name: getattr(self, name) for name in SAMPLING_FIELDS if getattr(self, name) is not None}

@@ -48,6 +48,7 @@ class GenerationRoutes:
         self._served = served
         self._metrics = metrics
         self._most_sequences = options.max_sequences_per_request
+        self._timeout_seconds = options.request_timeout_seconds
         self._prompts = PromptReader(served)
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
@@ -140,7 +141,7 @@ class GenerationRoutes:
         make_whole: Whole,
         make_chunks: Chunks,
     ) -> Response:
-        start = self._start(prompts, params, body.engine_options())
+        start = self._start(prompts, params, body.engine_options(self._timeout_seconds))
         if body.stream:
             generation = await until_disconnect(request.receive, start)
             return _EventStream(streaming.server_sent_events(make_chunks(form, generation)), generation.stream)
