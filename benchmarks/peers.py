@@ -5,9 +5,9 @@
     python benchmarks/peers.py --prepare        # environments and model files of every model, nothing measured
 
 Subjects of one precision take turns at each figure (A B C A B C ...), after a round that is not counted; every prompt
-is random and used once. A start is a process of its own, from launch to the first token after 128. The machine's limits
-are measured in every round. Speed is meaningful on an idle machine only: how busy others keep it is measured in every
-round too, and `performance_page.py` takes no record of a busy one.
+is random and used once. Before that they take turns at starting: a start is a process of its own, from launch to the
+first token after 128. The machine's limits are measured in every round, and how busy others keep it: speed is
+meaningful on an idle machine only, and `performance_page.py` takes no record of a busy one.
 """
 
 import argparse
@@ -52,10 +52,9 @@ def compare(subjects: list[Subject], load: Load, num_ids: int, rounds: int, limi
     seconds = 3.0 if load is not SMOKE else 0.1
     with ExitStack() as stack:
         runs = Rounds(load, num_ids)
+        runs.start(subjects, 1 if load is SMOKE else rounds + 1, stack)
         for turn in range(rounds + 1):
             limits.append(conditions(seconds))
-            for subject in subjects if turn == 0 or load is not SMOKE else ():
-                runs.start(subject, stack)
             print(f"-- {subjects[0].precision}, round {turn} of {rounds}", flush=True)
             runs.once(counted=turn > 0)
         facts = runs.end()

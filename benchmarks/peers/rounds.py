@@ -45,25 +45,36 @@ class Rounds:
         self.tokens: dict[str, list[list[int]]] = {}
         self.failed: dict[str, str] = {}
 
-    def start(self, subject: Subject, stack: ExitStack) -> None:
-        """Launch a subject and wait for its first token; the first process of each stays, for as long as `stack`.
+    def start(self, subjects: list[Subject], times: int, stack: ExitStack) -> None:
+        """Launch every subject some times in turns, each to its first token; its last process stays as long as `stack`.
 
-        That one may find nothing that an earlier start has kept, so it counts by itself.
+        A first start may find nothing that an earlier one has kept, so it counts by itself; it ends when it has kept
+        what it wants to. A subject that starts slowly does so twice at most.
         """
-        figure = "start_seconds" if subject.name in self._peers else "first_start_seconds"
-        if subject.name in self.failed or (subject.name, figure) in self._slow:
-            return
+        for turn in range(times):
+            is_last = turn == times - 1
+            for subject in subjects:
+                is_slow = any(
+                    (subject.name, figure) in self._slow for figure in ("first_start_seconds", "start_seconds")
+                )
+                if subject.name not in self.failed and (is_last or not is_slow):
+                    self._launch(
+                        subject, "start_seconds" if turn else "first_start_seconds", stack if is_last else None
+                    )
+
+    def _launch(self, subject: Subject, figure: str, stack: ExitStack | None) -> None:
         with ExitStack() as own:
             peer = own.enter_context(subject.launch())
             try:
                 peer.ask("generate", prompts=[self._prompt(self.load.decode[0], self._source_of_starts)], lengths=[1])
                 self._add(subject.name, {figure: peer.seconds_since_launch}, True, peer.seconds_since_launch)
-                if subject.name not in self._peers:
-                    peer.ask("settle")
-                    self._peers[subject.name] = peer
-                    stack.enter_context(own.pop_all())
+                peer.ask("settle")
             except PeerError as error:
                 self.failed[subject.name] = f"start: {error}"
+                return
+            if stack is not None:
+                self._peers[subject.name] = peer
+                stack.enter_context(own.pop_all())
 
     def once(self, counted: bool) -> None:
         """Every subject's turn at every figure; a round that is not counted has few requests at once."""

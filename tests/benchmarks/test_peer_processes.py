@@ -132,9 +132,8 @@ def test_a_subject_that_fails_leaves_the_others_alone(script: Script, tmp_path: 
     unlucky = ADAPTER.replace("prompts[0] == [13]", "len(prompts[0]) == 5")
     rounds, subjects = _rounds(script, tmp_path, {"good": ADAPTER, "bad": unlucky, "gone": "raise SystemExit(1)"})
     with ExitStack() as stack:
+        rounds.start(subjects, 2, stack)
         for turn in range(2):
-            for subject in subjects:
-                rounds.start(subject, stack)
             rounds.once(counted=turn > 0)
         facts = rounds.end()
     assert rounds.failed.keys() == {"bad", "gone"}
@@ -149,10 +148,10 @@ def test_a_subject_that_fails_leaves_the_others_alone(script: Script, tmp_path: 
 
 def test_what_is_slow_is_done_once(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script("peers.rounds"), "SLOW_SECONDS", 0.0)
-    rounds, (subject,) = _rounds(script, tmp_path, {"slow": ADAPTER})
+    rounds, subjects = _rounds(script, tmp_path, {"slow": ADAPTER})
     with ExitStack() as stack:
+        rounds.start(subjects, 4, stack)
         for turn in range(3):
-            rounds.start(subject, stack)
             rounds.once(counted=turn > 0)
     assert {figure: len(values) for figure, values in rounds.samples["slow"].items()} == dict.fromkeys(
         (
