@@ -166,6 +166,17 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+def test_nulls_are_fields_left_out(start: Start) -> None:
+    server = start()
+    for path, model, needed in (
+        ("completions", requests.CompletionRequest, {"prompt": "x"}),
+        ("chat/completions", requests.ChatCompletionRequest, {"messages": MESSAGES}),
+    ):
+        nulls = dict.fromkeys(model.model_fields)
+        assert server.post(f"/v1/{path}", nulls | needed).status_code == 200
+        assert_error(server.post(f"/v1/{path}", nulls), 400, "", next(iter(needed)))
+
+
 def test_what_is_not_done_is_refused_by_name(start: Start) -> None:
     server = start()
     for path, fields, param in REFUSED:

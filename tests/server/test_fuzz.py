@@ -43,28 +43,50 @@ schemas = st.recursive(
     ),
     max_leaves=4,
 )
-own_values = {
+flags = st.sampled_from([True, False, None])
+plausible: dict[str, Any] = {
     "guided_json": schemas,
     "guided_regex": st.text("ab()[]{}|*+?.\\^$0,", max_size=12),
     "guided_choice": st.lists(texts, max_size=3),
     "guided_grammar": st.text('start: "ab"|()\n', max_size=20),
-    "logit_bias": st.dictionaries(st.sampled_from(["70", "0", "339", "340", "x"]), numbers, max_size=3),
-    "max_tokens": st.integers(-1, 5),
-    "n": st.integers(-1, 3),
+    "logit_bias": st.dictionaries(st.sampled_from(["70", "0", "339", "340", "x"]), st.sampled_from([1, -100.0, 101])),
+    "allowed_token_ids": st.lists(st.integers(0, 345), max_size=3),
+    "bad_words": st.lists(texts, max_size=2),
+    "stop": texts | st.lists(texts, max_size=2),
+    "stop_token_ids": st.lists(st.integers(0, 345), max_size=2),
+    "max_tokens": st.integers(0, 5),
+    "n": st.integers(0, 3),
+    "min_tokens": st.integers(0, 4),
+    "logprobs": st.integers(-1, 21) | st.just(True),
+    "prompt_logprobs": st.integers(0, 3),
+    "top_k": st.sampled_from([-1, 0, 1, 400]),
+    "seed": st.integers(-(2**63), 2**63),
+    "truncate_prompt_tokens": st.integers(0, 9),
+    "priority": st.integers(-3, 3),
+    "prompt": texts | st.lists(st.integers(0, 345), max_size=4) | st.lists(texts, max_size=3),
+    "tokens": st.lists(st.integers(-1, 345), max_size=5),
+    **dict.fromkeys(("temperature", "top_p", "min_p"), st.floats(0, 1.1)),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "repetition_penalty"), st.floats(-2.2, 2.2)),
+    **dict.fromkeys(("stream", "echo", "ignore_eos", "add_special_tokens", "return_token_ids"), flags),
+    **dict.fromkeys(("skip_special_tokens", "include_stop_str_in_output", "add_generation_prompt"), flags),
+    **dict.fromkeys(("continue_final_message", "return_token_strs", "return_tokens_as_token_ids"), flags),
+    **dict.fromkeys(("model", "reasoning_effort", "stream_options", "response_format", "tools"), st.none()),
+    "user": values,
+    "metadata": values,
 }
 
 
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
-    """A usual request, some of whose fields have unusual values."""
+    """A usual request, some of whose fields have plausible values, and now and then one has any value."""
     path = draw(st.sampled_from(sorted(BODIES)))
-    names = st.sampled_from(sorted(BODIES[path].model_fields))
+    known = sorted(BODIES[path].model_fields)
     body = dict(USUAL[path])
-    for name in draw(st.lists(names, max_size=4, unique=True)):
-        body[name] = draw(own_values.get(name, values))
-    if draw(st.integers(0, 9)) == 0:
-        body[draw(texts)] = draw(values)
-    if body.get("max_tokens") is None:
+    for name in draw(st.lists(st.sampled_from([name for name in known if name in plausible]), max_size=4)):
+        body[name] = draw(plausible[name])
+    if draw(st.sampled_from([False, False, True])):
+        body[draw(st.sampled_from(known) | texts)] = draw(values)
+    if body.get("max_tokens") is None and path.startswith("/v1"):
         body["max_tokens"] = 3
     return path, body
 

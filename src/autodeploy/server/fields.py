@@ -36,7 +36,7 @@ _EMPTY: tuple[Any, ...] = (None, False, "", [], {})
 
 
 class StrictModel(BaseModel):
-    """A part of a request: no unknown fields, no silent conversion of types."""
+    """A part of a request: no unknown fields, no silent conversion of types. A null is a field left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -45,13 +45,14 @@ class StrictModel(BaseModel):
     def _refuse_what_is_not_done(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        known = {field.alias or name for name, field in cls.model_fields.items()}
+        known = {field.alias or name: field for name, field in cls.model_fields.items()}
         kept = {}
         for name, value in values.items():
-            if name in known:
+            if name not in known:
+                if not _asks_for_nothing(name, value):
+                    raise _refusal(name, sorted(known))
+            elif value is not None or known[name].is_required():
                 kept[name] = value
-            elif not _asks_for_nothing(name, value):
-                raise _refusal(name, sorted(known))
         return kept
 
 
