@@ -3,11 +3,12 @@
 import asyncio
 import json
 import re
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel
 
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams
@@ -53,6 +54,29 @@ def test_the_official_client_gets_what_it_asks_for(start: Start) -> None:
         model="tiny", prompt="x", max_tokens=900, extra_body={"response_format": JSON_SCHEMA}
     )
     check_colour(json.loads(text.choices[0].text))
+
+
+class Colour(BaseModel):
+    """What the client's own parser makes of an answer."""
+
+    name: Literal["red", "blue"]
+    share: int
+
+
+def test_the_official_clients_parser(start: Start) -> None:
+    tokenizer = byte_level(chat_template=TEMPLATE)
+    client = start(random_engine(tokenizer), tokenizer=tokenizer).client()
+    parsed = client.chat.completions.parse(model="tiny", messages=MESSAGES, response_format=Colour, max_tokens=900)
+    assert isinstance(parsed.choices[0].message.parsed, Colour)
+    called = client.chat.completions.parse(
+        model="tiny",
+        messages=MESSAGES,
+        tools=[openai.pydantic_function_tool(Colour)],
+        tool_choice={"type": "function", "function": {"name": "Colour"}},
+        max_tokens=900,
+    )
+    (call,) = called.choices[0].message.tool_calls or []
+    assert isinstance(call.function.parsed_arguments, Colour)
 
 
 @pytest.mark.parametrize(

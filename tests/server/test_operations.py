@@ -163,7 +163,7 @@ def test_the_number_of_sequences_is_limited(start: Start) -> None:
 
 
 def test_requests_that_take_too_long_end(start: Start) -> None:
-    server = start(random_engine(), request_timeout_seconds=0.2)
+    server = start(random_engine(), request_timeout_seconds=0.01)
     body = {"prompt": "x", "max_tokens": 100_000, "ignore_eos": True}
     choice = server.post("/v1/completions", body).json()["choices"][0]
     assert choice["finish_reason"] == "timeout" and "timeout" in choice["stop_reason"]

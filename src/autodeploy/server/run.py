@@ -21,7 +21,7 @@ GRACE_SECONDS = 10
 class DrainingServer(uvicorn.Server):
     """On SIGTERM or SIGINT: no new connections, `/ready` says no, what runs has `drain_timeout_seconds`.
 
-    What is not finished by then ends with an error that says so; a second signal ends everything at once.
+    What is not finished by then ends with an error that says so; a second SIGINT ends everything at once.
     """
 
     def __init__(self, config: uvicorn.Config, served: ServedModel, drain_timeout_seconds: float):
