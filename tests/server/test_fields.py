@@ -3,7 +3,6 @@
 from typing import Any
 
 import httpx
-import pytest
 from pydantic import TypeAdapter
 
 from autodeploy.server import answers, requests
@@ -233,6 +232,16 @@ def test_the_openapi_document_is_true(start: Start) -> None:
     assert set(answer) <= set(properties) and answer["choices"][0]["message"]["content"] == ANSWER
 
 
-@pytest.mark.parametrize("path", ["/health", "/ping", "/version", "/metrics", "/v1/models", "/tokenize", "/detokenize"])
-def test_the_openapi_document_has_every_route(start: Start, path: str) -> None:
-    assert path in httpx.get(f"{start().url}/openapi.json").json()["paths"]
+ROUTES = ("/health", "/ping", "/ready", "/version", "/metrics", "/status", "/status.json", "/v1/models")
+
+
+def test_the_openapi_document_has_every_route_and_its_type(start: Start) -> None:
+    server = start()
+    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    assert {*ROUTES, "/tokenize", "/detokenize", "/v1/models/{name}"} <= set(paths)
+    for path in ROUTES:
+        response = httpx.get(server.url + path)
+        told = paths[path]["get"]["responses"]["200"].get("content", {})
+        given = response.headers.get("content-type", "").partition(";")[0]
+        assert list(paths[path]["get"]["responses"]["503"]["content"]) == ["application/json"]
+        assert response.status_code == 200 and list(told) == ([given] if given else []), path

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from autodeploy.server import status
 from autodeploy.server.access import RequireKey
@@ -21,7 +21,7 @@ from autodeploy.server.answers import (
     TokenizeResponse,
     VersionResponse,
 )
-from autodeploy.server.failures import ERROR_RESPONSES, add_error_handlers, error_response
+from autodeploy.server.failures import ERROR_RESPONSES, ERROR_RESPONSES_IN_JSON, add_error_handlers, error_response
 from autodeploy.server.limits import LimitBody
 from autodeploy.server.logs import RequestLog
 from autodeploy.server.metrics import ServingMetrics
@@ -43,16 +43,17 @@ def create_app(served: ServedModel, *, version: str = "", options: ServerOptions
     routes, generation = _Routes(served, metrics, version), GenerationRoutes(served, metrics, options)
 
     def add(method: str, path: str, route: Callable[..., Any], answer: Any = None, **extra: Any) -> None:
-        responses = {**ERROR_RESPONSES, **extra.pop("responses", {})}
+        errors = ERROR_RESPONSES_IN_JSON if "response_class" in extra else ERROR_RESPONSES
+        responses = {**errors, **extra.pop("responses", {})}
         app.add_api_route(path, route, methods=[method], response_model=answer, responses=responses, **extra)
 
-    add("GET", "/health", routes.health)
-    add("GET", "/ping", routes.health)
-    add("POST", "/ping", routes.health)
-    add("GET", "/ready", routes.ready)
+    add("GET", "/health", routes.health, response_class=Response)
+    add("GET", "/ping", routes.health, response_class=Response)
+    add("POST", "/ping", routes.health, response_class=Response)
+    add("GET", "/ready", routes.ready, response_class=Response)
     add("GET", "/version", routes.show_version, VersionResponse)
-    add("GET", "/metrics", routes.metrics)
-    add("GET", "/status", routes.status_page)
+    add("GET", "/metrics", routes.metrics, response_class=PlainTextResponse)
+    add("GET", "/status", routes.status_page, response_class=HTMLResponse)
     add("GET", "/status.json", routes.status)
     add("GET", "/v1/models", routes.models, ModelList)
     add("GET", "/v1/models/{name:path}", routes.model, ModelCard)

@@ -16,9 +16,13 @@ from autodeploy.server.answers import ErrorDetail, ErrorResponse
 logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
-ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 404, 405, 413, 422, 429, 500, 503)
+ERROR_STATUSES = (400, 401, 404, 405, 413, 422, 429, 500, 503)
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in ERROR_STATUSES}
+_ERROR_CONTENT = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
+ERROR_RESPONSES_IN_JSON: dict[int | str, dict[str, Any]] = {
+    status: {"description": "An error", "content": _ERROR_CONTENT} for status in ERROR_STATUSES
 }
+"""The same for routes whose successes are not JSON: FastAPI would give their errors the type of their successes."""
 
 
 class RequestFailedError(AutoDeployError):
