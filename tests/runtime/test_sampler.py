@@ -119,6 +119,25 @@ def test_min_p_comes_before_top_p() -> None:
     assert set(sample_many(logits, 200, top_p=0.5)) == {0, 1}
 
 
+def test_a_long_tail_is_cut_where_the_whole_distribution_says() -> None:
+    """Hundreds of tokens stay, thousands are too unlikely to be looked at; neighbours change nothing."""
+    logits = (2.5 * np.random.default_rng(0).standard_normal(4000)).tolist()
+    # A little more than what stays: at the limit float32 may round.
+    kept = set(np.flatnonzero(expected_probabilities(logits, SamplingParams(top_p=0.981))).tolist())
+    assert NUM_CANDIDATES < len(kept) < 2000
+    sampler = Sampler(seed=0)
+    alone = make_sequence(vocab=4000, top_p=0.98, seed=1)
+    pair = [make_sequence(vocab=4000, top_p=0.98, seed=1), make_sequence(vocab=4000, top_k=700, top_p=0.9, seed=1)]
+    seen = []
+    for _ in range(100):
+        (token,) = sampler.sample(torch.tensor([logits]), [alone]).token_ids
+        assert sampler.sample(torch.tensor([logits] * 2), pair).token_ids[0] == token
+        seen.append(token)
+    assert set(seen) <= kept
+    unlikely = sorted(kept, key=logits.__getitem__)[: len(kept) // 2]
+    assert set(seen) & set(unlikely), "the less likely half of what is kept is drawn from too"
+
+
 def test_a_flat_distribution_needs_more_than_the_candidates() -> None:
     vocab = NUM_CANDIDATES * 4
     logits = np.linspace(0, 0.01, vocab).tolist()

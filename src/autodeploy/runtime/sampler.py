@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from autodeploy.runtime.constraints import Constraints
@@ -167,11 +168,14 @@ def _draw(logits_NV: Tensor, sequences: SequenceOf[Sequence], uniforms_N: Tensor
     params = [sequence.params for sequence in sequences]
     probabilities = torch.softmax(logits_NV / _column([p.temperature for p in params], logits_NV), dim=-1)
     filtered = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0]
+    thresholds = torch.zeros_like(probabilities[:, :1])
     if filtered:
-        chosen = probabilities[filtered]
-        limits = _Limits.of([sequences[row] for row in filtered], chosen)
-        threshold = _thresholds(chosen, limits)
-        probabilities[filtered] = chosen.masked_fill(chosen < threshold, 0.0)
+        chosen = probabilities if len(filtered) == len(params) else probabilities[filtered]
+        thresholds[filtered] = _thresholds(chosen, _Limits.of([sequences[row] for row in filtered], chosen))
+    if probabilities.device.type == "cpu":
+        rows = zip(probabilities.numpy(), thresholds.flatten().tolist(), uniforms_N.tolist(), strict=True)
+        return torch.tensor([_draw_row(*row) for row in rows])
+    probabilities = probabilities.masked_fill(probabilities < thresholds, 0.0)
     # float64: rounding in a float32 sum over 10^5 tokens is as large as the probability of a rare one.
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
@@ -179,6 +183,17 @@ def _draw(logits_NV: Tensor, sequences: SequenceOf[Sequence], uniforms_N: Tensor
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
     return tokens.clamp_(max=logits_NV.shape[-1] - 1)  # rows of NaN are out of range; they are reported as unusable
+
+
+def _draw_row(probabilities_V: NDArray[np.float32], threshold: float, uniform: float) -> int:
+    """The same for one row, without adding up the whole row where the filters leave little of it."""
+    kept = np.flatnonzero(probabilities_V >= threshold) if threshold else np.arange(len(probabilities_V))
+    if not len(kept):
+        return len(probabilities_V) - 1  # a row of NaN
+    # torch adds up faster than NumPy.
+    cumulative = torch.from_numpy(probabilities_V[kept]).cumsum(dim=0, dtype=torch.float64).numpy()
+    target = min(uniform * cumulative[-1], np.nextafter(cumulative[-1], 0.0))
+    return int(kept[min(int(np.searchsorted(cumulative, target, side="right")), len(kept) - 1)])
 
 
 @dataclass(frozen=True)
@@ -211,9 +226,26 @@ def _thresholds(probabilities_NV: Tensor, limits: _Limits) -> Tensor:
     threshold, is_enough = _threshold_of_sorted(candidates, limits, vocab_size)
     rest = torch.nonzero(~is_enough).squeeze(1)
     if rest.numel():
-        everything = _sort_descending(probabilities_NV[rest])
+        everything = _sort_descending(_without_tails(probabilities_NV[rest], limits.rows(rest)))
         threshold[rest] = _threshold_of_sorted(everything, limits.rows(rest), vocab_size)[0]
     return threshold
+
+
+def _without_tails(probabilities_NV: Tensor, limits: _Limits) -> Tensor:
+    """The candidates of rows that top_p alone cuts: the unlikely tokens that it leaves out for certain are left out.
+
+    Tokens below (1 - top_p) / V have less than 1 - top_p together; half of that leaves room for rounding. On the CPU
+    thousands of tokens are sorted instead of all, one row after the other; elsewhere a sort costs little.
+    """
+    num_rows, vocab_size = probabilities_NV.shape
+    is_cut = bool(((limits.min_p > 0) | (limits.top_k < vocab_size)).any())
+    if probabilities_NV.device.type != "cpu" or is_cut:
+        return probabilities_NV
+    is_candidate_NV = probabilities_NV >= (1 - limits.top_p) / (2 * vocab_size)
+    counts = is_candidate_NV.sum(dim=-1)
+    result = torch.zeros(num_rows, int(counts.max()))
+    result[torch.arange(result.shape[-1]) < counts.unsqueeze(1)] = probabilities_NV[is_candidate_NV]
+    return result
 
 
 def _sort_descending(values_NV: Tensor) -> Tensor:
