@@ -1,5 +1,6 @@
 """Drafts change how many tokens a step yields, never which: greedy, sampled, penalised, ended in the middle."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 from autodeploy.config import EngineOptions
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams, TokenOutput
+from autodeploy.runtime.structured_outputs import StructuredOutputsParams
 from tests.runtime.toy import VOCAB, logits_of, reference_logits, reference_tokens, toy_program
+from tests.server.running import TOKENIZER, random_engine
 
 LAYERS = ("full", "window")
 DRAFT_MODEL = {"model": "the same layers, with errors", "num_speculative_tokens": 4}
@@ -59,6 +62,19 @@ def test_the_tokens_are_those_without_drafts(params: SamplingParams) -> None:
     assert 0 < stats.accepted_tokens < stats.draft_tokens
     assert stats.acceptance_length == 1 + stats.accepted_tokens / stats.num_drafts
     assert stats.generation_tokens == 30 and plain.stats().acceptance_length == 1
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 4}, {"logprobs": 1, "seed": 5}])
+def test_a_grammar_is_followed_through_drafts(params: dict[str, Any]) -> None:
+    """Lookup drafts what repeats, and the grammar rules out what it must: with and without drafts the same tokens."""
+    guided = StructuredOutputsParams(regex="(ab|cd|ef){12,20}!")
+    chosen = SamplingParams(max_tokens=60, structured_outputs=guided, **params)
+    plain, drafting = random_engine(), random_engine(speculative_config={"prompt_lookup_min": 1})
+    expected, outputs = run(plain, [5, 6], chosen), run(drafting, [5, 6], chosen)
+    assert tokens_of(outputs) == tokens_of(expected) and outputs[-1].finish_reason == "stop"
+    text = TOKENIZER.decode(tokens_of(outputs))
+    assert re.fullmatch("(ab|cd|ef){12,20}!", text), text
+    assert drafting.stats().accepted_tokens > 0
 
 
 def test_a_sequence_ends_at_its_stop_token_and_at_its_length_whatever_is_drafted_behind() -> None:
