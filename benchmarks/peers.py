@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -132,4 +133,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no peer is left behind, standing still
     main()
