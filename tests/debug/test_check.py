@@ -25,7 +25,11 @@ from tests.graphs import Sketch, attention_model, causal_sdpa
 from tests.ops.mixers import decaying_sum
 
 aten = torch.ops.aten
-TRANSFORMS = default_pipeline(torch.device("cpu")).transforms()
+TRANSFORMS = {
+    name: transform
+    for name, transform in default_pipeline(torch.device("cpu")).transforms().items()
+    if transform.enabled
+}
 Damage = Callable[[ModelGraph], None]
 
 
@@ -91,6 +95,23 @@ def test_in_bfloat16_errors_are_those_of_bfloat16(small: nn.Module) -> None:
     assert report.passed, report.culprit
     last = report.rows[-1].against_original
     assert last is not None and 1e-4 < last.relative_error < 0.1 and 0 < last.kl_divergence < 0.1
+
+
+@pytest.mark.usefixtures("captured_once")
+def test_rounded_weights_pass_and_scales_of_others_are_named(small: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = parse_options({"quantization": "int8"})
+    report = check(small, options)
+    assert report.passed, report.culprit
+    rounded = next(row for row in report.rows if row.name == "quantize_weights")
+    assert rounded.error is not None and 1e-3 < rounded.error < 0.3
+    op = OPS["quantized_linear"]
+
+    def upside_down(x: Tensor, weight: Tensor, scales: Tensor, *others: Any) -> Tensor:
+        return op.reference(x, weight, scales.flip(-1), *others)
+
+    monkeypatch.setitem(op.kernels, "cpu", Kernel("cpu", upside_down, lambda **_: None))
+    culprit = _culprit(check(small, options))
+    assert culprit.name == "select_kernels" and "quantized_linear" in culprit.note
 
 
 def _scale(graph: ModelGraph) -> None:

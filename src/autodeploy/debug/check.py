@@ -36,6 +36,7 @@ from autodeploy.debug.graph_run import (
     run_graph,
     token_by_token,
 )
+from autodeploy.debug.isolation import QUANTIZED_TOLERANCE
 from autodeploy.errors import AutoDeployError, ConfigError
 from autodeploy.graph.levels import Level
 from autodeploy.graph.model_graph import ModelGraph
@@ -165,7 +166,7 @@ class _Check:
             with self._failing(stage.name, name):
                 report = next(reports)
             self._track(name)
-            self._compare(stage.name, name, report, transform.tolerance[self.clone.dtype])
+            self._compare(stage.name, name, report, self._allowed(transform.tolerance[self.clone.dtype]))
         was_canonical = self.graph.level >= Level.CANONICAL
         with self._failing(stage.name, "level"):
             next(reports, None)  # verifies the level
@@ -180,6 +181,11 @@ class _Check:
             if all(op.states is None for _, op in self.graph.op_nodes()):
                 ways |= {"in chunks": chunks(self.rows), "token by token": token_by_token(self.rows)}
         return ways
+
+    def _allowed(self, tolerance: float) -> float:
+        """The tolerance, and no less than what a value on the border of two levels makes, where there are levels."""
+        rounds = any(op.name.startswith("quantized_") for _, op in self.graph.op_nodes())
+        return max(tolerance, QUANTIZED_TOLERANCE) if rounds else tolerance
 
     def _compare(self, stage: str, name: str, transform: TransformReport | None, tolerance: float) -> None:
         """Run the graph in every way, compare with the graph before, and remember what it gave."""
@@ -235,6 +241,7 @@ class _Check:
         self.progress(f"compile: {backend}")
         self.report.facts |= {"compile_backend": backend, "lowered_nodes": len(self.graph.graph.nodes)}
         logits: dict[str, Tensor] = {}
+        tolerance = self._allowed(self.tolerance)  # before nodes are bound to kernels
         with self._failing("compile", backend):
             for name, tensor in load_weights(self.graph.weights, self.weights.read, device=self.device).items():
                 setattr(self.graph.module, name, nn.Parameter(tensor, requires_grad=False))
@@ -243,7 +250,7 @@ class _Check:
             for way, schedule in ways.items():
                 logits[way] = run_function(function, self.graph, self.rows, schedule, self.device)
         self._judge(
-            "compile", backend, logits, self.tolerance, None,
+            "compile", backend, logits, tolerance, None,
             lambda _: "the compiled graph gives other logits than its nodes one by one",
         )  # fmt: skip
 
