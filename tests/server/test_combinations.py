@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from autodeploy.server.options import NAMES
 from tests.server.running import Start, random_engine
@@ -53,10 +54,11 @@ def answered(response: httpx.Response, wanted: dict[str, Any]) -> bool:
     return ended == set(range(count)) and has_logprobs and fits
 
 
-def test_every_pair(start: Start) -> None:
+@pytest.mark.parametrize("options", [{}, {"speculative_config": {"prompt_lookup_min": 1}}], ids=["plain", "drafts"])
+def test_every_pair(start: Start, options: dict[str, Any]) -> None:
     refused = {frozenset(row[:2]) for row in rows("What combines")}
     assert len(refused) == 3 and all(pair <= FEATURES.keys() for pair in refused)
-    server = start(random_engine())
+    server = start(random_engine(**options))
     wrong = []
     with httpx.Client(base_url=server.url, timeout=30) as client:
         for pair in itertools.combinations(FEATURES, 2):
@@ -66,6 +68,11 @@ def test_every_pair(start: Start) -> None:
             if works == (frozenset(pair) in refused) or response.status_code not in (200, 400):
                 wrong.append((pair, response.status_code, response.text[:300]))
     assert not wrong, wrong
+    if options:
+        (line,) = re.findall(
+            r"vllm:spec_decode_num_draft_tokens_total{.*} (.*)", httpx.get(f"{server.url}/metrics").text
+        )
+        assert float(line) > 0, "nothing was drafted"
 
 
 def test_the_page_has_every_option() -> None:

@@ -121,6 +121,9 @@ class _EngineMetrics:
             ("generation_tokens", "Tokens generated.", stats.generation_tokens),
             ("prefix_cache_queries", "Prompt tokens looked for in the cache.", stats.prefix_cache_queried_tokens),
             ("prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hit_tokens),
+            ("spec_decode_num_drafts", "Verifications of drafts.", stats.num_drafts),
+            ("spec_decode_num_draft_tokens", "Tokens drafted.", stats.draft_tokens),
+            ("spec_decode_num_accepted_tokens", "Drafted tokens that became output.", stats.accepted_tokens),
         )
         for kind, entries in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, help_text, value in entries:
