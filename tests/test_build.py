@@ -151,7 +151,7 @@ def test_report_says_what_was_done() -> None:
         "select_kernels": sum(sum(counts.values()) for counts in report.kernels.values()),
     }
     assert list(report.seconds) == [
-        "resolve", "capture", "canonicalize", "fuse", "cache", "lower", "load", "compile", "check",
+        "resolve", "capture", "canonicalize", "fuse", "cache", "quantize", "lower", "load", "compile", "check",
     ]  # fmt: skip
     assert report.facts["weight_bytes"] > 0 and report.facts["dtype"] == "float32"
 
