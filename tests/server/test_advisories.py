@@ -53,13 +53,14 @@ def nodes_of_the_package() -> tuple[tuple[str, ast.AST], ...]:
     )
 
 
-def calls(part: str = "") -> set[str]:
+@cache
+def calls(part: str = "") -> frozenset[str]:
     """Names of everything that is called in the package, or a part of it: `pickle.loads`, `eval`."""
-    return {
+    return frozenset(
         ast.unparse(node.func)
         for path, node in nodes_of_the_package()
         if isinstance(node, ast.Call) and path.startswith(part)
-    }
+    )
 
 
 @pytest.mark.parametrize("prompt", ["", [], [[]], [""], [[], [1]]])
@@ -239,12 +240,13 @@ def test_cve_2026_44222_special_tokens_in_messages_are_text(start: Start) -> Non
     assert tokens.count(begins) == 2, "one for the message, one for the answer"
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
-@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "presence_penalty", "repetition_penalty"])
-def test_cve_2026_54235_numbers_that_are_none(start: Start, name: str, value: str) -> None:
-    body = f'{{"prompt": "x", "{name}": {value}}}'
-    response = httpx.post(f"{start().url}/v1/completions", content=body, headers={"Content-Type": "application/json"})
-    assert_error(response, 400, name, name)
+def test_cve_2026_54235_numbers_that_are_none(start: Start) -> None:
+    server = start()
+    for name in ("temperature", "top_p", "min_p", "presence_penalty", "repetition_penalty"):
+        for value in ("NaN", "Infinity", "-Infinity", "1e999"):
+            body, headers = f'{{"prompt": "x", "{name}": {value}}}', {"Content-Type": "application/json"}
+            response = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers)
+            assert_error(response, 400, name, name)
 
 
 @pytest.mark.parametrize(
