@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "transforms": (*_BASE, "graph", "ops", "checkpoint"),
     "transforms.lower": (*_BASE, "graph", "ops", "checkpoint", "kernels"),
     "transforms.pipeline": ("transforms", *_BASE, "graph", "ops", "checkpoint", "kernels"),
-    "compile": (*_BASE, "graph", "ops"),
+    "compile": (*_BASE, "graph", "ops", "kernels"),
     "debug.packed_run": (*_BASE, "ops", "compile"),
     "debug.isolation": (*_BASE, "graph", "ops", "compile", "debug.packed_run"),
     "graph_cache": (*_BASE, "graph", "kernels", "models.locate"),

@@ -22,6 +22,7 @@ from autodeploy.checkpoint.load import load_weights, weight_bytes
 from autodeploy.checkpoint.recipe import ReadTensor
 from autodeploy.compile.eager import compile_eager
 from autodeploy.compile.program import GraphFunction, NamedGraph, Program
+from autodeploy.compile.replay import compile_replay
 from autodeploy.config import CompileOptions, Options
 from autodeploy.debug.isolation import check_isolation
 from autodeploy.errors import ConfigError
@@ -30,7 +31,7 @@ from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport
 from autodeploy.graph.verify import verify
 from autodeploy.graph_cache import GraphCache
-from autodeploy.kernels.provider import prepare
+from autodeploy.kernels.provider import prepare, unavailable
 from autodeploy.models.limits import longest_context
 from autodeploy.models.locate import LocatedModel, locate_model
 from autodeploy.ops.linear import linear
@@ -273,7 +274,7 @@ def _finish(
 ) -> Program:
     with clock.stage("load", "reading weights"):
         _load(graph, subject.read, device)
-    backend = "torch-simple" if options.compile_backend == "auto" else options.compile_backend
+    backend = resolve_backend(options.compile_backend, device)
     (logits,) = graph.graph.output_node().args
     (flops, head_flops), unread_bytes = _count_flops(graph), _unread_bytes(graph)
     total_bytes = sum(weight_bytes(recipe) for recipe in graph.weights.values())
@@ -289,7 +290,7 @@ def _finish(
         states=len(graph.states),
     )
     with clock.stage("compile", f"compiling ({backend})"):
-        function = compile_graph(graph, backend)
+        function = compile_graph(graph, backend, clock.report)
     state_names = tuple(spec.name for spec in graph.states)
     batch_inputs = tuple(str(node.target) for node in graph.inputs() if str(node.target) not in state_names)
     program = Program(
@@ -371,10 +372,29 @@ def _unread_bytes(graph: ModelGraph) -> int:
     return unread + sum(int(value.numel() - count) * int(value.element_size()) for value, count in experts)
 
 
-def compile_graph(graph: ModelGraph, backend: str) -> GraphFunction:
+def resolve_backend(wanted: str, device: torch.device) -> str:
+    """The compile backend that `wanted` stands for; `auto` repeats small steps where there are native kernels.
+
+    Raises:
+        ConfigError: a backend that this device has not.
+    """
+    if wanted not in ("auto", "replay"):
+        return wanted
+    lacking = unavailable(device) if device.type == "cpu" else {device.type: "kernels on this device are not repeated"}
+    if wanted == "auto":
+        return "torch-simple" if lacking else "replay"
+    if lacking:
+        why = "; ".join(lacking.values())
+        raise ConfigError(f"compile_backend='replay' repeats native CPU kernels: {why}; use 'torch-simple'")
+    return wanted
+
+
+def compile_graph(graph: ModelGraph, backend: str, report: BuildReport) -> GraphFunction:
     """A function of a lowered graph's inputs in order, by a backend's name; the graph holds its weights."""
     if backend == "torch-simple":
         return compile_eager(graph)
+    if backend == "replay":
+        return compile_replay(graph, report)
     # Importing Inductor takes a second that others need not pay.
     from autodeploy.compile.inductor import compile_inductor
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from autodeploy.errors import ConfigError
 
-COMPILE_BACKENDS = ("auto", "torch-simple", "torch-compile")
+COMPILE_BACKENDS = ("auto", "torch-simple", "replay", "torch-compile")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = (None, "int8", "int4")
 RUNTIMES = ("engine", "demollm")
@@ -51,7 +51,9 @@ class CompileOptions:
 
     Attributes:
         device: `auto` takes CUDA where there is one, else the CPU.
-        compile_backend: `torch-simple` runs the transformed graph as it is; `torch-compile` puts it through Inductor.
+        compile_backend: `torch-simple` runs the transformed graph as it is; `replay` does, and repeats steps of few
+            tokens without Python between their kernels; `torch-compile` puts it through Inductor. `auto` is `replay` on
+            a CPU with native kernels.
         attn_backend: provider preferred for attention kernels; `auto` takes the first that supports the case.
         quantization: `int8` or `int4` rounds the weights of products while they are read; default: as `dtype` says.
         quantization_group_size: inputs of a weight that share a scale, a multiple of 32; default: a row for `int8`, 32

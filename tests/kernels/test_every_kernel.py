@@ -1,6 +1,8 @@
 """Every kernel in the op table is tested by being registered: against its op, with the op's samples and tolerances."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 
 from autodeploy.compile.bind import kernel_operator
+from autodeploy.compile.replay import Memory, record
 from autodeploy.kernels import provider
 from autodeploy.ops import OPS, Kernel, Op
 from tests.ops.laws import Replay
@@ -94,6 +97,73 @@ def test_keeps_the_law_of_cached_ops(op: Op, kernel: Kernel, dtype: torch.dtype,
         expected = op.reference(**converted(arguments, torch.float32))
         tolerance = op.tolerance[dtype]
         torch.testing.assert_close(result.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def _repeated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls a kernel, undoes what it did, and gives what repeating the call does."""
+
+    def call(**arguments: Any) -> Tensor:
+        names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+        tensors = [arguments[name] for name in names]
+        before = [value.clone() for value in tensors]
+        step, _ = record(
+            lambda *given: function(**arguments | dict(zip(names, given, strict=True))), (), tensors, Memory()
+        )
+        assert not step.obstacle
+        for value, old in zip(tensors, before, strict=True):
+            value.copy_(old)
+        step.result.fill_(-1)
+        step.tape.run()
+        return step.result
+
+    return call
+
+
+@named(CACHED)
+def test_a_repeated_call_keeps_the_law(op: Op, kernel: Kernel) -> None:
+    torch.manual_seed(0)
+    assert op.cached is not None and op.samples is not None
+    twin = dataclasses.replace(op.cached, overload=_repeated(kernel.function))
+    for sample in op.samples()[:4]:
+        if kernel.supports(**_with_states(op, op.cached, sample)) is None:
+            result = Replay(dataclasses.replace(op, cached=twin), sample, 0).run()
+            torch.testing.assert_close(result, op.reference(**sample), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@named(STATELESS)
+def test_a_repeated_call_gives_the_same(op: Op, kernel: Kernel, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    assert op.samples is not None
+    for sample in op.samples():
+        arguments = converted(sample, dtype)
+        names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+        first: list[Tensor] = []
+        step, _ = record(
+            functools.partial(_call, kernel, arguments, names, first),
+            (),
+            [arguments[name] for name in names],
+            Memory(),
+        )
+        expected = [value.clone() for value in first]
+        for value in first:
+            value.fill_(-1)
+        step.tape.run()
+        if step.obstacle:
+            assert num_rows(sample) > 8, "few rows are what steps are repeated for"
+            continue
+        for again, once in zip(first, expected, strict=True):
+            torch.testing.assert_close(again, once, rtol=0, atol=0)
+
+
+def _call(kernel: Kernel, arguments: dict[str, Any], names: list[str], first: list[Tensor], *given: Tensor) -> Tensor:
+    first[:] = results(kernel.function(**arguments | dict(zip(names, given, strict=True))))
+    return first[0]
+
+
+def num_rows(sample: dict[str, Any]) -> int:
+    x: Tensor = next(value for value in sample.values() if isinstance(value, Tensor))
+    return x.numel() // x.shape[-1]
 
 
 @named(STATELESS)

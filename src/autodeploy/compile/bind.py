@@ -9,12 +9,13 @@ from autodeploy.ops.op import NAMESPACE, REFERENCE, Op
 _libraries: dict[str, torch.library.Library] = {}
 
 
-def bind_kernels(graph: ModelGraph, *, keep_opaque: bool) -> None:
+def bind_kernels(graph: ModelGraph, *, keep_opaque: bool = False, keep_kernels: bool = False) -> None:
     """Replace each op node's target by its provider's function, so that a step calls kernels without a dispatcher.
 
     Args:
-        keep_opaque: leave kernels, and ops that look at tensor values, as registered operators, for a compiler that
-            would otherwise trace into them.
+        keep_opaque: leave ops that look at tensor values as registered operators, for whoever watches what is called
+            inside.
+        keep_kernels: leave kernels so too.
     """
     for node, op in list(graph.op_nodes()):
         provider = node.meta["provider"]
@@ -22,7 +23,7 @@ def bind_kernels(graph: ModelGraph, *, keep_opaque: bool) -> None:
             if not (op.opaque and keep_opaque):
                 node.target = op.reference
         else:
-            node.target = kernel_operator(op, provider) if keep_opaque else op.kernels[provider].function
+            node.target = kernel_operator(op, provider) if keep_kernels else op.kernels[provider].function
     graph.module.recompile()
 
 

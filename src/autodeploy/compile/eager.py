@@ -7,6 +7,6 @@ from autodeploy.graph.model_graph import ModelGraph
 
 def compile_eager(graph: ModelGraph) -> GraphFunction:
     """A function of the graph's inputs in order."""
-    bind_kernels(graph, keep_opaque=False)
+    bind_kernels(graph)
     function: GraphFunction = graph.module.forward
     return function

@@ -19,7 +19,7 @@ from autodeploy.graph.model_graph import ModelGraph
 
 def compile_inductor(graph: ModelGraph) -> GraphFunction:
     """A compiled function of the graph's inputs in order."""
-    bind_kernels(graph, keep_opaque=True)
+    bind_kernels(graph, keep_opaque=True, keep_kernels=True)
     inputs = [node.meta["val"] for node in graph.inputs()]
     with torch.no_grad(), tracing(TracingContext(graph.fake_mode)):
         compiled: Any = compile_fx(copy.copy(graph.module), inputs)

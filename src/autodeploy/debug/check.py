@@ -14,7 +14,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from autodeploy.build import Progress, compile_graph, resolve_device
+from autodeploy.build import Progress, compile_graph, resolve_backend, resolve_device
 from autodeploy.capture.export import capture
 from autodeploy.checkpoint.index import ModuleReader
 from autodeploy.checkpoint.load import load_weights
@@ -40,7 +40,7 @@ from autodeploy.debug.isolation import QUANTIZED_TOLERANCE
 from autodeploy.errors import AutoDeployError, ConfigError
 from autodeploy.graph.levels import Level
 from autodeploy.graph.model_graph import ModelGraph
-from autodeploy.graph.report import TransformReport
+from autodeploy.graph.report import BuildReport, TransformReport
 from autodeploy.graph.transform import Stage, Transform
 from autodeploy.graph.verify import verify
 from autodeploy.kernels.provider import prepare
@@ -237,7 +237,7 @@ class _Check:
             self.report.rows[-1] = dataclasses.replace(self.report.rows[-1], verdict=INCONCLUSIVE, note=note)
 
     def _compile(self) -> None:
-        backend = self.options.compile.compile_backend.replace("auto", "torch-simple")
+        backend = resolve_backend(self.options.compile.compile_backend, self.device)
         self.progress(f"compile: {backend}")
         self.report.facts |= {"compile_backend": backend, "lowered_nodes": len(self.graph.graph.nodes)}
         logits: dict[str, Tensor] = {}
@@ -246,7 +246,7 @@ class _Check:
             for name, tensor in load_weights(self.graph.weights, self.weights.read, device=self.device).items():
                 setattr(self.graph.module, name, nn.Parameter(tensor, requires_grad=False))
             ways = self._ways()  # before nodes are bound to kernels
-            function = compile_graph(self.graph, backend)
+            function = compile_graph(self.graph, backend, BuildReport())
             for way, schedule in ways.items():
                 logits[way] = run_function(function, self.graph, self.rows, schedule, self.device)
         self._judge(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from autodeploy.build import Progress, resolve_device
+from autodeploy.build import Progress, resolve_backend, resolve_device
 from autodeploy.capture.export import capture
 from autodeploy.checkpoint.load import weight_bytes
 from autodeploy.checkpoint.recipe import Concat, Source
@@ -166,12 +166,13 @@ def _captured(model: str | nn.Module, options: Options) -> tuple[dict[str, Any],
     graph = capture(model)
     verify(graph, Level.CAPTURED)
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    device = resolve_device(options.compile.device)
     facts = {
         "model": name,
         "architecture": type(model).__name__,
         "dtype": str(dtype).removeprefix("torch."),
-        "device": str(resolve_device(options.compile.device)),
-        "compile_backend": options.compile.compile_backend.replace("auto", "torch-simple"),
+        "device": str(device),
+        "compile_backend": resolve_backend(options.compile.compile_backend, device),
     }
     return facts, graph
 

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+PAGE_TABLE = "page_table_"
+SLOT_MAPPING = "slot_mapping_"
+"""What the names of inputs that exist once per state group begin with."""
+
 
 @dataclass(frozen=True)
 class BatchInput:
@@ -42,7 +46,7 @@ def lookup(name: str) -> BatchInput | None:
     """The declaration of a concrete input name such as `page_table_full`; None when it is no batch input."""
     if name in BATCH_INPUTS:
         return BATCH_INPUTS[name]
-    for prefix in ("page_table_", "slot_mapping_"):
+    for prefix in (PAGE_TABLE, SLOT_MAPPING):
         if name.startswith(prefix) and len(name) > len(prefix):
             return BATCH_INPUTS[prefix + "{group}"]
     return None

@@ -10,11 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autodeploy.errors import UnsupportedModelError
-from autodeploy.ops.batch_inputs import lookup
+from autodeploy.ops.batch_inputs import PAGE_TABLE, SLOT_MAPPING, lookup
 from autodeploy.runtime.request import Sequence
-
-PAGE_TABLE = "page_table_"
-SLOT_MAPPING = "slot_mapping_"
 
 IntArray = NDArray[np.int64]
 

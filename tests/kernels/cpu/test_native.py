@@ -18,10 +18,10 @@ from autodeploy.ops import linear
 @pytest.fixture
 def unloaded() -> Iterator[None]:
     """As if nothing had been loaded in this process, before and after."""
-    native._library.cache_clear()
+    native.library.cache_clear()
     native._machine.cache_clear()
     yield
-    native._library.cache_clear()
+    native.library.cache_clear()
     native._machine.cache_clear()
 
 
@@ -76,11 +76,11 @@ def test_compiled_once_and_for_these_sources(monkeypatch: pytest.MonkeyPatch) ->
     assert supports() is None
     assert native.is_compiled()
     monkeypatch.setattr(native, "build", lambda *_, **__: pytest.fail("compiled again"))
-    native._library.cache_clear()
+    native.library.cache_clear()
     assert supports() is None
     monkeypatch.setenv("AUTODEPLOY_NATIVE_FLAGS", "-DOTHER")
     assert native.is_compiled(), "what is loaded stays in use"
-    native._library.cache_clear()
+    native.library.cache_clear()
     assert not native.is_compiled()
 
 

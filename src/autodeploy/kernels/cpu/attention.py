@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from autodeploy.kernels.cpu.native import FLOAT, INT, INT64, POINTER, NativeFunction, why_refused
+from autodeploy.kernels.cpu.native import FLOAT, INT, INT64, POINTER, THREADS, NativeFunction, why_refused
 from autodeploy.ops.attention import cached_attention
 
 _ROWS = (POINTER, INT64, INT64)
@@ -13,7 +13,7 @@ _SIGNATURE = (
     *(POINTER, POINTER, INT64, INT64),  # caches, pages
     *[INT64] * 5,  # tokens, heads, widths
     *(POINTER, FLOAT, INT, INT64, INT64, FLOAT),  # sinks, scale, causal, window, chunk, softcap
-    *(POINTER, INT),  # out, threads
+    *(POINTER, THREADS),  # out, threads
 )
 _cached_attention = NativeFunction("cached_attention", _SIGNATURE, INT)
 

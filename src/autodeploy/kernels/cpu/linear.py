@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from autodeploy.kernels.cpu.native import INT, INT64, POINTER, NativeFunction, num_threads, why_refused
+from autodeploy.kernels.cpu.native import INT64, POINTER, THREADS, NativeFunction, num_threads, why_refused
 from autodeploy.ops.linear import linear
 
 MAX_ROWS = 8
@@ -11,7 +11,7 @@ MAX_ROWS = 8
 
 _MIN_WEIGHTS_FOR_THREADS = 1 << 16
 
-_linear = NativeFunction("linear", (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT64, INT))
+_linear = NativeFunction("linear", (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT64, THREADS))
 
 
 def _supports(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from autodeploy.kernels.cpu.native import INT, INT64, POINTER, NativeFunction, num_threads, why_refused
+from autodeploy.kernels.cpu.native import INT, INT64, POINTER, THREADS, NativeFunction, num_threads, why_refused
 from autodeploy.ops.mlp import gated_activation
 
 ACTIVATION_NUMBERS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "sigmoid": 4, "relu2": 5, "quick_gelu": 6}
@@ -10,7 +10,7 @@ ACTIVATION_NUMBERS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "sigmoid"
 
 _MIN_ELEMENTS_FOR_THREADS = 1 << 14
 
-_gated_activation = NativeFunction("gated_activation", (POINTER, POINTER, INT64, INT64, INT, INT))
+_gated_activation = NativeFunction("gated_activation", (POINTER, POINTER, INT64, INT64, INT, THREADS))
 
 
 def _supports(gate_up: Tensor, activation: str) -> str | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from autodeploy.kernels.cpu.mlp import ACTIVATION_NUMBERS
-from autodeploy.kernels.cpu.native import FLOAT, INT, INT64, POINTER, NativeFunction, num_threads, why_refused
+from autodeploy.kernels.cpu.native import FLOAT, INT, INT64, POINTER, THREADS, NativeFunction, num_threads, why_refused
 from autodeploy.ops.moe import moe
 
 MAX_ROWS = 8
@@ -14,7 +14,7 @@ MAX_ROWS = 8
 
 _MIN_WEIGHTS_FOR_THREADS = 1 << 16
 
-_moe = NativeFunction("moe", (*[POINTER] * 8, *[INT64] * 5, INT, INT, FLOAT, FLOAT, INT, *[POINTER] * 5))
+_moe = NativeFunction("moe", (*[POINTER] * 8, *[INT64] * 5, INT, INT, FLOAT, FLOAT, THREADS, *[POINTER] * 5))
 
 
 def _supports(

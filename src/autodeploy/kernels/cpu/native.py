@@ -9,6 +9,7 @@ has loaded: a second runtime would compete with the first for the same cores. Wh
 compiled for one thread.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -17,10 +18,11 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +35,11 @@ logger = logging.getLogger(__name__)
 
 POINTER, INT64, FLOAT, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 """Argument types of native functions."""
+
+
+class THREADS(ctypes.c_int):
+    """The type of the argument that says how many threads a function starts; 0 where it runs in a team already."""
+
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """Dtypes that every kernel is compiled for, and what its name ends in."""
@@ -56,15 +63,60 @@ class NativeFunction(dict[torch.dtype, Callable[..., Any]]):
         result: its result type, or None.
     """
 
+    instances: ClassVar[list["NativeFunction"]] = []
+    watch: ClassVar[Callable[["NativeCall", tuple[Any, ...]], None] | None] = None
+    """told of every call while `watching`"""
+
     def __init__(self, name: str, arguments: tuple[type[Any], ...], result: type[Any] | None = None):
         super().__init__()
         self._name, self._arguments, self._result = name, arguments, result
+        self.instances.append(self)
 
     def __missing__(self, dtype: torch.dtype) -> Callable[..., Any]:
-        function: Any = getattr(_library(), f"{self._name}_{DTYPES[dtype]}")
+        symbol = f"{self._name}_{DTYPES[dtype]}"
+        function: Any = getattr(library(), symbol)
         function.argtypes, function.restype = self._arguments, self._result
-        self[dtype] = function
-        return self[dtype]
+        watch = NativeFunction.watch
+        if watch is None:
+            self[dtype] = function
+            return self[dtype]
+        called = NativeCall(symbol, self._arguments, function)
+
+        def call(*arguments: Any) -> Any:
+            result = function(*arguments)
+            watch(called, arguments)
+            return result
+
+        return call
+
+
+@dataclass(frozen=True)
+class NativeCall:
+    """What a watched call called: the C function's name, its argument types, and itself."""
+
+    symbol: str
+    arguments: tuple[type[Any], ...]
+    function: Callable[..., Any]
+
+    def recorded(self) -> int | None:
+        """Address of the function that repeats the call from an array of arguments, or None if there is none."""
+        repeats = getattr(library(), f"{self.symbol}_recorded", None)
+        return None if repeats is None else ctypes.cast(repeats, ctypes.c_void_p).value
+
+
+@contextlib.contextmanager
+def watching(watch: Callable[[NativeCall, tuple[Any, ...]], None]) -> Iterator[None]:
+    """While this lasts, `watch` is told of every native call, after it, with its arguments."""
+    known = [(function, dict(function)) for function in NativeFunction.instances]
+    for function, _ in known:
+        function.clear()
+    NativeFunction.watch = staticmethod(watch)
+    try:
+        yield
+    finally:
+        NativeFunction.watch = None
+        for function, by_dtype in known:
+            function.update(by_dtype)
 
 
 def why_unavailable() -> str | None:
@@ -72,7 +124,7 @@ def why_unavailable() -> str | None:
     if not env.is_native_enabled():
         return "native kernels are switched off by AUTODEPLOY_NATIVE=0"
     try:
-        _library()
+        library()
     except NativeError as error:
         return str(error)
     return None
@@ -93,7 +145,7 @@ def why_refused(*tensors: Tensor | None) -> str | None:
 
 def is_compiled() -> bool:
     """True when asking for a kernel will not first compile the library."""
-    if _library.cache_info().currsize or not env.is_native_enabled():
+    if library.cache_info().currsize or not env.is_native_enabled():
         return True
     compiler = _compiler()
     return compiler is None or any(_entry(compiler, threads=threads).is_dir() for threads in (True, False))
@@ -129,7 +181,7 @@ def build(folder: Path, compiler: str, *, threads: bool) -> Path:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     """The loaded library. A failure is not remembered: the next call tries again."""
     compiler = _compiler()
     if compiler is None:

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from autodeploy.kernels.cpu.native import FLOAT, INT, INT64, POINTER, NativeFunction, num_threads, why_refused
+from autodeploy.kernels.cpu.native import FLOAT, INT, INT64, POINTER, THREADS, NativeFunction, num_threads, why_refused
 from autodeploy.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
 
 _MIN_ELEMENTS_FOR_THREADS = 1 << 15
 
-_SIGNATURE = (POINTER, INT64, INT64, *[POINTER] * 4, INT64, INT64, INT64, FLOAT, FLOAT, INT, INT)
+_SIGNATURE = (POINTER, INT64, INT64, *[POINTER] * 4, INT64, INT64, INT64, FLOAT, FLOAT, INT, THREADS)
 _rms_norm = NativeFunction("rms_norm", _SIGNATURE)
-_gated_rms_norm = NativeFunction("gated_rms_norm", (*[POINTER] * 4, INT64, INT64, INT64, FLOAT, INT, INT, INT, INT))
+_gated_rms_norm = NativeFunction("gated_rms_norm", (*[POINTER] * 4, INT64, INT64, INT64, FLOAT, INT, INT, INT, THREADS))
 
 
 def _supports(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, scale_in_float32: bool) -> str | None:

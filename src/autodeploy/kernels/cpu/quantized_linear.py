@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from autodeploy.kernels.cpu.native import INT, INT64, POINTER, NativeFunction, num_threads, why_refused
+from autodeploy.kernels.cpu.native import INT, INT64, POINTER, THREADS, NativeFunction, num_threads, why_refused
 from autodeploy.ops.quantized_linear import BLOCK, QUAD, TILE, quantized_linear
 
 _MIN_WEIGHTS_FOR_THREADS = 1 << 16
@@ -12,7 +12,7 @@ PANEL = 8
 BLOCK_BYTES = 48
 """A block of activations: 32 numbers, a scale and sums."""
 
-_quantized_linear = NativeFunction("quantized_linear", (*[POINTER] * 6, *[INT64] * 4, INT, INT, POINTER))
+_quantized_linear = NativeFunction("quantized_linear", (*[POINTER] * 6, *[INT64] * 4, INT, THREADS, POINTER))
 
 
 def why_not_packed(weight: Tensor, scales: Tensor, offsets: Tensor | None) -> str | None:

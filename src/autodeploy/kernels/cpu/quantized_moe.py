@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from autodeploy.kernels.cpu.mlp import ACTIVATION_NUMBERS
-from autodeploy.kernels.cpu.native import FLOAT, INT, INT64, POINTER, NativeFunction, num_threads, why_refused
+from autodeploy.kernels.cpu.native import FLOAT, INT, INT64, POINTER, THREADS, NativeFunction, num_threads, why_refused
 from autodeploy.kernels.cpu.quantized_linear import BLOCK_BYTES, PANEL, why_not_packed
 from autodeploy.ops.quantized_linear import BLOCK, TILE
 from autodeploy.ops.quantized_moe import quantized_moe
@@ -14,7 +14,7 @@ from autodeploy.ops.quantized_moe import quantized_moe
 _MIN_WEIGHTS_FOR_THREADS = 1 << 16
 
 _quantized_moe = NativeFunction(
-    "quantized_moe", (*[POINTER] * 12, *[INT64] * 9, INT, INT, FLOAT, FLOAT, INT, *[POINTER] * 7)
+    "quantized_moe", (*[POINTER] * 12, *[INT64] * 9, INT, INT, FLOAT, FLOAT, THREADS, *[POINTER] * 7)
 )
 
 

@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from autodeploy.kernels.cpu.native import INT, INT64, POINTER, NativeFunction, num_threads, why_refused
+from autodeploy.kernels.cpu.native import INT64, POINTER, THREADS, NativeFunction, num_threads, why_refused
 from autodeploy.ops.rope import rope
 
 _MIN_ELEMENTS_FOR_THREADS = 1 << 15
 
 _ONE = (POINTER, INT64, INT64, POINTER, INT64)
-_rope = NativeFunction("rope", (*_ONE, *_ONE, POINTER, POINTER, INT64, INT64, INT64, INT))
+_rope = NativeFunction("rope", (*_ONE, *_ONE, POINTER, POINTER, INT64, INT64, INT64, THREADS))
 
 
 def _supports(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> str | None:

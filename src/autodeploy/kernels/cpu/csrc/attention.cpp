@@ -33,7 +33,7 @@ Status write_cache(const Call<T>& c) {
     const int64_t capacity = c.num_pages * c.page_size;
     for (int64_t token = 0; token < c.num_tokens; ++token)
         if (c.slot_mapping[token] < 0 || c.slot_mapping[token] >= capacity) return BAD_SLOT;
-#pragma omp parallel for schedule(static) num_threads(c.threads) if (c.threads > 1 && c.num_tokens > 64)
+#pragma omp for schedule(static)
     for (int64_t token = 0; token < c.num_tokens; ++token) {
         for (int64_t head = 0; head < c.num_kv_heads; ++head) {
             const int64_t entry = c.slot_mapping[token] * c.num_kv_heads + head;
@@ -182,63 +182,94 @@ void combine(const Call<T>& c, int64_t token, int64_t head, float* partials, int
     }
 }
 
+// What a team shares while it attends: the pieces of all query tokens, and their partial results.
+struct Shared {
+    Piece* pieces;
+    int64_t* starts;  // where each query token's pieces begin
+    float* partials;
+    Status* fault;
+    void* memory;
+
+    static Shared allocate(int64_t num_pieces, int64_t num_queries, int64_t piece_size) {
+        const size_t piece_bytes = static_cast<size_t>(num_pieces) * sizeof(Piece);
+        const size_t start_bytes = static_cast<size_t>(num_queries + 1) * sizeof(int64_t);
+        const size_t partial_bytes = static_cast<size_t>(num_pieces * piece_size) * sizeof(float);
+        char* memory = static_cast<char*>(std::malloc(piece_bytes + start_bytes + partial_bytes + sizeof(Status)));
+        return {reinterpret_cast<Piece*>(memory), reinterpret_cast<int64_t*>(memory + piece_bytes),
+                reinterpret_cast<float*>(memory + piece_bytes + start_bytes),
+                reinterpret_cast<Status*>(memory + piece_bytes + start_bytes + partial_bytes), memory};
+    }
+};
+
 template <class T>
-Status attend_all(const Call<T>& c) {
-    int64_t num_pieces = 0, num_queries = 0, num_keys = 0;
-    Status status = for_each_query(c, [&](int64_t, const int32_t*, int64_t begin, int64_t end) {
-        ++num_queries;
-        num_keys += end - begin;
-        num_pieces += (end - 1) / PIECE - begin / PIECE + 1;
-    });
-    if (status != DONE || num_queries == 0) return status;
-    const int64_t partial_size = (2 + c.value_dim + LANES - 1) / LANES * LANES;
-    const int64_t piece_size = partial_size * c.num_heads;
-    const size_t piece_bytes = static_cast<size_t>(num_pieces) * sizeof(Piece);
-    const size_t start_bytes = static_cast<size_t>(num_queries + 1) * sizeof(int64_t);
-    const size_t partial_bytes = static_cast<size_t>(num_pieces * piece_size) * sizeof(float);
-    void* scratch = std::malloc(piece_bytes + start_bytes + partial_bytes);
-    if (scratch == nullptr) return OUT_OF_MEMORY;
-    Piece* pieces = static_cast<Piece*>(scratch);
-    int64_t* starts = reinterpret_cast<int64_t*>(pieces + num_pieces);
-    float* partials = reinterpret_cast<float*>(starts + num_queries + 1);
+void fill(const Call<T>& c, const Shared& shared) {
     int64_t piece = 0, query = 0;
     for_each_query(c, [&](int64_t token, const int32_t* pages, int64_t begin, int64_t end) {
-        starts[query++] = piece;
-        for (int64_t at = begin; at < end; at = (at / PIECE + 1) * PIECE)
-            pieces[piece++] = {token, pages, at, at / PIECE * PIECE + PIECE < end ? at / PIECE * PIECE + PIECE : end};
-    });
-    starts[query] = piece;
-    const int64_t work = num_keys * c.num_heads * (c.head_dim + c.value_dim);
-#pragma omp parallel num_threads(c.threads) if (c.threads > 1 && work > 32768)
-    {
-#pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < num_pieces * c.num_kv_heads; ++item) {
-            const int64_t p = item / c.num_kv_heads;
-            const Status found =
-                attend_piece(c, pieces[p], item % c.num_kv_heads, partials + p * piece_size, partial_size);
-            if (found != DONE) {
-#pragma omp atomic write
-                status = found;
-            }
+        shared.starts[query++] = piece;
+        for (int64_t at = begin; at < end; at = (at / PIECE + 1) * PIECE) {
+            const int64_t border = at / PIECE * PIECE + PIECE;
+            shared.pieces[piece++] = {token, pages, at, border < end ? border : end};
         }
-#pragma omp for schedule(static)
-        for (int64_t item = 0; item < num_queries * c.num_heads; ++item) {
-            const int64_t q = item / c.num_heads, head = item % c.num_heads;
-            combine(c, pieces[starts[q]].token, head, partials + starts[q] * piece_size + head * partial_size,
-                    starts[q + 1] - starts[q], piece_size);
+    });
+    shared.starts[query] = piece;
+    *shared.fault = DONE;
+}
+
+template <class T>
+Status attend_all(const Call<T>& c) {
+    int64_t num_pieces = 0, num_queries = 0;
+    const Status checked = for_each_query(c, [&](int64_t, const int32_t*, int64_t begin, int64_t end) {
+        ++num_queries;
+        num_pieces += (end - 1) / PIECE - begin / PIECE + 1;
+    });
+    if (checked != DONE || num_queries == 0) return checked;
+    const int64_t partial_size = (2 + c.value_dim + LANES - 1) / LANES * LANES;
+    const int64_t piece_size = partial_size * c.num_heads;
+    Shared shared;
+#pragma omp single copyprivate(shared)
+    {
+        shared = Shared::allocate(num_pieces, num_queries, piece_size);
+        if (shared.memory != nullptr) fill(c, shared);
+    }
+    if (shared.memory == nullptr) return OUT_OF_MEMORY;
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < num_pieces * c.num_kv_heads; ++item) {
+        const int64_t p = item / c.num_kv_heads;
+        const Status found = attend_piece(c, shared.pieces[p], item % c.num_kv_heads, shared.partials + p * piece_size,
+                                          partial_size);
+        if (found != DONE) {
+#pragma omp atomic write
+            *shared.fault = found;
         }
     }
-    std::free(scratch);
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < num_queries * c.num_heads; ++item) {
+        const int64_t q = item / c.num_heads, head = item % c.num_heads, start = shared.starts[q];
+        combine(c, shared.pieces[start].token, head, shared.partials + start * piece_size + head * partial_size,
+                shared.starts[q + 1] - start, piece_size);
+    }
+    const Status status = *shared.fault;
+#pragma omp barrier
+#pragma omp single nowait
+    std::free(shared.memory);
     return status;
 }
 
 template <class T>
-int cached_attention(const Call<T>& call) {
+Status cached_attention(const Call<T>& call) {
     Status status = write_cache(call);
     if (status == DONE) status = attend_all(call);
     for (int64_t s = 0; s < call.num_sequences && status == DONE; ++s)
         if (call.cu_seqlens[s + 1] - call.cu_seqlens[s] > FEW) status = attend_blocks(call, s);
     return status;
+}
+
+// Whether a team is worth starting.
+template <class T>
+bool is_large(const Call<T>& c) {
+    int64_t num_keys = 0;
+    for (int64_t s = 0; s < c.num_sequences; ++s) num_keys += c.seq_lens[s];
+    return c.num_tokens > 64 || num_keys * c.num_heads * (c.head_dim + c.value_dim) > 32768;
 }
 
 }  // namespace
@@ -256,12 +287,22 @@ int cached_attention(const Call<T>& call) {
         T* value_cache, int64_t num_pages, int64_t page_size, int64_t num_tokens, int64_t num_heads,                 \
         int64_t num_kv_heads, int64_t head_dim, int64_t value_dim, const float* sinks, float scale, int causal,      \
         int64_t window, int64_t chunk, float softcap, T* out, int threads) {                        \
-        return autodeploy::cached_attention<T>(autodeploy::Call<T>{                                                  \
+        const autodeploy::Call<T> call = {                                                                           \
             query, key, value, query_token_stride, query_head_stride, key_token_stride, key_head_stride,             \
             value_token_stride, value_head_stride, cu_seqlens, seq_lens, page_table, page_table_width, slot_mapping, \
             key_cache, value_cache, num_pages, page_size, num_sequences, num_tokens, num_heads, num_kv_heads,        \
-            head_dim, value_dim, sinks, scale, causal != 0, window, chunk, softcap, out, threads});         \
-    }
+            head_dim, value_dim, sinks, scale, causal != 0, window, chunk, softcap, out};                            \
+        if (threads > 1 && !autodeploy::is_large(call)) threads = 1;                                                 \
+        int status = 0;                                                                                              \
+        autodeploy::with_team(threads, [&] {                                                                         \
+            const int found = autodeploy::cached_attention(call);                                                    \
+            if (found != 0) {                                                                                        \
+                _Pragma("omp atomic write") status = found;                                                          \
+            }                                                                                                        \
+        });                                                                                                          \
+        return status;                                                                                               \
+    }                                                                                                                \
+    RECORDABLE(NAME)
 
 DEFINE_CACHED_ATTENTION(cached_attention_float32, float)
 DEFINE_CACHED_ATTENTION(cached_attention_bfloat16, autodeploy::bf16)

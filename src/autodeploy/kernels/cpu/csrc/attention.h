@@ -3,6 +3,7 @@
 #pragma once
 
 #include "simd.h"
+#include "team.h"
 
 namespace autodeploy {
 
@@ -24,7 +25,6 @@ struct Call {
     int64_t window, chunk;
     float softcap;
     T* out;
-    int threads;
 };
 
 // Positions that the query at `position` of a sequence of `length` tokens may see: `[begin, end)`.

@@ -236,7 +236,7 @@ void attend_item(const Blocks<T>& b, const Scratch<T>& s, int64_t first, int64_t
     }
 }
 
-// All new tokens of one sequence.
+// All new tokens of one sequence. Every thread of the team comes here.
 template <class T>
 Status attend_blocks(const Call<T>& c, int64_t sequence) {
     using E = typename Lane<T>::Element;
@@ -246,41 +246,45 @@ Status attend_blocks(const Call<T>& c, int64_t sequence) {
     const int64_t num_blocks = (length + KEYS - 1) / KEYS - first_block;
     const int64_t depth = (c.head_dim + 1) / 2 * 2, width = (c.value_dim + LANES - 1) / LANES * LANES;
     const size_t size = static_cast<size_t>(c.num_kv_heads * num_blocks * KEYS * (depth + width)) * sizeof(E);
-    E* packed = static_cast<E*>(std::aligned_alloc(64, (size + 63) / 64 * 64));
+    E* packed;      // behind it, in a cache line of its own, what went wrong
+    Status* fault;
+#pragma omp single copyprivate(packed, fault)
+    {
+        const size_t end = (size + 63) / 64 * 64;
+        packed = static_cast<E*>(std::aligned_alloc(64, end + 64));
+        fault = reinterpret_cast<Status*>(reinterpret_cast<char*>(packed) + end);
+        if (packed != nullptr) *fault = DONE;
+    }
     if (packed == nullptr) return OUT_OF_MEMORY;
     E* packed_values = packed + c.num_kv_heads * num_blocks * KEYS * depth;
     const Blocks<T> b = {c,          sequence,    first_token,   count, length, first_seen,
                          first_block, num_blocks, depth, width, packed, packed_values};
-    Status status = DONE;
     const int64_t num_items = (count + TOKENS - 1) / TOKENS * c.num_kv_heads;
-#pragma omp parallel num_threads(c.threads) if (c.threads > 1)
-    {
-        const Scratch<T> scratch(b, (TOKENS * b.group() + ROWS - 1) / ROWS * ROWS);
-        Status found = scratch.memory == nullptr ? OUT_OF_MEMORY : DONE;
+    const Scratch<T> scratch(b, (TOKENS * b.group() + ROWS - 1) / ROWS * ROWS);
+    Status found = scratch.memory == nullptr ? OUT_OF_MEMORY : DONE;
 #pragma omp for schedule(static)
-        for (int64_t item = 0; item < c.num_kv_heads * num_blocks; ++item) {
-            const Status fault = pack_block(b, item / num_blocks, item % num_blocks);
-            if (fault != DONE) found = fault;
-        }
-        if (found != DONE) {
+    for (int64_t item = 0; item < c.num_kv_heads * num_blocks; ++item) {
+        const Status wrong = pack_block(b, item / num_blocks, item % num_blocks);
+        if (wrong != DONE) found = wrong;
+    }
+    if (found != DONE) {
 #pragma omp atomic write
-            status = found;
-        }
+        *fault = found;
+    }
 #pragma omp barrier
-        Status agreed;
-#pragma omp atomic read
-        agreed = status;
-        if (agreed == DONE) {
-            // The last tokens see most: they go first, so that threads end together.
+    const Status agreed = *fault;
+    if (agreed == DONE) {
+        // The last tokens see most: they go first, so that threads end together.
 #pragma omp for schedule(dynamic)
-            for (int64_t item = 0; item < num_items; ++item) {
-                const int64_t tile = (num_items - 1 - item) / c.num_kv_heads;
-                attend_item(b, scratch, tile * TOKENS, item % c.num_kv_heads);
-            }
+        for (int64_t item = 0; item < num_items; ++item) {
+            const int64_t tile = (num_items - 1 - item) / c.num_kv_heads;
+            attend_item(b, scratch, tile * TOKENS, item % c.num_kv_heads);
         }
     }
+#pragma omp barrier
+#pragma omp single nowait
     std::free(packed);
-    return status;
+    return agreed;
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Products of a few rows with a weight: each weight row is read from memory once, for all rows of x.
 
 #include "simd.h"
+#include "team.h"
 
 namespace autodeploy {
 namespace {
@@ -29,8 +30,8 @@ void block_of(const T* x, const T* weight, const T* bias, T* out, int64_t count,
 
 template <class T>
 void linear(const T* x, const T* weight, const T* bias, T* out, int64_t num_rows, int64_t num_inputs,
-            int64_t num_outputs, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+            int64_t num_outputs) {
+#pragma omp for schedule(static)
     for (int64_t first = 0; first < num_outputs; first += BLOCK) {
         const int64_t count = num_outputs - first < BLOCK ? num_outputs - first : BLOCK;
         block_of<T, 4>(x, weight + first * num_inputs, bias == nullptr ? nullptr : bias + first, out + first, count, 0,
@@ -46,8 +47,11 @@ void linear(const T* x, const T* weight, const T* bias, T* out, int64_t num_rows
 #define DEFINE_LINEAR(NAME, T)                                                                                       \
     extern "C" void NAME(const T* x, const T* weight, const T* bias, T* out, int64_t num_rows, int64_t num_inputs,   \
                          int64_t num_outputs, int threads) {                                                         \
-        autodeploy::linear<T>(x, weight, bias, out, num_rows, num_inputs, num_outputs, threads);                     \
-    }
+        autodeploy::with_team(threads, [&] {                                                                         \
+            autodeploy::linear<T>(x, weight, bias, out, num_rows, num_inputs, num_outputs);                          \
+        });                                                                                                          \
+    }                                                                                                                \
+    RECORDABLE(NAME)
 
 DEFINE_LINEAR(linear_float32, float)
 DEFINE_LINEAR(linear_bfloat16, autodeploy::bf16)

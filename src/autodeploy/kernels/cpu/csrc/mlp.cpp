@@ -1,14 +1,15 @@
 // The elementwise middle of a gated MLP: activation(gate) · up, in float32.
 
 #include "activation.h"
+#include "team.h"
 
 namespace autodeploy {
 namespace {
 
 template <class T, Activation A>
-void gate_rows(const T* gate_up, T* out, int64_t num_rows, int64_t width, int threads) {
+void gate_rows(const T* gate_up, T* out, int64_t num_rows, int64_t width) {
     const int64_t block = 256, blocks_each = (width + block - 1) / block;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#pragma omp for schedule(static)
     for (int64_t item = 0; item < num_rows * blocks_each; ++item) {
         const int64_t row = item / blocks_each, begin = item % blocks_each * block;
         const int64_t end = begin + block < width ? begin + block : width;
@@ -19,15 +20,15 @@ void gate_rows(const T* gate_up, T* out, int64_t num_rows, int64_t width, int th
 }
 
 template <class T>
-void gated_activation(const T* gate_up, T* out, int64_t num_rows, int64_t width, int activation, int threads) {
+void gated_activation(const T* gate_up, T* out, int64_t num_rows, int64_t width, int activation) {
     switch (activation) {
-        case SILU: return gate_rows<T, SILU>(gate_up, out, num_rows, width, threads);
-        case GELU: return gate_rows<T, GELU>(gate_up, out, num_rows, width, threads);
-        case GELU_TANH: return gate_rows<T, GELU_TANH>(gate_up, out, num_rows, width, threads);
-        case RELU: return gate_rows<T, RELU>(gate_up, out, num_rows, width, threads);
-        case SIGMOID: return gate_rows<T, SIGMOID>(gate_up, out, num_rows, width, threads);
-        case RELU2: return gate_rows<T, RELU2>(gate_up, out, num_rows, width, threads);
-        case QUICK_GELU: return gate_rows<T, QUICK_GELU>(gate_up, out, num_rows, width, threads);
+        case SILU: return gate_rows<T, SILU>(gate_up, out, num_rows, width);
+        case GELU: return gate_rows<T, GELU>(gate_up, out, num_rows, width);
+        case GELU_TANH: return gate_rows<T, GELU_TANH>(gate_up, out, num_rows, width);
+        case RELU: return gate_rows<T, RELU>(gate_up, out, num_rows, width);
+        case SIGMOID: return gate_rows<T, SIGMOID>(gate_up, out, num_rows, width);
+        case RELU2: return gate_rows<T, RELU2>(gate_up, out, num_rows, width);
+        case QUICK_GELU: return gate_rows<T, QUICK_GELU>(gate_up, out, num_rows, width);
     }
 }
 
@@ -37,8 +38,10 @@ void gated_activation(const T* gate_up, T* out, int64_t num_rows, int64_t width,
 // gate_up: `[num_rows, 2 · width]`, gate first. out: `[num_rows, width]`. Both contiguous.
 #define DEFINE_GATED_ACTIVATION(NAME, T)                                                                             \
     extern "C" void NAME(const T* gate_up, T* out, int64_t num_rows, int64_t width, int activation, int threads) {   \
-        autodeploy::gated_activation<T>(gate_up, out, num_rows, width, activation, threads);                         \
-    }
+        autodeploy::with_team(                                                                                       \
+            threads, [&] { autodeploy::gated_activation<T>(gate_up, out, num_rows, width, activation); });           \
+    }                                                                                                                \
+    RECORDABLE(NAME)
 
 DEFINE_GATED_ACTIVATION(gated_activation_float32, float)
 DEFINE_GATED_ACTIVATION(gated_activation_bfloat16, autodeploy::bf16)

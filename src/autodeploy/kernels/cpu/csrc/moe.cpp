@@ -4,6 +4,7 @@
 // the down products, one work item per block of outputs, which adds the experts of a token in their order.
 
 #include "experts.h"
+#include "team.h"
 
 namespace autodeploy {
 namespace {
@@ -17,7 +18,6 @@ struct Mixture : Choices, Gate {
     const T *gate_up, *down, *gate_up_bias, *down_bias;
     T* out;
     int64_t size, width;
-    int threads;
     float* hidden;  // `[choices, rows of gate_up]`
     T* inner;       // `[choices, width]`
     float* totals;  // `[num_tokens, size]`
@@ -45,7 +45,7 @@ void block_products(const T* weight, int64_t count, int64_t length, int64_t begi
 template <class T>
 void multiply_up(const Mixture<T>& m, int64_t num_groups) {
     const int64_t rows = m.rows(), blocks_each = (rows + BLOCK - 1) / BLOCK;
-#pragma omp parallel for schedule(static) num_threads(m.threads) if (m.threads > 1)
+#pragma omp for schedule(static)
     for (int64_t item = 0; item < num_groups * blocks_each; ++item) {
         const int64_t group = item / blocks_each, first = item % blocks_each * BLOCK;
         const int64_t count = std::min(BLOCK, rows - first), expert = m.expert(m.groups[group]);
@@ -61,14 +61,14 @@ void multiply_up(const Mixture<T>& m, int64_t num_groups) {
 
 template <class T>
 void gate(const Mixture<T>& m, int64_t count) {
-#pragma omp parallel for schedule(static) num_threads(m.threads) if (m.threads > 1)
+#pragma omp for schedule(static)
     for (int64_t position = 0; position < count; ++position)
         m.apply(m.hidden + position * m.rows(), m.width, m.inner + position * m.width);
 }
 
 template <class T>
 void multiply_down(const Mixture<T>& m, int64_t num_groups) {
-#pragma omp parallel for schedule(static) num_threads(m.threads) if (m.threads > 1)
+#pragma omp for schedule(static)
     for (int64_t first = 0; first < m.size; first += BLOCK) {
         const int64_t count = std::min(BLOCK, m.size - first);
         for (int64_t t = 0; t < m.num_tokens; ++t)
@@ -94,7 +94,9 @@ void multiply_down(const Mixture<T>& m, int64_t num_groups) {
 
 template <class T>
 void moe(const Mixture<T>& m) {
-    const int64_t num_groups = m.sort();
+    int64_t num_groups;
+#pragma omp single copyprivate(num_groups)
+    num_groups = m.sort();
     multiply_up(m, num_groups);
     gate(m, m.groups[num_groups]);
     multiply_down(m, num_groups);
@@ -112,10 +114,13 @@ void moe(const Mixture<T>& m) {
                          int64_t num_experts, int64_t size, int64_t width, int activation, int gated, float limit,   \
                          float up_offset, int threads, int64_t* order, int64_t* groups, float* hidden, T* inner,     \
                          float* totals) {                                                                            \
-        autodeploy::moe<T>({{indices, num_tokens, num_choices, num_experts, order, groups},                          \
-                            {activation, gated != 0, limit, up_offset}, x, weights, gate_up, down, gate_up_bias,     \
-                            down_bias, out, size, width, threads, hidden, inner, totals});                           \
-    }
+        const autodeploy::Mixture<T> mixture = {                                                                     \
+            {indices, num_tokens, num_choices, num_experts, order, groups},                                          \
+            {activation, gated != 0, limit, up_offset},                                                              \
+            x, weights, gate_up, down, gate_up_bias, down_bias, out, size, width, hidden, inner, totals};            \
+        autodeploy::with_team(threads, [&] { autodeploy::moe(mixture); });                                           \
+    }                                                                                                                \
+    RECORDABLE(NAME)
 
 DEFINE_MOE(moe_float32, float)
 DEFINE_MOE(moe_bfloat16, autodeploy::bf16)

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "simd.h"
+#include "team.h"
 
 namespace autodeploy {
 namespace {
@@ -45,9 +46,9 @@ void add(const T* x, const T* residual, T* total, int64_t width) {
 template <class T>
 void rms_norm(const T* x, int64_t outer_stride, int64_t inner_stride, const T* residual, T* total, const T* weight,
               T* out, int64_t num_outer, int64_t num_inner, int64_t width, float eps, float offset,
-              bool scale_in_float32, int threads) {
+              bool scale_in_float32) {
     const int64_t num_rows = num_outer * num_inner;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#pragma omp for schedule(static)
     for (int64_t row = 0; row < num_rows; ++row) {
         const T* input = x + row / num_inner * outer_stride + row % num_inner * inner_stride;
         if (residual != nullptr) {
@@ -63,13 +64,13 @@ inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exp(-x)); }
 
 template <class T>
 void gated_rms_norm(const T* x, const T* gate, const T* weight, T* out, int64_t num_rows, int64_t groups,
-                    int64_t width, float eps, bool is_silu, bool gate_first, bool scale_in_float32, int threads) {
+                    int64_t width, float eps, bool is_silu, bool gate_first, bool scale_in_float32) {
     const T* const type = nullptr;
     const auto gating = [&](const T* at, int64_t count) {
         const Floats g = load(at, count);
         return is_silu ? g * sigmoid(g) : sigmoid(g);
     };
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#pragma omp for schedule(static)
     for (int64_t item = 0; item < num_rows * groups; ++item) {
         const T *values = x + item * width, *gates = gate + item * width;
         const T* scales = weight + item % groups * width;
@@ -101,9 +102,12 @@ void gated_rms_norm(const T* x, const T* gate, const T* weight, T* out, int64_t 
     extern "C" void NAME(const T* x, int64_t outer_stride, int64_t inner_stride, const T* residual, T* total,        \
                          const T* weight, T* out, int64_t num_outer, int64_t num_inner, int64_t width, float eps,    \
                          float offset, int scale_in_float32, int threads) {                                          \
-        autodeploy::rms_norm<T>(x, outer_stride, inner_stride, residual, total, weight, out, num_outer, num_inner,   \
-                                width, eps, offset, scale_in_float32 != 0, threads);                                 \
-    }
+        autodeploy::with_team(threads, [&] {                                                                         \
+            autodeploy::rms_norm<T>(x, outer_stride, inner_stride, residual, total, weight, out, num_outer,          \
+                                    num_inner, width, eps, offset, scale_in_float32 != 0);                           \
+        });                                                                                                          \
+    }                                                                                                                \
+    RECORDABLE(NAME)
 
 DEFINE_RMS_NORM(rms_norm_float32, float)
 DEFINE_RMS_NORM(rms_norm_bfloat16, autodeploy::bf16)
@@ -112,9 +116,12 @@ DEFINE_RMS_NORM(rms_norm_bfloat16, autodeploy::bf16)
 #define DEFINE_GATED_RMS_NORM(NAME, T)                                                                               \
     extern "C" void NAME(const T* x, const T* gate, const T* weight, T* out, int64_t num_rows, int64_t groups,       \
                          int64_t width, float eps, int is_silu, int gate_first, int scale_in_float32, int threads) { \
-        autodeploy::gated_rms_norm<T>(x, gate, weight, out, num_rows, groups, width, eps, is_silu != 0,              \
-                                      gate_first != 0, scale_in_float32 != 0, threads);                              \
-    }
+        autodeploy::with_team(threads, [&] {                                                                         \
+            autodeploy::gated_rms_norm<T>(x, gate, weight, out, num_rows, groups, width, eps, is_silu != 0,          \
+                                          gate_first != 0, scale_in_float32 != 0);                                   \
+        });                                                                                                          \
+    }                                                                                                                \
+    RECORDABLE(NAME)
 
 DEFINE_GATED_RMS_NORM(gated_rms_norm_float32, float)
 DEFINE_GATED_RMS_NORM(gated_rms_norm_bfloat16, autodeploy::bf16)

@@ -1,6 +1,7 @@
 // Products of any number of rows with a weight of 8 or 4 bits: each tile of outputs goes by all rows of a chunk.
 
 #include "quantized.h"
+#include "team.h"
 
 namespace autodeploy {
 namespace {
@@ -33,35 +34,31 @@ void rows_of_tile(const QuantizedProduct<T>& p, const Tile& tile, const RoundedR
 }
 
 template <class T, int BITS, bool OFFSETS>
-void multiply(const QuantizedProduct<T>& p, const T* x, int64_t num_rows, int64_t num_inputs, int threads,
-              Block* scratch) {
+void multiply(const QuantizedProduct<T>& p, const T* x, int64_t num_rows, int64_t num_inputs, Block* scratch) {
     const int64_t num_tiles = (p.num_outputs + TILE - 1) / TILE;
     const RoundedRows rounded{scratch, (num_inputs + STEP - 1) / STEP, num_rows < PANEL ? num_rows : PANEL};
     const int64_t blocks_each = rounded.blocks / p.num_groups;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < num_rows; ++row)
-            rounded.round_row(row, x + row * num_inputs, num_inputs, OFFSETS ? 0 : 1 << (BITS - 1));
-        for (int64_t row = 0; row < num_rows; row += CHUNK) {
-            const int64_t end = row + CHUNK < num_rows ? row + CHUNK : num_rows;
+    for (int64_t row = 0; row < num_rows; ++row)
+        rounded.round_row(row, x + row * num_inputs, num_inputs, OFFSETS ? 0 : 1 << (BITS - 1));
+    for (int64_t row = 0; row < num_rows; row += CHUNK) {
+        const int64_t end = row + CHUNK < num_rows ? row + CHUNK : num_rows;
 #pragma omp for schedule(static) nowait
-            for (int64_t t = 0; t < num_tiles; ++t) {
-                const int64_t at = t * p.num_groups * TILE;
-                const Tile tile{p.weight + t * rounded.blocks * BITS * VECTOR, p.scales + at,
-                                OFFSETS ? p.offsets + at : nullptr, p.num_groups, blocks_each};
-                rows_of_tile<T, BITS, OFFSETS, PANEL>(p, tile, rounded, t * TILE, row, end);
-            }
+        for (int64_t t = 0; t < num_tiles; ++t) {
+            const int64_t at = t * p.num_groups * TILE;
+            const Tile tile{p.weight + t * rounded.blocks * BITS * VECTOR, p.scales + at,
+                            OFFSETS ? p.offsets + at : nullptr, p.num_groups, blocks_each};
+            rows_of_tile<T, BITS, OFFSETS, PANEL>(p, tile, rounded, t * TILE, row, end);
         }
     }
+#pragma omp barrier
 }
 
 template <class T>
-void multiply(const QuantizedProduct<T>& p, int bits, const T* x, int64_t num_rows, int64_t num_inputs, int threads,
-              Block* scratch) {
+void multiply(const QuantizedProduct<T>& p, int bits, const T* x, int64_t num_rows, int64_t num_inputs, Block* scratch) {
     const auto chosen = bits == 8 ? (p.offsets == nullptr ? multiply<T, 8, false> : multiply<T, 8, true>)
                                   : (p.offsets == nullptr ? multiply<T, 4, false> : multiply<T, 4, true>);
-    chosen(p, x, num_rows, num_inputs, threads, scratch);
+    chosen(p, x, num_rows, num_inputs, scratch);
 }
 
 }  // namespace
@@ -75,9 +72,12 @@ void multiply(const QuantizedProduct<T>& p, int bits, const T* x, int64_t num_ro
                          const autodeploy::fp16* offsets, const T* bias, T* out, int64_t num_rows,                   \
                          int64_t num_inputs, int64_t num_outputs, int64_t num_groups, int bits, int threads,         \
                          autodeploy::Block* scratch) {                                                               \
-        autodeploy::multiply<T>({weight, scales, offsets, bias, out, num_outputs, num_groups}, bits, x, num_rows,    \
-                                num_inputs, threads, scratch);                                                       \
-    }
+        const autodeploy::QuantizedProduct<T> product = {weight,      scales,    offsets, bias, out,                 \
+                                                         num_outputs, num_groups};                                   \
+        autodeploy::with_team(                                                                                       \
+            threads, [&] { autodeploy::multiply<T>(product, bits, x, num_rows, num_inputs, scratch); });             \
+    }                                                                                                                \
+    RECORDABLE(NAME)
 
 DEFINE_QUANTIZED_LINEAR(quantized_linear_float32, float)
 DEFINE_QUANTIZED_LINEAR(quantized_linear_bfloat16, autodeploy::bf16)

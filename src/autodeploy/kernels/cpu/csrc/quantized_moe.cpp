@@ -6,6 +6,7 @@
 
 #include "experts.h"
 #include "quantized.h"
+#include "team.h"
 
 namespace autodeploy {
 namespace {
@@ -31,7 +32,6 @@ struct QuantizedMixture : Choices, Gate {
     const T *up_bias, *down_bias;
     T* out;
     int64_t size, width;
-    int threads;
     int64_t* places;             // `[choices]`, the row in its panels of each position
     RoundedRows inputs, inners;  // by place
     float* hidden;               // `[choices, rows of up]`
@@ -82,34 +82,31 @@ void place(const QuantizedMixture<T>& m, int64_t num_groups) {
 template <class T>
 void multiply_up(const QuantizedMixture<T>& m, int64_t num_groups) {
     const int64_t count = m.groups[num_groups], rows = m.rows();
-#pragma omp parallel num_threads(m.threads) if (m.threads > 1)
-    {
 #pragma omp for schedule(static)
-        for (int64_t position = 0; position < count; ++position)
-            m.inputs.round_row(m.places[position], m.x + m.token(position) * m.size, m.size, middle(m.up));
+    for (int64_t position = 0; position < count; ++position)
+        m.inputs.round_row(m.places[position], m.x + m.token(position) * m.size, m.size, middle(m.up));
 #pragma omp for schedule(static)
-        for (int64_t item = 0; item < num_groups * m.up.tiles; ++item) {
-            const int64_t begin = m.groups[item / m.up.tiles], end = m.groups[item / m.up.tiles + 1];
-            const int64_t tile = item % m.up.tiles, expert = m.expert(begin);
-            const T* bias = m.up_bias == nullptr ? nullptr : m.up_bias + expert * rows + tile * TILE;
-            const Floats shift = bias == nullptr ? Floats{} : load(bias);
-            group_products(m.up, m.up.at(expert, tile), m.inputs, m.places, begin, end,
-                           [&](int64_t position, Floats products) {
-                               store(m.hidden + position * rows + tile * TILE, products + shift);
-                           });
-        }
+    for (int64_t item = 0; item < num_groups * m.up.tiles; ++item) {
+        const int64_t begin = m.groups[item / m.up.tiles], end = m.groups[item / m.up.tiles + 1];
+        const int64_t tile = item % m.up.tiles, expert = m.expert(begin);
+        const T* bias = m.up_bias == nullptr ? nullptr : m.up_bias + expert * rows + tile * TILE;
+        const Floats shift = bias == nullptr ? Floats{} : load(bias);
+        group_products(m.up, m.up.at(expert, tile), m.inputs, m.places, begin, end,
+                       [&](int64_t position, Floats products) {
+                           store(m.hidden + position * rows + tile * TILE, products + shift);
+                       });
+    }
 #pragma omp for schedule(static)
-        for (int64_t position = 0; position < count; ++position) {
-            float* hidden = m.hidden + position * rows;
-            m.apply(hidden, m.width, hidden);  // in place: what is overwritten has been read
-            m.inners.round_row(m.places[position], hidden, m.width, middle(m.down));
-        }
+    for (int64_t position = 0; position < count; ++position) {
+        float* hidden = m.hidden + position * rows;
+        m.apply(hidden, m.width, hidden);  // in place: what is overwritten has been read
+        m.inners.round_row(m.places[position], hidden, m.width, middle(m.down));
     }
 }
 
 template <class T>
 void multiply_down(const QuantizedMixture<T>& m, int64_t num_groups) {
-#pragma omp parallel for schedule(static) num_threads(m.threads) if (m.threads > 1)
+#pragma omp for schedule(static)
     for (int64_t tile = 0; tile < m.down.tiles; ++tile) {
         const int64_t first = tile * TILE;
         for (int64_t t = 0; t < m.num_tokens; ++t) store(m.totals + t * m.size + first, Floats{});
@@ -130,8 +127,12 @@ void multiply_down(const QuantizedMixture<T>& m, int64_t num_groups) {
 
 template <class T>
 void quantized_moe(const QuantizedMixture<T>& m) {
-    const int64_t num_groups = m.sort();
-    place(m, num_groups);
+    int64_t num_groups;
+#pragma omp single copyprivate(num_groups)
+    {
+        num_groups = m.sort();
+        place(m, num_groups);
+    }
     multiply_up(m, num_groups);
     multiply_down(m, num_groups);
 }
@@ -156,14 +157,16 @@ void quantized_moe(const QuantizedMixture<T>& m) {
                          float* totals) {                                                                            \
         using namespace autodeploy;                                                                                  \
         const int64_t size_blocks = (size + STEP - 1) / STEP, width_blocks = (width + STEP - 1) / STEP;              \
-        quantized_moe<T>({{indices, num_tokens, num_choices, num_experts, order, groups},                            \
+        const QuantizedMixture<T> mixture = {{indices, num_tokens, num_choices, num_experts, order, groups},                            \
                           {activation, gated != 0, limit, up_offset}, x, weights,                                    \
                           {up, up_scales, up_offsets, up_bits, (gated ? 2 * width : width) / TILE, size_blocks,      \
                            up_groups},                                                                               \
                           {down, down_scales, down_offsets, down_bits, size / TILE, width_blocks, down_groups},      \
-                          up_bias, down_bias, out, size, width, threads, places, {inputs, size_blocks, PANEL},       \
-                          {inners, width_blocks, PANEL}, hidden, totals});                                           \
-    }
+                          up_bias, down_bias, out, size, width, places, {inputs, size_blocks, PANEL},       \
+                          {inners, width_blocks, PANEL}, hidden, totals};                                            \
+        with_team(threads, [&] { quantized_moe(mixture); });                                                         \
+    }                                                                                                                \
+    RECORDABLE(NAME)
 
 DEFINE_QUANTIZED_MOE(quantized_moe_float32, float)
 DEFINE_QUANTIZED_MOE(quantized_moe_bfloat16, autodeploy::bf16)

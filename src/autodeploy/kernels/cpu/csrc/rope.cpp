@@ -1,6 +1,7 @@
 // Rotary position embedding of queries and keys, half-split layout, in float32.
 
 #include "simd.h"
+#include "team.h"
 
 namespace autodeploy {
 namespace {
@@ -20,8 +21,8 @@ void rotate(const T* x, const T* cos, const T* sin, T* out, int64_t width, int64
 template <class T>
 void rope(const T* query, int64_t query_token_stride, int64_t query_head_stride, T* query_out, int64_t num_heads,
           const T* key, int64_t key_token_stride, int64_t key_head_stride, T* key_out, int64_t num_kv_heads,
-          const T* cos, const T* sin, int64_t num_tokens, int64_t width, int64_t rotary, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+          const T* cos, const T* sin, int64_t num_tokens, int64_t width, int64_t rotary) {
+#pragma omp for schedule(static)
     for (int64_t token = 0; token < num_tokens; ++token) {
         const T *c = cos + token * rotary, *s = sin + token * rotary;
         for (int64_t head = 0; head < num_heads; ++head)
@@ -43,10 +44,13 @@ void rope(const T* query, int64_t query_token_stride, int64_t query_head_stride,
                          int64_t num_heads, const T* key, int64_t key_token_stride, int64_t key_head_stride,         \
                          T* key_out, int64_t num_kv_heads, const T* cos, const T* sin, int64_t num_tokens,           \
                          int64_t width, int64_t rotary, int threads) {                                               \
-        autodeploy::rope<T>(query, query_token_stride, query_head_stride, query_out, num_heads, key,                 \
-                            key_token_stride, key_head_stride, key_out, num_kv_heads, cos, sin, num_tokens, width,   \
-                            rotary, threads);                                                                        \
-    }
+        autodeploy::with_team(threads, [&] {                                                                         \
+            autodeploy::rope<T>(query, query_token_stride, query_head_stride, query_out, num_heads, key,             \
+                                key_token_stride, key_head_stride, key_out, num_kv_heads, cos, sin, num_tokens,      \
+                                width, rotary);                                                                      \
+        });                                                                                                          \
+    }                                                                                                                \
+    RECORDABLE(NAME)
 
 DEFINE_ROPE(rope_float32, float)
 DEFINE_ROPE(rope_bfloat16, autodeploy::bf16)

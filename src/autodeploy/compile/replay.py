@@ -1,0 +1,234 @@
+"""replay: a small step is written down as it runs, and the next one of the same shape repeats what was written down.
+
+Decoding runs the same few hundred calls every step, with the same sizes at the same addresses but for the batch
+inputs. So the second step of a shape runs under observation: every native kernel and every torch operator that
+computes something is put on a tape (`kernels/cpu/tape.py`), with its buffers. From then on the batch inputs are copied
+to where the tape reads them and the tape runs: no Python between kernels, one team of threads for all of them. It is
+what a CUDA graph is on a GPU, and has the same condition: nothing may depend on a tensor's value in Python. Steps of a
+shape that read one are never repeated, and the report says so.
+"""
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autodeploy.compile.bind import bind_kernels
+from autodeploy.compile.program import GraphFunction
+from autodeploy.graph.model_graph import ModelGraph
+from autodeploy.graph.report import BuildReport
+from autodeploy.kernels.cpu.native import NativeCall, watching
+from autodeploy.kernels.cpu.tape import Tape
+from autodeploy.ops.batch_inputs import PAGE_TABLE
+
+MAX_TOKENS = 16
+"""Tokens of a step up to which it is worth repeating; what larger steps compute hides what Python costs."""
+MAX_SHAPES = 32
+"""Shapes of steps that are remembered; those longest unused go first."""
+
+_READS = {
+    getattr(Tensor, name)
+    for name in ("tolist", "item", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "nonzero")
+}
+_DATA_DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_MAKES_MEMORY = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided")
+
+
+def compile_replay(graph: ModelGraph, report: BuildReport) -> GraphFunction:
+    """A function of the graph's inputs in order that repeats small steps; not for two threads at a time."""
+    states = {spec.name for spec in graph.states}
+    names = [str(node.target) for node in graph.inputs()]
+    bind_kernels(graph, keep_opaque=True)
+    return Replay(graph.module.forward, [name for name in names if name not in states], report)
+
+
+class Replay:
+    """Calls a step's function, or repeats what it did for inputs of the same shapes.
+
+    Args:
+        function: one step, of batch inputs and then states.
+        batch_inputs: names of the batch inputs.
+        report: told, as fact `replay`, why steps cannot be repeated.
+    """
+
+    def __init__(self, function: GraphFunction, batch_inputs: Sequence[str], report: BuildReport) -> None:
+        self._function, self._batch_inputs, self._report = function, batch_inputs, report
+        self._num_tokens_of = batch_inputs.index("input_ids")
+        self._steps: OrderedDict[tuple[Any, ...], Step | None] = OrderedDict()
+        """by the shapes of inputs; None for shapes seen once"""
+        self._states: list[int] = []
+        self._memory = Memory()
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        batch, states = inputs[: len(self._batch_inputs)], inputs[len(self._batch_inputs) :]
+        if batch[self._num_tokens_of].numel() > MAX_TOKENS:
+            return self._function(*inputs)
+        addresses = [state.data_ptr() for state in states]
+        if addresses != self._states:
+            self._steps.clear()
+            self._states = addresses
+        batch = tuple(_widened(name, value) for name, value in zip(self._batch_inputs, batch, strict=True))
+        shapes = tuple(value.shape for value in batch)
+        step = self._steps.get(shapes)
+        if step is not None:
+            self._steps.move_to_end(shapes)
+            return self._function(*batch, *states) if step.obstacle else step.run(batch)
+        if shapes not in self._steps:
+            self._remember(shapes, None)
+            return self._function(*batch, *states)
+        step, result = record(self._function, batch, states, self._memory)
+        self._remember(shapes, step)
+        if step.obstacle:
+            num_tokens = batch[self._num_tokens_of].numel()
+            self._report.facts["replay"] = f"not for steps of {num_tokens} tokens: {step.obstacle}"
+        return result
+
+    def _remember(self, shapes: tuple[Any, ...], step: "Step | None") -> None:
+        self._steps[shapes] = step
+        self._steps.move_to_end(shapes)
+        if len(self._steps) > MAX_SHAPES:
+            self._steps.popitem(last=False)
+
+
+class Step:
+    """A step written down.
+
+    Attributes:
+        inputs: where the tape reads the batch inputs.
+        memory: where it keeps what it computes on the way.
+        tape: what to call.
+        result: where it puts what the step gives.
+        obstacle: why it must not be repeated, or empty.
+    """
+
+    def __init__(self, inputs: tuple[Tensor, ...], memory: "Memory") -> None:
+        self.inputs, self.memory = inputs, memory
+        self.tape = Tape()
+        self.result = torch.empty(0)
+        self.obstacle = ""
+
+    def run(self, batch: Sequence[Tensor]) -> Tensor:
+        for mine, given in zip(self.inputs, batch, strict=True):
+            mine.copy_(given)
+        self.tape.run()
+        return self.result.clone()
+
+
+def record(
+    function: GraphFunction, batch: Sequence[Tensor], states: Sequence[Tensor], memory: "Memory"
+) -> tuple["Step", Tensor]:
+    """Run a step on copies of batch inputs, and on states, and write it down; returns it and what it gave."""
+    step = Step(tuple(value.clone() for value in batch), memory)
+    observer = _Observer(step)
+    with watching(lambda call, arguments: observer.native(call, arguments)), observer, _ReadsOfValues(step):
+        step.result = function(*step.inputs, *states)
+    step.tape.finish()
+    return step, step.result.clone()
+
+
+class _Observer(TorchDispatchMode):
+    """Writes down every operator that computes something; new memory comes from the step's own."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._step = step
+
+    def native(self, call: NativeCall, arguments: tuple[Any, ...]) -> None:
+        self._step.tape.add_native(call, arguments)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.name in _MAKES_MEMORY:
+            return self._step.memory.like(func(*args, **kwargs))
+        given = [value for value in _flat((args, kwargs)) if isinstance(value, Tensor)]
+        if any(tag in func.tags for tag in _DATA_DEPENDENT) and not _is_plain_index(func, given):
+            self._step.obstacle = self._step.obstacle or f"{func} gives what depends on values"
+        result = func(*args, **kwargs)
+        results = [value for value in _flat(result) if isinstance(value, Tensor)]
+        known = {value.untyped_storage()._cdata for value in given}
+        if func._schema.is_mutable or any(value.untyped_storage()._cdata not in known for value in results):
+            self._step.tape.add_python(_repeat(func, args, kwargs, results))
+        return result
+
+
+def _repeat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Sequence[Tensor]) -> Callable[[], None]:
+    """A function that calls an operator again and puts what it gives where it was put before."""
+
+    def repeat() -> None:
+        again = func(*args, **kwargs)
+        for kept, new in zip(results, (value for value in _flat(again) if isinstance(value, Tensor)), strict=True):
+            if kept is not new and kept.data_ptr() != new.data_ptr():
+                kept.copy_(new)
+
+    return repeat
+
+
+class _ReadsOfValues(TorchFunctionMode):
+    """Notices where Python looks at a tensor's values."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self._step = step
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _READS:
+            self._step.obstacle = self._step.obstacle or f"a kernel reads values in Python ({func.__name__})"
+        return func(*args, **(kwargs or {}))
+
+
+class Memory:
+    """Buffers for what steps compute on the way. A step repeats its calls in order, so that a buffer that was free at a
+    call when the step was written down is free there whenever it is repeated; and steps do not overlap.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[torch.UntypedStorage] = []
+
+    def like(self, wanted: Tensor) -> Tensor:
+        """An uninitialised tensor like the given one."""
+        storage = wanted.untyped_storage()
+        fitting = [
+            buffer for buffer in self._buffers if storage.nbytes() <= buffer.nbytes() and _num_users(buffer) == 1
+        ]
+        buffer = min(fitting, key=lambda other: other.nbytes(), default=storage)
+        if buffer is storage:
+            self._buffers.append(storage)
+            return wanted
+        with torch.utils._python_dispatch._disable_current_modes():
+            return torch.empty(0, dtype=wanted.dtype).set_(buffer, 0, wanted.shape, wanted.stride())
+
+
+def _num_users(storage: torch.UntypedStorage) -> int:
+    return int(torch._C._storage_Use_Count(storage._cdata))
+
+
+def _widened(name: str, value: Tensor) -> Tensor:
+    """A page table as wide as the next power of two, so that its shape seldom changes; anything else as it is."""
+    if not name.startswith(PAGE_TABLE):
+        return value
+    width = 1 << (value.shape[1] - 1).bit_length()
+    return value if width == value.shape[1] else torch.nn.functional.pad(value, (0, width - value.shape[1]))
+
+
+def _is_plain_index(func: Any, given: Sequence[Tensor]) -> bool:
+    """Whether an indexing is by numbers, whose result has the shape of its indices."""
+    return func._schema.name in ("aten::index", "aten::index_put", "aten::index_put_") and not any(
+        value.dtype in (torch.bool, torch.uint8) for value in given[1:]
+    )
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(itertools.chain.from_iterable(_flat(item) for item in value.values()))
+    if isinstance(value, list | tuple):
+        return list(itertools.chain.from_iterable(_flat(item) for item in value))
+    return [value]

@@ -1,0 +1,59 @@
+// How kernels share work between threads, and how a recorded call is repeated.
+//
+// A kernel's loops are `omp for`, without a team of their own: whoever calls it brings one. A call from Python starts a
+// team for one kernel; a tape (tape.cpp) starts one for a whole step, in which kernels follow each other with a barrier
+// between them, ten times cheaper than a new team each. So every thread of a team runs all of a kernel's code outside
+// its loops, and what must exist once is allocated in an `omp single`.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+namespace autodeploy {
+
+constexpr int IN_TEAM = 0;  // as a number of threads: the caller's team is running this already
+
+// Runs `body` on every thread of a team of `threads`, or as one of the running team's.
+template <class Body>
+inline void with_team(int threads, Body body) {
+    if (threads == IN_TEAM) return body();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    body();
+}
+
+// One argument of a recorded call, of any type that kernels take.
+union Slot {
+    int64_t bits;
+    template <class A>
+    A as() const {
+        static_assert(sizeof(A) <= sizeof(bits), "an argument larger than a slot");
+        A value;
+        std::memcpy(&value, &bits, sizeof(value));
+        return value;
+    }
+};
+
+template <class R, class... A, size_t... I>
+inline int call_with(R (*function)(A...), const Slot* slots, std::index_sequence<I...>) {
+    if constexpr (std::is_void_v<R>) {
+        function(slots[I].as<A>()...);
+        return 0;
+    } else {
+        return function(slots[I].as<A>()...);
+    }
+}
+
+template <class R, class... A>
+inline int call_with(R (*function)(A...), const Slot* slots) {
+    return call_with(function, slots, std::index_sequence_for<A...>{});
+}
+
+}  // namespace autodeploy
+
+// Lets a tape repeat calls of an exported function.
+#define RECORDABLE(NAME)                                                                                             \
+    extern "C" int NAME##_recorded(const autodeploy::Slot* slots) { return autodeploy::call_with(NAME, slots); }

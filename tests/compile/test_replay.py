@@ -1,0 +1,183 @@
+"""Repeated steps: the tokens of steps that run anew, memory that is shared but never mixed up, and what is refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from autodeploy.build import build, resolve_backend
+from autodeploy.compile.program import Program
+from autodeploy.compile.replay import MAX_SHAPES, MAX_TOKENS, Memory, Replay, record
+from autodeploy.config import EngineOptions, parse_options
+from autodeploy.errors import ConfigError
+from autodeploy.graph.report import BuildReport
+from autodeploy.runtime.engine import Engine
+from autodeploy.runtime.request import SamplingParams
+from tests import tiny
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+
+
+def program(model: torch.nn.Module, backend: str) -> Program:
+    return build(model, parse_options({"device": "cpu", "compile_backend": backend, "check_isolation": False}))
+
+
+def generated(built: Program, prompts: list[list[int]]) -> dict[str, list[int]]:
+    engine = Engine(built, EngineOptions(max_num_seqs=4, page_size=4), max_model_len=96)
+    for at, prompt in enumerate(prompts):
+        engine.add_request(str(at), prompt, GREEDY)
+    tokens: dict[str, list[int]] = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+    return tokens
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss", "jamba", "kimi_linear"])
+def test_generation_gives_the_same_tokens(name: str) -> None:
+    """Sequences join and leave, cross pages, and share their steps with prompts."""
+    model = getattr(tiny, name)()
+    prompts = tiny.prompts(7, longest=40)
+    built = program(model, "replay")
+    assert generated(built, prompts) == generated(program(model, "torch-simple"), prompts)
+    replay = built.graphs["text"].function
+    assert isinstance(replay, Replay)
+    steps = [step for step in replay._steps.values() if step is not None]
+    assert steps and all(step.tape.num_native > 10 for step in steps)
+    assert "replay" not in built.report.facts
+
+
+def on(function: Callable[..., Tensor]) -> tuple[Replay, BuildReport]:
+    report = BuildReport()
+    return Replay(function, ["input_ids", "page_table_full"], report), report
+
+
+def inputs(seed: int, num_tokens: int = 3, width: int = 2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 9, (1, num_tokens), generator=generator), torch.ones(num_tokens, width, dtype=torch.int32)
+
+
+def count_up(ids: Tensor, table: Tensor, state: Tensor) -> Tensor:
+    state.add_(ids.sum())
+    wide = torch.empty(400).fill_(1.0) * state
+    return wide.reshape(20, 20)[:1, : ids.shape[1]] + ids + table.sum()
+
+
+def test_steps_are_repeated_from_the_third_of_a_shape_on() -> None:
+    calls = []
+
+    def function(ids: Tensor, table: Tensor, state: Tensor) -> Tensor:
+        calls.append(ids.shape[1])
+        return count_up(ids, table, state)
+
+    replay, _ = on(function)
+    state, expected_state = torch.zeros(()), torch.zeros(())
+    kept = []
+    for step in range(6):
+        ids, table = inputs(step)
+        kept.append((replay(ids, table, state), count_up(ids, table, expected_state)))
+    assert len(calls) == 2
+    for result, expected in kept:  # results of earlier steps stay what they were
+        torch.testing.assert_close(result, expected, rtol=0, atol=0)
+    torch.testing.assert_close(state, expected_state)
+    replay(*inputs(0, num_tokens=MAX_TOKENS + 1), state)
+    replay(*inputs(0, num_tokens=4), state)
+    assert calls == [3, 3, MAX_TOKENS + 1, 4]
+
+
+def test_a_page_table_is_widened_so_that_its_shape_seldom_changes() -> None:
+    widths = set()
+
+    def function(ids: Tensor, table: Tensor) -> Tensor:
+        widths.add(table.shape[1])
+        return table.sum()
+
+    replay, _ = on(function)
+    for width in (1, 2, 3, 5, 7, 8, 9, 6):
+        assert replay(*inputs(0, width=width)) == 3 * width
+    assert widths == {1, 2, 4, 8, 16}
+
+
+def test_other_states_are_recorded_anew() -> None:
+    replay, _ = on(count_up)
+    for _ in range(2):
+        state, expected = torch.zeros(()), torch.zeros(())
+        for step in range(4):
+            ids, table = inputs(step)
+            torch.testing.assert_close(replay(ids, table, state), count_up(ids, table, expected))
+        torch.testing.assert_close(state, expected)
+
+
+READS: dict[str, Callable[[Tensor], Any]] = {
+    "tolist": lambda ids: ids.tolist()[0][0],
+    "item": lambda ids: ids.max().item(),
+    "numpy": lambda ids: float(ids.numpy().max()),
+    "bool": lambda ids: 1.0 if ids.sum() > 3 else 0.0,
+    "int": lambda ids: int(ids[0, 0]),
+    "nonzero": lambda ids: ids.nonzero().shape[0],
+    "mask": lambda ids: ids[ids > 4].shape[0],
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_a_step_that_looks_at_values_is_never_repeated(read: Callable[[Tensor], Any]) -> None:
+    replay, report = on(lambda ids, table: ids * read(ids))
+    for step in range(5):
+        ids, table = inputs(step)
+        torch.testing.assert_close(replay(ids, table), ids * read(ids))
+    assert report.facts["replay"].startswith("not for steps of 3 tokens: ")
+
+
+def test_indexing_by_numbers_is_repeated() -> None:
+    replay, report = on(lambda ids, table: torch.arange(20.0)[ids])
+    for step in range(4):
+        ids, table = inputs(step)
+        torch.testing.assert_close(replay(ids, table), ids.float())
+    assert not report.facts and len(replay._steps) == 1
+
+
+def test_few_shapes_are_remembered() -> None:
+    replay, _ = on(lambda ids, table: ids + table.shape[0])
+    for width in range(MAX_SHAPES + 5):
+        replay(*(inputs(0, width=1)[0], torch.ones(width, 1, dtype=torch.int32)))
+    assert len(replay._steps) == MAX_SHAPES
+
+
+def test_memory_is_reused_when_nobody_holds_it() -> None:
+    def chain(x: Tensor) -> Tensor:
+        for _ in range(10):
+            out = torch.empty_like(x)
+            torch.add(x, 1, out=out)
+            x = out
+        return x
+
+    memory = Memory()
+    step, result = record(chain, (torch.zeros(100),), (), memory)
+    assert len(memory._buffers) <= 11
+    torch.testing.assert_close(result, torch.full((100,), 10.0))
+    torch.testing.assert_close(step.run([torch.ones(100)]), torch.full((100,), 11.0))
+
+
+def test_contradictory_inputs_of_a_repeated_step_are_an_error() -> None:
+    built = program(tiny.llama(), "replay")
+    engine = Engine(built, EngineOptions(), max_model_len=64)
+    engine.add_request("a", [1, 2, 3], GREEDY)
+    for _ in range(4):
+        engine.step()
+    batch = engine._batches.build({engine._scheduler.running[0]: 1}).inputs
+    batch["slot_mapping_full"] = torch.tensor([2**40])
+    with pytest.raises(IndexError, match="cached_attention_float32 returned fault 2"):
+        built.run(batch, engine._states)
+
+
+def test_who_can_repeat_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_backend("auto", torch.device("cpu")) == "replay"
+    assert resolve_backend("auto", torch.device("cuda", 0)) == "torch-simple"
+    with pytest.raises(ConfigError, match="not repeated"):
+        resolve_backend("replay", torch.device("cuda", 0))
+    monkeypatch.setenv("AUTODEPLOY_NATIVE", "0")
+    assert resolve_backend("auto", torch.device("cpu")) == "torch-simple"
+    with pytest.raises(ConfigError, match="AUTODEPLOY_NATIVE=0"):
+        resolve_backend("replay", torch.device("cpu"))
