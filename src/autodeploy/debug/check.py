@@ -44,11 +44,13 @@ from autodeploy.graph.report import BuildReport, TransformReport
 from autodeploy.graph.transform import Stage, Transform
 from autodeploy.graph.verify import verify
 from autodeploy.kernels.provider import prepare
+from autodeploy.transforms.lower.select_kernels import SelectKernels
 from autodeploy.transforms.pipeline import configure, default_pipeline, kernel_choice
 
 LENGTHS = (7, 1, 16)
 """tokens of the sequences that every graph is run on"""
 
+ALONE = "alone"
 _NOTE_ON_LOOPS = (
     "a loop over tokens is three traced runs of its body here, and runs once it is rolled; what that gives is compared"
     " with what the graph before these gave, or the model's own code"
@@ -154,7 +156,7 @@ class _Check:
             verify(self.graph, Level.CAPTURED)
             self.rows = _random_rows(min(_logits_width(self.graph), self.clone.vocab_size or 2**31))
             self.original = logits_of(self.clone.exact, self.rows)
-            self.before = GraphRun(logits_of(self.clone.module, self.rows), {})
+            self.before = {ALONE: GraphRun(logits_of(self.clone.module, self.rows), {})}
         self._track("capture")
         self._compare("capture", "capture", None, self.tolerance)
 
@@ -175,7 +177,7 @@ class _Check:
 
     def _ways(self) -> dict[str, Schedule]:
         """The ways in which the graph can be run by now."""
-        ways = {"alone": alone(self.rows)}
+        ways = {ALONE: alone(self.rows)}
         if self.graph.level >= Level.CANONICAL:
             ways["packed"] = packed(self.rows)
             if all(op.states is None for _, op in self.graph.op_nodes()):
@@ -197,8 +199,12 @@ class _Check:
             for way, schedule in self._ways().items():
                 runs[way] = run_graph(self.graph, self.weights, self.rows, schedule)
         logits = {way: run.logits for way, run in runs.items()}
-        self._judge(stage, name, logits, tolerance, transform, lambda way: self._blame(runs[way], tolerance))
-        self.before = runs["alone"]
+        self._judge(stage, name, logits, tolerance, transform, lambda way: self._blame(way, runs[way], tolerance))
+        self.before = runs
+
+    def _expected(self, way: str) -> GraphRun:
+        """What the graph before gave when it was run in the same way, or alone where it could not be."""
+        return self.before.get(way, self.before[ALONE])
 
     def _judge(
         self,
@@ -210,7 +216,7 @@ class _Check:
         blame: Callable[[str], str],
     ) -> None:
         """Add a row that compares what each way of running gave with what the graph before gave."""
-        errors = {way: relative_error(result, self.before.logits) for way, result in logits.items()}
+        errors = {way: relative_error(result, self._expected(way).logits) for way, result in logits.items()}
         worst = max(errors, key=lambda way: errors[way])
         wrong = [way for way in errors if errors[way] > tolerance]
         self._row(
@@ -230,9 +236,9 @@ class _Check:
             together = run_graph(self.graph, self.weights, self.rows, packed(self.rows))
             joined = run_graph(self.graph, self.weights, joined_row, packed(joined_row))
         self.known = frozenset(self.calls)
-        blame = lambda _: self._blame(together, self.tolerance)  # noqa: E731
+        blame = lambda way: self._blame(way, together, self.tolerance)  # noqa: E731
         self._judge(stage, "packing", {"packed": together.logits}, self.tolerance, None, blame)
-        if relative_error(joined.logits, self.before.logits) <= self.tolerance:
+        if relative_error(joined.logits, self.before[ALONE].logits) <= self.tolerance:
             note = "joining the sequences into one changed nothing either"
             self.report.rows[-1] = dataclasses.replace(self.report.rows[-1], verdict=INCONCLUSIVE, note=note)
 
@@ -241,7 +247,7 @@ class _Check:
         self.progress(f"compile: {backend}")
         self.report.facts |= {"compile_backend": backend, "lowered_nodes": len(self.graph.graph.nodes)}
         logits: dict[str, Tensor] = {}
-        tolerance = self._allowed(self.tolerance)  # before nodes are bound to kernels
+        tolerance = self._allowed(SelectKernels.tolerance[self.clone.dtype])  # before nodes are bound to kernels
         with self._failing("compile", backend):
             for name, tensor in load_weights(self.graph.weights, self.weights.read, device=self.device).items():
                 setattr(self.graph.module, name, nn.Parameter(tensor, requires_grad=False))
@@ -254,9 +260,9 @@ class _Check:
             lambda _: "the compiled graph gives other logits than its nodes one by one",
         )  # fmt: skip
 
-    def _blame(self, found: GraphRun, tolerance: float) -> str:
+    def _blame(self, way: str, found: GraphRun, tolerance: float) -> str:
         """Where a run first parts from the graph before, and which transform changed that place last."""
-        node = first_difference(self.graph, found, self.before, tolerance)
+        node = first_difference(self.graph, found, self._expected(way), tolerance)
         made = new_inputs(node, self.known)
         changed = [self.made_by[other.name] for other in (node, *made)]
         by = "as the model wrote it" if changed[-1] == "capture" else f"last changed by {changed[-1]}"

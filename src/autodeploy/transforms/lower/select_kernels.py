@@ -1,8 +1,11 @@
 """SelectKernels: choose a provider for every op, record each choice and why others were passed over."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
+import torch
 from torch import fx
 
 from autodeploy.errors import ConfigError
@@ -23,6 +26,9 @@ class SelectKernels(Transform):
         chosen: filled with op name -> provider -> number of nodes.
         reasons: filled with op name -> why a provider of that op was passed over.
     """
+
+    # Kernels add up in an order of their own.
+    tolerance: ClassVar[Mapping[torch.dtype, float]] = {**Transform.tolerance, torch.float32: 1e-4}
 
     priority: tuple[str, ...] = ()
     mixer_priority: tuple[str, ...] | None = None
