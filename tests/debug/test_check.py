@@ -77,7 +77,7 @@ def test_an_honest_pipeline_passes(name: str) -> None:
     report = check(tiny.TINY[name]())
     assert report.passed, report.culprit
     assert [row.name for row in report.rows if row.transform] == list(TRANSFORMS), "every transform was checked"
-    assert [row.name for row in report.rows if not row.transform] == ["capture", "packing", "torch-simple"]
+    assert [row.name for row in report.rows if not row.transform] == ["capture", "packing", "replay"]
     assert all(row.error is not None and row.error <= row.tolerance for row in report.rows if row.tolerance)
     last = report.rows[-1].against_original
     assert last is not None and last.relative_error < 1e-5 and last.top_1_agreement == 1.0
@@ -289,7 +289,7 @@ def test_a_backend_that_computes_something_else_is_named(small: nn.Module, monke
 
     honest = module.compile_graph
     monkeypatch.setattr(module, "compile_graph", lambda *args: lambda *inputs: honest(*args)(*inputs) * 1.01)
-    assert _culprit(check(small)).name == "torch-simple"
+    assert _culprit(check(small)).name == "replay"
 
 
 @pytest.mark.usefixtures("captured_once")
