@@ -1,5 +1,6 @@
 """Repeated steps: the tokens of steps that run anew, memory that is shared but never mixed up, and what is refused."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from autodeploy.compile.replay import MAX_SHAPES, MAX_TOKENS, Memory, Replay, re
 from autodeploy.config import EngineOptions, parse_options
 from autodeploy.errors import ConfigError
 from autodeploy.graph.report import BuildReport
+from autodeploy.kernels.cpu.linear import linear_cpu
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams
 from tests import tiny
@@ -158,6 +160,25 @@ def test_memory_is_reused_when_nobody_holds_it() -> None:
     assert len(memory._buffers) <= 11
     torch.testing.assert_close(result, torch.full((100,), 10.0))
     torch.testing.assert_close(step.run([torch.ones(100)]), torch.full((100,), 11.0))
+
+
+def test_calls_of_other_threads_are_not_written_down() -> None:
+    x, weight = torch.randn(1, 2, 32), torch.randn(16, 32)
+    stop = threading.Event()
+
+    def busy() -> None:
+        while not stop.is_set():
+            linear_cpu(x, weight, None)
+
+    other = threading.Thread(target=busy)
+    other.start()
+    try:
+        for _ in range(20):
+            step, _ = record(lambda given: linear_cpu(given, weight, None), (x,), (), Memory())
+            assert (step.tape.num_native, step.tape.num_python) == (1, 0)
+    finally:
+        stop.set()
+        other.join()
 
 
 def test_contradictory_inputs_of_a_repeated_step_are_an_error() -> None:

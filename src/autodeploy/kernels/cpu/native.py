@@ -18,11 +18,12 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -54,6 +55,11 @@ class NativeError(AutoDeployError):
     """Native kernels could not be compiled or loaded; the message is the reason."""
 
 
+_watching, _lookup = threading.Lock(), threading.Lock()
+_watcher = 0
+"""the thread whose calls are watched"""
+
+
 class NativeFunction(dict[torch.dtype, Callable[..., Any]]):
     """A native function by dtype; the library is loaded when one is first asked for.
 
@@ -76,10 +82,12 @@ class NativeFunction(dict[torch.dtype, Callable[..., Any]]):
         symbol = f"{self._name}_{DTYPES[dtype]}"
         function: Any = getattr(library(), symbol)
         function.argtypes, function.restype = self._arguments, self._result
-        watch = NativeFunction.watch
-        if watch is None:
-            self[dtype] = function
-            return self[dtype]
+        with _lookup:
+            watch = NativeFunction.watch
+            if watch is None:
+                self[dtype] = function
+        if watch is None or threading.get_ident() != _watcher:
+            return cast(Callable[..., Any], function)
         called = NativeCall(symbol, self._arguments, function)
 
         def call(*arguments: Any) -> Any:
@@ -106,17 +114,18 @@ class NativeCall:
 
 @contextlib.contextmanager
 def watching(watch: Callable[[NativeCall, tuple[Any, ...]], None]) -> Iterator[None]:
-    """While this lasts, `watch` is told of every native call, after it, with its arguments."""
-    known = [(function, dict(function)) for function in NativeFunction.instances]
-    for function, _ in known:
-        function.clear()
-    NativeFunction.watch = staticmethod(watch)
-    try:
-        yield
-    finally:
-        NativeFunction.watch = None
-        for function, by_dtype in known:
-            function.update(by_dtype)
+    """While this lasts, `watch` is told of every native call of this thread, after it, with its arguments."""
+    global _watcher
+    with _watching:
+        with _lookup:  # nothing is remembered from here on, so that every call is looked up, and seen
+            _watcher = threading.get_ident()
+            NativeFunction.watch = staticmethod(watch)
+            for function in NativeFunction.instances:
+                function.clear()
+        try:
+            yield
+        finally:
+            NativeFunction.watch = None
 
 
 def why_unavailable() -> str | None:
