@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from autodeploy.kernels.cpu.native import FLOAT, INT, INT64, POINTER, THREADS, NativeFunction, why_refused
+from autodeploy.kernels.cpu.native import FLOAT, INT, INT64, POINTER, THREADS, NativeFunction, pointer, why_refused
 from autodeploy.ops.attention import cached_attention
 
 _ROWS = (POINTER, INT64, INT64)
@@ -112,7 +112,7 @@ def cached_attention_cpu(
         *(cu_seqlens.data_ptr(), seq_lens.data_ptr(), num_sequences),
         *(page_table.data_ptr(), page_table_width, slot_mapping.data_ptr()),
         *(key_cache.data_ptr(), value_cache.data_ptr(), *geometry),
-        *(None if sinks is None else sinks.data_ptr(), scale, causal),
+        *(pointer(sinks), scale, causal),
         *(sliding_window or 0, chunk_size or 0, softcap or 0.0),
         *(out.data_ptr(), torch.get_num_threads()),
     )

@@ -3,13 +3,20 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from autodeploy.kernels.cpu.native import INT64, POINTER, THREADS, NativeFunction, num_threads, why_refused
+from autodeploy.kernels.cpu.native import (
+    INT64,
+    MIN_WEIGHTS_FOR_THREADS,
+    POINTER,
+    THREADS,
+    NativeFunction,
+    num_threads,
+    pointer,
+    why_refused,
+)
 from autodeploy.ops.linear import linear
 
 MAX_ROWS = 8
 """Rows up to which reading the weight takes longer than multiplying; beyond, a blocked product is faster."""
-
-_MIN_WEIGHTS_FOR_THREADS = 1 << 16
 
 _linear = NativeFunction("linear", (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT64, THREADS))
 
@@ -33,11 +40,11 @@ def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _linear[x.dtype](
         x.data_ptr(),
         weight.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        pointer(bias),
         out.data_ptr(),
         num_rows,
         num_inputs,
         num_outputs,
-        num_threads(num_outputs * num_inputs, _MIN_WEIGHTS_FOR_THREADS),
+        num_threads(num_outputs * num_inputs, MIN_WEIGHTS_FOR_THREADS),
     )
     return out

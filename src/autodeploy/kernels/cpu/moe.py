@@ -6,13 +6,22 @@ import torch
 from torch import Tensor
 
 from autodeploy.kernels.cpu.mlp import ACTIVATION_NUMBERS
-from autodeploy.kernels.cpu.native import FLOAT, INT, INT64, POINTER, THREADS, NativeFunction, num_threads, why_refused
+from autodeploy.kernels.cpu.native import (
+    FLOAT,
+    INT,
+    INT64,
+    MIN_WEIGHTS_FOR_THREADS,
+    POINTER,
+    THREADS,
+    NativeFunction,
+    num_threads,
+    pointer,
+    why_refused,
+)
 from autodeploy.ops.moe import moe
 
 MAX_ROWS = 8
 """Tokens of an expert, on average, up to which reading its weights takes longer than multiplying."""
-
-_MIN_WEIGHTS_FOR_THREADS = 1 << 16
 
 _moe = NativeFunction("moe", (*[POINTER] * 8, *[INT64] * 5, INT, INT, FLOAT, FLOAT, THREADS, *[POINTER] * 5))
 
@@ -73,7 +82,7 @@ def moe_cpu(
     )
     _moe[x.dtype](
         *(tensor.data_ptr() for tensor in (x, indices, weights, gate_up, down)),
-        *(None if bias is None else bias.data_ptr() for bias in biases),
+        *map(pointer, biases),
         out.data_ptr(),
         num_tokens,
         num_choices,
@@ -84,7 +93,7 @@ def moe_cpu(
         int(gated),
         math.inf if limit is None else limit,
         up_offset,
-        num_threads(size * width, _MIN_WEIGHTS_FOR_THREADS),
+        num_threads(size * width, MIN_WEIGHTS_FOR_THREADS),
         *(tensor.data_ptr() for tensor in scratch),
     )
     return out

@@ -45,6 +45,9 @@ class THREADS(ctypes.c_int):
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """Dtypes that every kernel is compiled for, and what its name ends in."""
 
+MIN_WEIGHTS_FOR_THREADS = 1 << 16
+"""Weights of a product from which on a second thread pays."""
+
 _SOURCES = Path(__file__).parent / "csrc"
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fno-exceptions", "-fno-rtti", "-w")
 _LIBRARY = "kernels.so"
@@ -158,6 +161,11 @@ def is_compiled() -> bool:
         return True
     compiler = _compiler()
     return compiler is None or any(_entry(compiler, threads=threads).is_dir() for threads in (True, False))
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where a tensor's elements are; null for None."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def num_threads(work: int, least: int) -> int:

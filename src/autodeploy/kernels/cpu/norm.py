@@ -3,7 +3,17 @@
 import torch
 from torch import Tensor
 
-from autodeploy.kernels.cpu.native import FLOAT, INT, INT64, POINTER, THREADS, NativeFunction, num_threads, why_refused
+from autodeploy.kernels.cpu.native import (
+    FLOAT,
+    INT,
+    INT64,
+    POINTER,
+    THREADS,
+    NativeFunction,
+    num_threads,
+    pointer,
+    why_refused,
+)
 from autodeploy.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
 
 _MIN_ELEMENTS_FOR_THREADS = 1 << 15
@@ -46,7 +56,7 @@ def rms_norm_cpu(x: Tensor, weight: Tensor | None, eps: float, weight_offset: fl
         inner_stride,
         None,
         None,
-        None if weight is None else weight.data_ptr(),
+        pointer(weight),
         out.data_ptr(),
         num_outer,
         num_inner,
@@ -74,7 +84,7 @@ def add_rms_norm_cpu(
         width,
         residual.data_ptr(),
         total.data_ptr(),
-        None if weight is None else weight.data_ptr(),
+        pointer(weight),
         out.data_ptr(),
         1,
         x.numel() // (width or 1),

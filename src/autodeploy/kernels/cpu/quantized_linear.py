@@ -3,10 +3,19 @@
 import torch
 from torch import Tensor
 
-from autodeploy.kernels.cpu.native import INT, INT64, POINTER, THREADS, NativeFunction, num_threads, why_refused
+from autodeploy.kernels.cpu.native import (
+    INT,
+    INT64,
+    MIN_WEIGHTS_FOR_THREADS,
+    POINTER,
+    THREADS,
+    NativeFunction,
+    num_threads,
+    pointer,
+    why_refused,
+)
 from autodeploy.ops.quantized_linear import BLOCK, QUAD, TILE, quantized_linear
 
-_MIN_WEIGHTS_FOR_THREADS = 1 << 16
 PANEL = 8
 """Rows that lie together, as csrc/quantized.h counts them."""
 BLOCK_BYTES = 48
@@ -48,15 +57,15 @@ def quantized_linear_cpu(
         x.data_ptr(),
         weight.data_ptr(),
         scales.data_ptr(),
-        None if offsets is None else offsets.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        pointer(offsets),
+        pointer(bias),
         out.data_ptr(),
         num_rows,
         num_inputs,
         num_outputs,
         scales.shape[1],
         weight.shape[2],
-        num_threads(num_outputs * num_inputs, _MIN_WEIGHTS_FOR_THREADS),
+        num_threads(num_outputs * num_inputs, MIN_WEIGHTS_FOR_THREADS),
         scratch.data_ptr(),
     )
     return out

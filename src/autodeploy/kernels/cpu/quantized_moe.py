@@ -6,12 +6,21 @@ import torch
 from torch import Tensor
 
 from autodeploy.kernels.cpu.mlp import ACTIVATION_NUMBERS
-from autodeploy.kernels.cpu.native import FLOAT, INT, INT64, POINTER, THREADS, NativeFunction, num_threads, why_refused
+from autodeploy.kernels.cpu.native import (
+    FLOAT,
+    INT,
+    INT64,
+    MIN_WEIGHTS_FOR_THREADS,
+    POINTER,
+    THREADS,
+    NativeFunction,
+    num_threads,
+    pointer,
+    why_refused,
+)
 from autodeploy.kernels.cpu.quantized_linear import BLOCK_BYTES, PANEL, why_not_packed
 from autodeploy.ops.quantized_linear import BLOCK, TILE
 from autodeploy.ops.quantized_moe import quantized_moe
-
-_MIN_WEIGHTS_FOR_THREADS = 1 << 16
 
 _quantized_moe = NativeFunction(
     "quantized_moe", (*[POINTER] * 12, *[INT64] * 9, INT, INT, FLOAT, FLOAT, THREADS, *[POINTER] * 7)
@@ -83,7 +92,7 @@ def quantized_moe_cpu(
     )
     _quantized_moe[x.dtype](
         *(tensor.data_ptr() for tensor in (x, indices, weights)),
-        *(None if part is None else part.data_ptr() for part in given),
+        *map(pointer, given),
         out.data_ptr(),
         num_tokens,
         num_choices,
@@ -98,7 +107,7 @@ def quantized_moe_cpu(
         int(gated),
         math.inf if limit is None else limit,
         up_offset,
-        num_threads(size * width, _MIN_WEIGHTS_FOR_THREADS),
+        num_threads(size * width, MIN_WEIGHTS_FOR_THREADS),
         *(tensor.data_ptr() for tensor in scratch),
     )
     return out

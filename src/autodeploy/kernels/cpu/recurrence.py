@@ -5,7 +5,7 @@ with its state in cache. For decode steps that is one pass over the state; chunk
 import torch
 from torch import Tensor
 
-from autodeploy.kernels.cpu.native import FLOAT, INT, INT64, POINTER, NativeFunction, num_threads, why_refused
+from autodeploy.kernels.cpu.native import FLOAT, INT, INT64, POINTER, NativeFunction, num_threads, pointer, why_refused
 from autodeploy.ops.causal_conv import cached_causal_conv
 from autodeploy.ops.delta_rule import cached_delta_rule
 from autodeploy.ops.generalized_delta_rule import cached_generalized_delta_rule
@@ -102,10 +102,6 @@ def _floats(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
 def _conv_supports(
     x: Tensor,
     weight: Tensor,
@@ -137,7 +133,7 @@ def cached_causal_conv_cpu(
         _causal_conv[x.dtype](
             *_sequences(cu_seqlens, state_slots, x.shape[1], window),
             *_rows(x),
-            *(taps.data_ptr(), _pointer(offsets), activation == "silu"),
+            *(taps.data_ptr(), pointer(offsets), activation == "silu"),
             *(window.data_ptr(), out.data_ptr(), x.shape[2], weight.shape[1]),
             num_threads(x.numel() * weight.shape[1], _MIN_WORK_FOR_THREADS),
         )
@@ -186,8 +182,8 @@ def cached_ssd_cpu(
     _check(
         _ssd[x.dtype](
             *_sequences(cu_seqlens, state_slots, x.shape[1], state),
-            *(*_rows(x), _pointer(floats[0]), _pointer(floats[1]), *_rows(B), *_rows(C)),
-            *(_pointer(floats[2]), _pointer(floats[3]), dt_softplus, dt_min, most),
+            *(*_rows(x), pointer(floats[0]), pointer(floats[1]), *_rows(B), *_rows(C)),
+            *(pointer(floats[2]), pointer(floats[3]), dt_softplus, dt_min, most),
             *(state.data_ptr(), out.data_ptr(), x.shape[2], x.shape[3], B.shape[2], B.shape[3]),
             num_threads(x.numel() * B.shape[3], _MIN_WORK_FOR_THREADS),
         )
@@ -234,8 +230,8 @@ def cached_selective_scan_cpu(
     _check(
         _selective_scan[x.dtype](
             *_sequences(cu_seqlens, state_slots, x.shape[1], state),
-            *(*_rows(x), *_rows(dt), _pointer(floats[0]), *_rows(B), *_rows(C), _pointer(floats[1])),
-            *(*_rows(z), _pointer(floats[2]), dt_softplus, state.data_ptr(), out.data_ptr(), *A.shape),
+            *(*_rows(x), *_rows(dt), pointer(floats[0]), *_rows(B), *_rows(C), pointer(floats[1])),
+            *(*_rows(z), pointer(floats[2]), dt_softplus, state.data_ptr(), out.data_ptr(), *A.shape),
             num_threads(x.numel() * A.shape[1], _MIN_WORK_FOR_THREADS),
         )
     )
@@ -277,7 +273,7 @@ def cached_delta_rule_cpu(
     _check(
         _delta_rule[value.dtype](
             *_sequences(cu_seqlens, state_slots, value.shape[1], state),
-            *(*_rows(query), *_rows(key), *_rows(value), _pointer(rate), _pointer(logarithms), decays),
+            *(*_rows(query), *_rows(key), *_rows(value), pointer(rate), pointer(logarithms), decays),
             *(scale, -1.0 if norm_eps is None else norm_eps, state.data_ptr(), out.data_ptr()),
             *(key.shape[2], value.shape[2], key.shape[3], value.shape[3]),
             num_threads(value.numel() * key.shape[3], _MIN_WORK_FOR_THREADS),
@@ -374,7 +370,7 @@ def cached_linear_attention_cpu(
     _check(
         _linear_attention[value.dtype](
             *_sequences(cu_seqlens, state_slots, value.shape[1], state),
-            *(*_rows(query), *_rows(key), *_rows(value), logarithms.data_ptr(), decay.shape[3], _pointer(own)),
+            *(*_rows(query), *_rows(key), *_rows(value), logarithms.data_ptr(), decay.shape[3], pointer(own)),
             *(state.data_ptr(), out.data_ptr(), value.shape[2], key.shape[3], value.shape[3]),
             num_threads(value.numel() * key.shape[3], _MIN_WORK_FOR_THREADS),
         )
