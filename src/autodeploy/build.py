@@ -292,9 +292,8 @@ def _finish(
     with clock.stage("compile", f"compiling ({backend})"):
         function = compile_graph(graph, backend, clock.report)
     state_names = tuple(spec.name for spec in graph.states)
-    batch_inputs = tuple(str(node.target) for node in graph.inputs() if str(node.target) not in state_names)
     program = Program(
-        graphs={graph.name: NamedGraph(graph.name, function, batch_inputs, state_names)},
+        graphs={graph.name: NamedGraph(graph.name, function, graph.batch_inputs(), state_names)},
         states=tuple(graph.states),
         vocab_size=int(logits.meta["val"].shape[-1]),  # type: ignore[union-attr]
         max_model_len=min((n for n in (subject.max_model_len, graph.max_length) if n is not None), default=None),

@@ -8,7 +8,6 @@ what a CUDA graph is on a GPU, and has the same condition: nothing may depend on
 shape that read one are never repeated, and the report says so.
 """
 
-import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from autodeploy.compile.bind import bind_kernels
 from autodeploy.compile.program import GraphFunction
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport
-from autodeploy.kernels.cpu.native import NativeCall, watching
+from autodeploy.kernels.cpu.native import watching
 from autodeploy.kernels.cpu.tape import Tape
 from autodeploy.ops.batch_inputs import PAGE_TABLE
 
@@ -41,10 +41,8 @@ _MAKES_MEMORY = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::em
 
 def compile_replay(graph: ModelGraph, report: BuildReport) -> GraphFunction:
     """A function of the graph's inputs in order that repeats small steps; not for two threads at a time."""
-    states = {spec.name for spec in graph.states}
-    names = [str(node.target) for node in graph.inputs()]
     bind_kernels(graph, keep_opaque=True)
-    return Replay(graph.module.forward, [name for name in names if name not in states], report)
+    return Replay(graph.module.forward, graph.batch_inputs(), report)
 
 
 class Replay:
@@ -124,8 +122,7 @@ def record(
 ) -> tuple["Step", Tensor]:
     """Run a step on copies of batch inputs, and on states, and write it down; returns it and what it gave."""
     step = Step(tuple(value.clone() for value in batch), memory)
-    observer = _Observer(step)
-    with watching(lambda call, arguments: observer.native(call, arguments)), observer, _ReadsOfValues(step):
+    with watching(step.tape.add_native), _Observer(step), _ReadsOfValues(step):
         step.result = function(*step.inputs, *states)
     step.tape.finish()
     return step, step.result.clone()
@@ -138,20 +135,17 @@ class _Observer(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._step = step
 
-    def native(self, call: NativeCall, arguments: tuple[Any, ...]) -> None:
-        self._step.tape.add_native(call, arguments)
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func._schema.name in _MAKES_MEMORY:
             return self._step.memory.like(func(*args, **kwargs))
-        given = [value for value in _flat((args, kwargs)) if isinstance(value, Tensor)]
+        given = _tensors((args, kwargs))
         if any(tag in func.tags for tag in _DATA_DEPENDENT) and not _is_plain_index(func, given):
             self._step.obstacle = self._step.obstacle or f"{func} gives what depends on values"
         result = func(*args, **kwargs)
-        results = [value for value in _flat(result) if isinstance(value, Tensor)]
+        results = _tensors(result)
         known = {value.untyped_storage()._cdata for value in given}
         if func._schema.is_mutable or any(value.untyped_storage()._cdata not in known for value in results):
             self._step.tape.add_python(_repeat(func, args, kwargs, results))
@@ -163,7 +157,7 @@ def _repeat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: S
 
     def repeat() -> None:
         again = func(*args, **kwargs)
-        for kept, new in zip(results, (value for value in _flat(again) if isinstance(value, Tensor)), strict=True):
+        for kept, new in zip(results, _tensors(again), strict=True):
             if kept is not new and kept.data_ptr() != new.data_ptr():
                 kept.copy_(new)
 
@@ -226,9 +220,5 @@ def _is_plain_index(func: Any, given: Sequence[Tensor]) -> bool:
     )
 
 
-def _flat(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return list(itertools.chain.from_iterable(_flat(item) for item in value.values()))
-    if isinstance(value, list | tuple):
-        return list(itertools.chain.from_iterable(_flat(item) for item in value))
-    return [value]
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -88,6 +88,11 @@ class ModelGraph:
         """The placeholders, in order."""
         return self.graph.find_nodes(op="placeholder")
 
+    def batch_inputs(self) -> tuple[str, ...]:
+        """Names of the inputs that are no states, in order."""
+        states = {spec.name for spec in self.states}
+        return tuple(str(node.target) for node in self.inputs() if node.target not in states)
+
     def input(self, name: str) -> fx.Node | None:
         """The placeholder of that name."""
         return next((node for node in self.inputs() if node.target == name), None)

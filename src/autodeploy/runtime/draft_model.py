@@ -15,7 +15,6 @@ from autodeploy.config import EngineOptions
 from autodeploy.errors import ConfigError
 from autodeploy.ops.state import SlotState
 from autodeploy.runtime.batch import BatchBuilder
-from autodeploy.runtime.pages import StateAllocator
 from autodeploy.runtime.request import Limits, Sequence
 from autodeploy.runtime.states import (
     StatePlan,
@@ -73,9 +72,7 @@ class DraftModel:
         self._budget = options.max_num_batched_tokens
         self._has_slots = any(isinstance(spec, SlotState) for spec in program.states)
         self._states = allocate_states(program.states, plan, program.device)
-        self._allocator = StateAllocator(
-            plan.groups, num_slots=plan.num_slots, page_size=plan.page_size, max_model_len=plan.max_model_len
-        )
+        self._allocator = plan.allocator()
         self._batches = BatchBuilder(
             program.batch_inputs(),
             page_tables=self._allocator.page_tables,

@@ -18,7 +18,6 @@ from autodeploy.ops.state import SlotState
 from autodeploy.runtime.batch import Batch, BatchBuilder
 from autodeploy.runtime.draft_model import draft_model_beside
 from autodeploy.runtime.grammar import GrammarCompiler
-from autodeploy.runtime.pages import StateAllocator
 from autodeploy.runtime.prefix_cache import PrefixCache
 from autodeploy.runtime.request import (
     FinishReason,
@@ -151,9 +150,7 @@ class Engine:
         self.max_model_len = plan.max_model_len
         self._limits = Limits(program.vocab_size, self.max_model_len, program.eos_token_ids)
         self._states = allocate_states(program.states, plan, program.device)
-        self._allocator = StateAllocator(
-            plan.groups, num_slots=plan.num_slots, page_size=plan.page_size, max_model_len=plan.max_model_len
-        )
+        self._allocator = plan.allocator()
         self._has_slots = any(isinstance(spec, SlotState) for spec in program.states)
         self._prefixes = PrefixCache(
             self._allocator,

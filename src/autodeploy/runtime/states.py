@@ -13,7 +13,7 @@ from autodeploy.config import EngineOptions
 from autodeploy.errors import OutOfMemoryError
 from autodeploy.memory import available_bytes
 from autodeploy.ops.state import PagedState, SlotState, StateSpec
-from autodeploy.runtime.pages import PageGroup
+from autodeploy.runtime.pages import PageGroup, StateAllocator
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,12 @@ class StatePlan:
     def num_rows(self) -> int:
         """Rows of every slot state."""
         return self.num_slots + self.num_snapshots + self.num_backups
+
+    def allocator(self) -> StateAllocator:
+        """Who hands out the pages and slots of this plan."""
+        return StateAllocator(
+            self.groups, num_slots=self.num_slots, page_size=self.page_size, max_model_len=self.max_model_len
+        )
 
     def backup_row(self, slot: int) -> int:
         return self.num_slots + self.num_snapshots + slot
