@@ -15,6 +15,7 @@ from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams
 from autodeploy.runtime.states import StatePlan, plan_states
 from tests import tiny
+from tests.engines import generated
 from tests.graphs import Sketch, attention_model, causal_sdpa
 from tests.ops.mixers import decaying_sum
 
@@ -39,13 +40,7 @@ def _check_prefix_cache(engine: Engine, prompts: list[list[int]], expected: list
 
 
 def _run(engine: Engine, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    for index, prompt in enumerate(prompts):
-        engine.add_request(str(index), prompt, SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True))
-    tokens: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            tokens[output.request_id].extend(output.token_ids)
-    return list(tokens.values())
+    return generated(engine, prompts, SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True))
 
 
 @pytest.mark.parametrize("name", tiny.TINY)

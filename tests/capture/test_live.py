@@ -14,6 +14,7 @@ from autodeploy.errors import TokenMixingError
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams
 from tests import tiny
+from tests.engines import generated
 from tests.graphs import attention_model, causal_sdpa
 
 CROWDED = EngineOptions(max_num_batched_tokens=16, page_size=4, max_num_seqs=3)
@@ -48,14 +49,7 @@ def test_generates_what_transformers_generates(name: str) -> None:
     assert check_isolation(program) == "passed"
     check_apart(program, live.example, live.example_logits)
     engine = Engine(program, CROWDED, max_model_len=96)
-    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
-    for index, prompt in enumerate(prompts):
-        engine.add_request(str(index), prompt, params)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            tokens[int(output.request_id)].extend(output.token_ids)
-    assert tokens == expected
+    assert generated(engine, prompts, SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)) == expected
 
 
 def test_positions_counted_from_the_row_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from autodeploy.kernels.cpu.linear import linear_cpu
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams
 from tests import tiny
+from tests.engines import generated
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
@@ -26,15 +27,9 @@ def program(model: torch.nn.Module, backend: str) -> Program:
     return build(model, parse_options({"device": "cpu", "compile_backend": backend, "check_isolation": False}))
 
 
-def generated(built: Program, prompts: list[list[int]]) -> dict[str, list[int]]:
+def served(built: Program, prompts: list[list[int]]) -> list[list[int]]:
     engine = Engine(built, EngineOptions(max_num_seqs=4, page_size=4), max_model_len=96)
-    for at, prompt in enumerate(prompts):
-        engine.add_request(str(at), prompt, GREEDY)
-    tokens: dict[str, list[int]] = {}
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            tokens.setdefault(output.request_id, []).extend(output.token_ids)
-    return tokens
+    return generated(engine, prompts, GREEDY)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt_oss", "jamba", "kimi_linear"])
@@ -43,7 +38,7 @@ def test_generation_gives_the_same_tokens(name: str) -> None:
     model = getattr(tiny, name)()
     prompts = tiny.prompts(7, longest=40)
     built = program(model, "replay")
-    assert generated(built, prompts) == generated(program(model, "torch-simple"), prompts)
+    assert served(built, prompts) == served(program(model, "torch-simple"), prompts)
     replay = built.graphs["text"].function
     assert isinstance(replay, Replay)
     steps = [step for step in replay._steps.values() if step is not None]

@@ -14,6 +14,7 @@ from autodeploy.debug.packed_run import run_packed
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams
 from tests import tiny
+from tests.engines import generated
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,13 +28,7 @@ def _program(name: str, device: str, **options: object) -> Program:
 
 def _generate(program: Program, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
     engine = Engine(program, EngineOptions(max_num_batched_tokens=24, page_size=4), max_model_len=96)
-    for index, prompt in enumerate(prompts):
-        engine.add_request(str(index), prompt, params)
-    tokens: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            tokens[output.request_id] += output.token_ids
-    return list(tokens.values())
+    return generated(engine, prompts, params)
 
 
 @pytest.mark.parametrize("name", tiny.TINY)

@@ -17,6 +17,7 @@ from autodeploy.debug.packed_run import run_packed
 from autodeploy.models.resolve import resolve_model
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams
+from tests.engines import generated
 
 NUM_TOKENS = 12
 LENGTHS = [1, 2, 3, 5, 8, 13, 31, 32, 33, 64, 100, 127, 200, 255, 256, 257, 400, 511, 700, 1000, 1500] + [
@@ -53,19 +54,13 @@ def test_float32_greedy_tokens_equal_transformers(model_file: Path) -> None:
         max_num_batched_tokens=384, max_num_seqs=24, kv_cache_memory_bytes=1600 * bytes_per_token, page_size=4
     )
     engine = Engine(program, options, max_model_len=1520)
-    for index, prompt in enumerate(prompts):
-        params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
-        engine.add_request(str(index), prompt, params)
-    served: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            served[output.request_id] += output.token_ids
+    served = generated(engine, prompts, SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True))
     assert engine.stats().num_preemptions > 0, "the cache was meant to be too small"
     wrong = {}
     for index, prompt in enumerate(prompts):
         expected = _greedy(reference, prompt)
-        if served[str(index)] != expected:
-            wrong[index] = (len(prompt), served[str(index)], expected)
+        if served[index] != expected:
+            wrong[index] = (len(prompt), served[index], expected)
     assert not wrong
 
 

@@ -15,6 +15,7 @@ from autodeploy.debug.packed_run import run_packed
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams
 from tests import tiny
+from tests.engines import generated
 
 VOCAB = 96
 CROWDED = EngineOptions(max_num_batched_tokens=16, page_size=4, max_num_seqs=6)
@@ -128,13 +129,7 @@ def _greedy(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
 def _served(program: Program, prompts: list[list[int]], count: int) -> list[list[int]]:
     """Greedy tokens from an engine with too little room: chunked prompts, decode, preemption."""
     engine = Engine(program, CROWDED, max_model_len=96)
-    tokens: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
-    for index, prompt in enumerate(prompts):
-        engine.add_request(str(index), prompt, SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True))
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            tokens[output.request_id].extend(output.token_ids)
-    return list(tokens.values())
+    return generated(engine, prompts, SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True))
 
 
 @pytest.mark.parametrize("name", MODELS)

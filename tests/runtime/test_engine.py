@@ -164,23 +164,28 @@ def test_every_schedule_gives_the_tokens_of_a_plain_loop(
     run_schedule(layers, jobs, page_size, max_num_seqs, budget, is_short_of_memory, **options)
 
 
+def crowd(random: Random, count: int) -> list[Job]:
+    """Jobs that come close together and run long."""
+    return [
+        Job(
+            when=random.randrange(6),
+            prompt=STEM[: random.choice([0, 5, 12])] + random.choices(range(VOCAB), k=random.randint(1, 9)),
+            max_tokens=random.randint(10, 30),
+            n=random.choice([1, 2]),
+            priority=random.randrange(2),
+            abort_after=random.choice([None, None, 5, 20]),
+        )
+        for _ in range(count)
+    ]
+
+
 @pytest.mark.parametrize("layers", LAYERS)
 def test_crowded_schedules_give_the_tokens_of_a_plain_loop(layers: tuple[str, ...]) -> None:
     """Random play rarely crowds the memory; here it always is."""
     num_preemptions = num_hits = 0
     for seed in range(6):
         random = Random(seed)
-        jobs = [
-            Job(
-                when=random.randrange(6),
-                prompt=STEM[: random.choice([0, 5, 12])] + random.choices(range(VOCAB), k=random.randint(1, 9)),
-                max_tokens=random.randint(10, 30),
-                n=random.choice([1, 2]),
-                priority=random.randrange(2),
-                abort_after=random.choice([None, None, 5, 20]),
-            )
-            for _ in range(7)
-        ]
+        jobs = crowd(random, 7)
         budget = random.choice([5, 9, 40])
         stats = run_schedule(layers, jobs, random.choice([1, 2, 3]), 6, budget, is_short_of_memory=True)
         num_preemptions += stats.num_preemptions
@@ -232,17 +237,7 @@ def test_crowded_schedules_with_drafts_give_the_tokens_of_a_plain_loop(layers: t
     num_accepted = num_rejected = num_preemptions = 0
     for seed in range(4):
         random = Random(seed)
-        jobs = [
-            Job(
-                when=random.randrange(6),
-                prompt=STEM[: random.choice([0, 5, 12])] + random.choices(range(VOCAB), k=random.randint(1, 9)),
-                max_tokens=random.randint(10, 30),
-                n=random.choice([1, 2]),
-                priority=random.randrange(2),
-                abort_after=random.choice([None, None, 5, 20]),
-            )
-            for _ in range(5)
-        ]
+        jobs = crowd(random, 5)
         config = {"speculative_config": DRAFT_MODEL}
         stats = run_schedule(layers, jobs, random.choice([2, 3]), 6, 30, is_short_of_memory=seed % 2 == 0, **config)
         num_accepted += stats.accepted_tokens
