@@ -6,6 +6,8 @@ AUTODEPLOY_DEBUG         1: tracebacks instead of one-line errors on the command
 AUTODEPLOY_NATIVE        0: the reference functions instead of the native CPU kernels
 AUTODEPLOY_NATIVE_FLAGS  compiler flags after our own, e.g. for sanitizers
 CXX                      the C++ compiler to try first
+
+Where traces are asked for, OpenTelemetry's SDK reads its own, OTEL_*; the protocol they name is checked here.
 """
 
 import os
@@ -37,6 +39,12 @@ def is_native_enabled() -> bool:
 def native_flags() -> list[str]:
     """AUTODEPLOY_NATIVE_FLAGS, split as a shell does."""
     return shlex.split(os.environ.get("AUTODEPLOY_NATIVE_FLAGS", ""))
+
+
+def otlp_protocol() -> str | None:
+    """OTEL_EXPORTER_OTLP_TRACES_PROTOCOL, or what holds for all signals; None where neither is set."""
+    names = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    return next((value for name in names if (value := os.environ.get(name))), None)
 
 
 def preferred_compiler() -> str | None:

@@ -34,9 +34,13 @@ class CompletionOutput:
 
 @dataclass(kw_only=True)
 class RequestMetrics:
-    """When things happened to a request, in seconds on the clock of `time.monotonic`; None: not yet."""
+    """When things happened to a request, in seconds on the clock of `time.monotonic`; None: not yet.
+
+    `first_scheduled_time` is when the first of its sequences left the queue.
+    """
 
     arrival_time: float
+    first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
 
@@ -133,6 +137,8 @@ class OutputCollector:
             sampled = sum(logprobs[token_id].logprob for token_id, logprobs in chosen)
             sequence.cumulative_logprob = (sequence.cumulative_logprob or 0.0) + sampled
         sequence.finish_reason, sequence.stop_reason = delta.finish_reason, delta.stop_reason
+        if self.metrics.first_scheduled_time is None:
+            self.metrics.first_scheduled_time = token_output.first_scheduled_time
         self._note_times(delta)
         return delta
 

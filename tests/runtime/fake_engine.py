@@ -51,6 +51,7 @@ class FakeEngine:
         self.most_at_once = 0
         self.num_steps = 0
         self._tokens = 0
+        self._started: dict[tuple[str, int], float] = {}
         self._live: dict[tuple[str, int], tuple[list[int], SamplingParams, int]] = {}
 
     def add_request(
@@ -70,6 +71,7 @@ class FakeEngine:
         self.options[request_id] = options
         for index in range(params.n):
             self._live[request_id, index] = (list(prompt_token_ids), params, 0)
+            self._started[request_id, index] = time.monotonic()
         self.most_at_once = max(self.most_at_once, len(self._live))
 
     def abort_request(self, request_id: str, index: int | None = None) -> list[TokenOutput]:
@@ -123,4 +125,5 @@ class FakeEngine:
             num_cached_tokens=self.num_cached_tokens,
             finish_reason=reason,
             prompt_logprobs=prompt_logprobs,
+            first_scheduled_time=self._started[key],
         )

@@ -367,6 +367,8 @@ def test_a_request_whose_time_is_up_ends_running_or_waiting() -> None:
     ended, begun = engine.step()
     assert (ended.request_id, ended.finish_reason) == ("running", "timeout")
     assert begun.request_id == "patient", "what it owned is free in the same step"
+    times = [output.first_scheduled_time for output in (first[0], outputs[0], ended, begun)]
+    assert times == [0.0, None, 0.0, 2.0], "when each left the queue, on the engine's clock"
     assert first[0].token_ids + outputs[2].token_ids == reference_tokens(("full",), [1, 2], 2)
     engine.abort_request("patient")
     engine.add_request("patient", [1, 2], GREEDY)  # the name again, with all the time in the world

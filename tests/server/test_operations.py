@@ -142,6 +142,7 @@ def test_metrics_have_vllms_names(start: Start) -> None:
         f"vllm:time_to_first_token_seconds_count{{{label}}} 3.0",
         f"vllm:e2e_request_latency_seconds_count{{{label}}} 2.0",
         f"vllm:inter_token_latency_seconds_count{{{label}}} {2 * 3 + len(ANSWER_IDS)}.0",
+        f"vllm:request_queue_time_seconds_count{{{label}}} 2.0",
         f"vllm:request_prompt_tokens_count{{{label}}} 2.0",
         f"vllm:request_generation_tokens_sum{{{label}}} {2 * 4 + len(ANSWER_IDS) + 1}.0",
         f'vllm:request_success_total{{finished_reason="length",{label}}} 2.0',

@@ -95,6 +95,7 @@ class DemoEngine:
         began = time.perf_counter()
         try:
             if sequence.num_computed_tokens == 0:
+                sequence.first_scheduled_time = time.monotonic()
                 copy_slot(self._specs, self._states, 0, SLOT)
             logits = self.program.run(self._inputs(sequence), self._states)
             samples = self._sampler.sample(logits, [sequence])

@@ -262,6 +262,8 @@ class Engine:
         outputs += [self._finish(sequence, "error", sequence.stop_reason) for sequence in step.failed]
         for sequence, row in step.admitted.items():
             self._copy_slot(row, sequence.slot)
+            if sequence.first_scheduled_time is None:
+                sequence.first_scheduled_time = self._clock()
         if not step.scheduled:
             return outputs
         batch = self._batches.build(step.scheduled)

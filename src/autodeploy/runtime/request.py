@@ -279,6 +279,7 @@ class TokenOutput:
         stop_reason: the token of `stop_token_ids` that ended it; None for the model's own end-of-sequence tokens.
             With `finish_reason="error"` or "timeout", one sentence that says why.
         num_cached_tokens: tokens of the prompt whose states were found in the prefix cache.
+        first_scheduled_time: when its sequence first left the queue, on the engine's clock; None: it never did.
     """
 
     request_id: str
@@ -289,6 +290,7 @@ class TokenOutput:
     stop_reason: int | str | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
+    first_scheduled_time: float | None = None
 
 
 class Status(Enum):
@@ -306,6 +308,7 @@ class Sequence:
         token_ids: prompt and output so far.
         num_computed_tokens: leading tokens whose states are in memory; 0 again after a preemption.
         num_cached_tokens: those that were found in the prefix cache when it first started; None before.
+        first_scheduled_time: when it first left the queue, on the engine's clock; None before.
         draft_token_ids: what may follow `token_ids`, to be verified in this step.
         page_hashes, snapshot_tokens, shared_tokens: notes of the prefix cache.
         slot: row in the page tables and slot states; 0 while it has none. The pages are in `StateAllocator`'s tables.
@@ -319,6 +322,7 @@ class Sequence:
         "draft_token_ids",
         "eos_ids",
         "finish_reason",
+        "first_scheduled_time",
         "index",
         "is_plain",
         "max_length",
@@ -361,6 +365,7 @@ class Sequence:
         self.draft_token_ids: list[int] = []
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
+        self.first_scheduled_time: float | None = None
         self.page_hashes: list[bytes] = []
         self.snapshot_tokens = self.shared_tokens = 0
         self.slot = 0
@@ -397,6 +402,7 @@ class Sequence:
             stop_reason=self.stop_reason,
             prompt_logprobs=self.prompt_logprobs if is_first else None,
             num_cached_tokens=self.num_cached_tokens or 0,
+            first_scheduled_time=self.first_scheduled_time,
         )
 
 

@@ -8,6 +8,7 @@ answer_reader.py, answer_parts.py,
 tool_calls.py, json_scanner.py               a chat answer's text -> thoughts, text, calls of tools
 routes.py, app.py                            the routes that run the model, and all the others
 failures.py, limits.py, access.py             everything that is not a success; what is too large; who has no key
-metrics.py, status.py, logs.py               what operators watch
+metrics.py, status.py, logs.py,
+tracing.py, request_trace.py                 what operators watch
 options.py, run.py, served.py                 how the server listens, runs and ends; what the routes work with
 """

@@ -62,13 +62,19 @@ def create_app(served: ServedModel, *, version: str = "", options: ServerOptions
     add("POST", "/v1/completions", generation.completions, CompletionResponse, responses=STREAM)
     add("POST", "/v1/chat/completions", generation.chat_completions, ChatCompletionResponse, responses=STREAM)
     add_error_handlers(app)
-    _add_middleware(app, options)
+    _add_middleware(app, options, served)
     return app
 
 
-def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
-    """What is added last comes first: a request meets the log, then CORS, the key, and the limit."""
+def _add_middleware(app: FastAPI, options: ServerOptions, served: ServedModel) -> None:
+    """What is added last comes first: a request meets the log, then CORS, the key, the trace, and the limit."""
     app.add_middleware(LimitBody, max_bytes=options.max_body_bytes)
+    if options.otlp_traces_endpoint is not None:
+        from autodeploy.server.tracing import TraceRequests, tracer_provider
+
+        provider = tracer_provider(options.otlp_traces_endpoint)
+        served.lifecycle.at_end.append(provider.shutdown)
+        app.add_middleware(TraceRequests, provider=provider)
     if options.api_key:
         app.add_middleware(RequireKey, keys=options.api_key)
     if options.allowed_origins:

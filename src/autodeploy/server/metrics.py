@@ -31,6 +31,7 @@ class ServingMetrics:
         self.recent_first_token: deque[float] = deque(maxlen=RECENT)
         self.recent_between_tokens: deque[float] = deque(maxlen=RECENT)
         self.recent_total: deque[float] = deque(maxlen=RECENT)
+        self._queue = self._histogram("request_queue_time_seconds", "From arrival to the first step.", _SECONDS)
         self._first_token = self._histogram("time_to_first_token_seconds", "Until a request's first token.", _SECONDS)
         self._between = self._histogram("inter_token_latency_seconds", "Between two tokens of a sequence.", _SECONDS)
         self._total = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _SECONDS)
@@ -68,6 +69,8 @@ class ServingMetrics:
         if times.finished_time is not None:
             self._total.observe(times.finished_time - times.arrival_time)
             self.recent_total.append(times.finished_time - times.arrival_time)
+        if times.first_scheduled_time is not None:
+            self._queue.observe(times.first_scheduled_time - times.arrival_time)
         self._prompt.observe(len(collector.prompt_token_ids))
         self._generation.observe(collector.num_output_tokens)
 

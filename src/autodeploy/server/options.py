@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autodeploy import env
 from autodeploy.errors import ConfigError
 
 MAX_BODY_BYTES = 8 * 2**20
@@ -29,6 +30,7 @@ class ServerOptions:
         request_timeout_seconds: what takes longer ends with finish_reason "timeout"; default: no limit.
         drain_timeout_seconds: after SIGTERM, how long requests that run may take before they end with an error.
         log_format: text or json, one line per request.
+        otlp_traces_endpoint: URL that spans are sent to, by OTLP over HTTP, one per request; needs autodeploy[tracing].
     """
 
     host: str = "127.0.0.1"
@@ -43,6 +45,7 @@ class ServerOptions:
     request_timeout_seconds: float | None = None
     drain_timeout_seconds: float = 30.0
     log_format: str = "text"
+    otlp_traces_endpoint: str | None = None
 
 
 NAMES = frozenset(field.name for field in dataclasses.fields(ServerOptions))
@@ -90,9 +93,27 @@ def _check(options: ServerOptions) -> None:
         raise ConfigError(f"log_format must be one of {', '.join(LOG_FORMATS)}; got {options.log_format!r}")
     if any(not key.isascii() or not key.isprintable() for key in options.api_key):
         raise ConfigError("api_key must be printable ASCII characters, since it is sent in a header")
+    if options.otlp_traces_endpoint is not None:
+        _check_tracing(options.otlp_traces_endpoint)
     if (options.ssl_keyfile is None) != (options.ssl_certfile is None):
         raise ConfigError("ssl_keyfile and ssl_certfile belong together; give both or none")
     for name in ("ssl_keyfile", "ssl_certfile"):
         path = getattr(options, name)
         if path is not None and not Path(path).is_file():
             raise ConfigError(f"{name}: there is no file {path}")
+
+
+def _check_tracing(endpoint: object) -> None:
+    """Said before a model is loaded: whether spans can be sent."""
+    if not isinstance(endpoint, str) or not endpoint.startswith(("http://", "https://")):
+        raise ConfigError(f"otlp_traces_endpoint must be a URL such as http://HOST:4318/v1/traces, got {endpoint!r}")
+    protocol = env.otlp_protocol()
+    if protocol not in (None, "http/protobuf"):
+        raise ConfigError(
+            f"OpenTelemetry's variables ask for the protocol {protocol!r}; spans are sent by http/protobuf alone: "
+            "set OTEL_EXPORTER_OTLP_TRACES_PROTOCOL to it, and name the collector's port for HTTP"
+        )
+    try:
+        import autodeploy.server.tracing  # noqa: F401  # only to see whether its packages are there
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"otlp_traces_endpoint needs {error.name!r}: pip install 'autodeploy[tracing]'") from error

@@ -28,6 +28,7 @@ from autodeploy.server.logprobs import TokenNames
 from autodeploy.server.metrics import ServingMetrics
 from autodeploy.server.options import ServerOptions
 from autodeploy.server.prompts import PromptReader
+from autodeploy.server.request_trace import note_collectors, note_request
 from autodeploy.server.requests import ChatCompletionRequest, CompletionRequest, SamplingRequest
 from autodeploy.server.served import ServedModel
 from autodeploy.server.streaming import AnswerForm, Generation
@@ -141,6 +142,8 @@ class GenerationRoutes:
         make_whole: Whole,
         make_chunks: Chunks,
     ) -> Response:
+        operation = "chat" if isinstance(body, ChatCompletionRequest) else "text_completion"
+        note_request(operation, form.model, form.answer_id, params, bool(body.stream))
         start = self._start(prompts, params, body.engine_options(self._timeout_seconds))
         if body.stream:
             generation = await until_disconnect(request.receive, start)
@@ -165,12 +168,14 @@ class GenerationRoutes:
         try:
             for position, token_ids in enumerate(prompts):
                 request_id = f"{call_id}-{position}"
-                await stream.add(request_id, token_ids, params, **options)
                 abort = partial(stream.abort, request_id)
+                # Its clock starts now: the engine takes new requests between two steps.
                 collectors.append(OutputCollector(request_id, token_ids, params, self._served.tokenizer, abort))
+                await stream.add(request_id, token_ids, params, **options)
         except BaseException:
             stream.close()
             raise
+        note_collectors(collectors)
         return Generation(stream, collectors, self._metrics.watch(collectors))
 
 

@@ -37,6 +37,8 @@ class DrainingServer(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             cut_off.cancel()
+            for end in self._served.lifecycle.at_end:
+                await asyncio.to_thread(end)
 
     async def _cut_off(self) -> None:
         await asyncio.sleep(self._drain_timeout_seconds)

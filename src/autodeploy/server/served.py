@@ -1,6 +1,6 @@
 """What the routes work with: an engine, a tokenizer, and the names of the model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,10 @@ from autodeploy.runtime.tokenizer import Tokenizer
 
 @dataclass
 class Lifecycle:
-    """Where the server is. Draining, it ends what runs and should get nothing new."""
+    """Where the server is. Draining, it ends what runs and should get nothing new; `at_end` is called after that."""
 
     is_draining: bool = False
+    at_end: list[Callable[[], object]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from autodeploy.server.answers import (
 from autodeploy.server.failures import RequestFailedError, public_message
 from autodeploy.server.logprobs import Entries, TokenNames
 from autodeploy.server.metrics import RequestWatch
+from autodeploy.server.request_trace import note_failure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +189,7 @@ async def server_sent_events(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[
         async for chunk in chunks:
             yield f"data: {chunk.model_dump_json()}\n\n"
     except AutoDeployError as error:
+        note_failure(public_message(error))
         detail = {"message": public_message(error), "type": "server_error", "param": None, "code": None}
         yield f"data: {json.dumps({'error': detail})}\n\n"
     yield "data: [DONE]\n\n"
