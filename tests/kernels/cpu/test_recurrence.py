@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from autodeploy.kernels.cpu import recurrence
+from autodeploy.compile.replay import Memory, record
+from autodeploy.kernels.cpu import matrix_memory, recurrence
 from autodeploy.ops import OPS, Op
 
 BOUNDARIES = torch.tensor([0, 3, 4, 11], dtype=torch.int32)
@@ -64,7 +65,8 @@ def _state(op: Op, call: dict[str, Any]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", _calls(torch.float32))
 def test_views_and_threads(name: str, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recurrence, "num_threads", lambda work, least: threads)
+    for module in (recurrence, matrix_memory):
+        monkeypatch.setattr(module, "num_threads", lambda work, least: threads)
     op, call = OPS[name], _calls(dtype)[name]
     state = _state(op, call)
     arguments = call | {"cu_seqlens": BOUNDARIES, "state_slots": SLOTS}
@@ -75,6 +77,16 @@ def test_views_and_threads(name: str, dtype: torch.dtype, threads: int, monkeypa
     for key, value in mine.items():
         torch.testing.assert_close(value, expected[key], **tolerance)
         assert torch.equal(value[[0, 3]], state[key][[0, 3]]), "a slot of nobody's was written"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", _calls(torch.float32))
+def test_a_repeated_step_makes_one_native_call(name: str, dtype: torch.dtype) -> None:
+    """Parameters and inputs of either dtype are read as they are, columns of a projection where they are."""
+    op, call = OPS[name], _calls(dtype)[name]
+    arguments = call | {"cu_seqlens": BOUNDARIES, "state_slots": SLOTS} | _state(op, call)
+    step, _ = record(lambda: op.kernels["cpu"].function(**arguments), (), (), Memory())
+    assert (step.tape.num_native, step.tape.num_python) == (1, 0)
 
 
 @pytest.mark.parametrize("name", _calls(torch.float32))

@@ -5,10 +5,23 @@ linear.py moe.py         products with few rows, bound by memory bandwidth
 quantized_linear.py quantized_moe.py   products with weights of 8 or 4 bits
 norm.py rope.py mlp.py   token-wise ops, one call each
 attention.py   attention over pages read in place
-recurrence.py  convolutions, scans, delta rules and linear recurrences over slot states
+recurrence.py  convolutions, scans and linear recurrences over slot states
+matrix_memory.py   delta rules and linear attention over slot states
+sequences.py   what both are given
 """
 
-from autodeploy.kernels.cpu import attention, linear, mlp, moe, norm, quantized_linear, quantized_moe, recurrence, rope
+from autodeploy.kernels.cpu import (
+    attention,
+    linear,
+    matrix_memory,
+    mlp,
+    moe,
+    norm,
+    quantized_linear,
+    quantized_moe,
+    recurrence,
+    rope,
+)
 from autodeploy.kernels.cpu.native import is_compiled, why_unavailable
 
 PROVIDER = "cpu"
@@ -18,6 +31,7 @@ __all__ = [
     "attention",
     "is_compiled",
     "linear",
+    "matrix_memory",
     "mlp",
     "moe",
     "norm",

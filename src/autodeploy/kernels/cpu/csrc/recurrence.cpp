@@ -1,5 +1,6 @@
-// Recurrences over slot states, token by token with the state in cache: causal convolutions, selective and structured
-// state-space scans, and the delta rule. States are float32, except a convolution's window, which is what its input is.
+// Recurrences of channels over slot states, token by token with the state in cache: causal convolutions, selective and
+// structured state-space scans, linear recurrences, and means that fade. States are float32, except a convolution's
+// window, which is what its input is.
 
 #include <cmath>
 #include <vector>
@@ -9,28 +10,32 @@
 namespace autodeploy {
 namespace {
 
+constexpr float NOTHING = -1e38f;  // logarithm of the weight of an empty memory
+
 inline float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
 inline Floats silu(Floats x) { return x / (1.0f + exp(-x)); }
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
+// weight: `[channels, taps]`.
 template <class T>
-void convolve(const Sequences& q, Rows<T> x, const float* weight, const float* bias, bool has_silu, T* window, T* out,
-              int64_t channels, int64_t taps, int threads) {
-    const int64_t blocks = (channels + CHANNELS - 1) / CHANNELS, kept = taps - 1;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t item = 0; item < q.count * blocks; ++item) {
-        const int64_t s = item / blocks, first = q.borders[s], length = q.borders[s + 1] - first;
-        if (length == 0) continue;
+Status convolve(const Sequences& q, Rows<T> x, Numbers weight, Numbers bias, bool has_silu, T* window, T* out,
+                int64_t channels, int64_t taps) {
+    const int64_t kept = taps - 1;
+    return for_each_channel_block(q, channels, [&](int64_t s, int64_t begin, int64_t end) {
+        const int64_t first = q.borders[s], length = q.borders[s + 1] - first;
         T* state = window + q.slots[s] * kept * channels;
-        const int64_t begin = item % blocks * CHANNELS;
-        const int64_t end = begin + CHANNELS < channels ? begin + CHANNELS : channels;
+        std::vector<float> by_tap(static_cast<size_t>(taps * LANES));
         for (int64_t c = begin; c < end; c += LANES) {
-            const int64_t count = end - c;
+            const int64_t count = end - c < LANES ? end - c : LANES;
+            for (int64_t i = 0; i < count; ++i)
+                for (int64_t w = 0; w < taps; ++w) by_tap[w * LANES + i] = weight[(c + i) * taps + w];
+            const Floats offset = bias.exist() ? bias.load(c, count) : Floats{};
             for (int64_t t = 0; t < length; ++t) {
-                Floats total = bias != nullptr ? load(bias + c, count) : Floats{};
+                Floats total = offset;
                 for (int64_t w = 0; w < taps; ++w) {
                     const int64_t at = t - kept + w;
                     const T* seen = at < 0 ? state + (kept + at) * channels : x[first + at];
-                    total = load(weight + w * channels + c, count) * load(seen + c, count) + total;
+                    total = load(by_tap.data() + w * LANES) * load(seen + c, count) + total;
                 }
                 store(out + (first + t) * channels + c, has_silu ? silu(total) : total, count);
             }
@@ -40,38 +45,42 @@ void convolve(const Sequences& q, Rows<T> x, const float* weight, const float* b
                 store(state + w * channels + c, load(seen + c, count), count);
             }
         }
-    }
+    });
 }
 
 // What turns a raw step size into the one that is used.
 struct Step {
-    const float* bias;
+    Numbers bias;
     bool has_softplus;
     float least, most;
     float operator()(float dt, int64_t index) const {
-        if (bias != nullptr) dt += bias[index];
+        if (bias.exist()) dt += bias[index];
         if (has_softplus) dt = softplus(dt);
         return dt < least ? least : dt > most ? most : dt;
     }
 };
 
+constexpr int64_t STATE_ROWS = 16;  // rows of a head's state in one work item
+
+// dt: one per token and head, `dt_stride` apart from token to token.
 template <class T>
-void structured_scan(const Sequences& q, Rows<T> x, Rows<float> dt, const float* A, Rows<T> B, Rows<T> C,
-                     const float* D, Step step, float* states, T* out, int64_t heads, int64_t width, int64_t groups,
-                     int64_t entries, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t item = 0; item < q.count * heads; ++item) {
-        const int64_t s = item / heads, head = item % heads, group = head / (heads / groups);
+Status structured_scan(const Sequences& q, Rows<T> x, Numbers dt, int64_t dt_stride, Numbers A, Rows<T> B, Rows<T> C,
+                       Numbers D, Step step, float* states, T* out, int64_t heads, int64_t width, int64_t groups,
+                       int64_t entries) {
+    return for_each_block(q, heads, width, STATE_ROWS, [&](int64_t s, int64_t head, int64_t begin, int64_t end) {
+        const int64_t group = head / (heads / groups);
         std::vector<float> scratch(static_cast<size_t>(2 * entries));
         float *b = scratch.data(), *c = b + entries;
         float* state = states + (q.slots[s] * heads + head) * width * entries;
+        const float rate = A[head], skip = D.exist() ? D[head] : 0.0f;
         for (int64_t t = q.borders[s]; t < q.borders[s + 1]; ++t) {
             widen(B[t] + group * entries, b, entries);
             widen(C[t] + group * entries, c, entries);
-            const float delta = step(dt[t][head], head), decay = std::exp(delta * A[head]);
-            for (int64_t p = 0; p < width; ++p) {
+            const float delta = step(dt[t * dt_stride + head], head);
+            const Floats kept = splat(std::exp(delta * rate));
+            for (int64_t p = begin; p < end; ++p) {
                 const float value = to_float(x[t][head * width + p]);
-                const Floats added = splat(value * delta), kept = splat(decay);
+                const Floats added = splat(value * delta);
                 float* row = state + p * entries;
                 Floats total = {};
                 for (int64_t n = 0; n < entries; n += LANES) {
@@ -79,20 +88,16 @@ void structured_scan(const Sequences& q, Rows<T> x, Rows<float> dt, const float*
                     store(row + n, h, entries - n);
                     total = h * load(c + n, entries - n) + total;
                 }
-                assign(out[(t * heads + head) * width + p], sum(total) + (D != nullptr ? D[head] * value : 0.0f));
+                assign(out[(t * heads + head) * width + p], sum(total) + skip * value);
             }
         }
-    }
+    });
 }
 
 template <class T>
-void selective_scan(const Sequences& q, Rows<T> x, Rows<T> dt, const float* A, Rows<T> B, Rows<T> C, const float* D,
-                    Rows<T> z, Step step, float* states, T* out, int64_t channels, int64_t entries, int threads) {
-    const int64_t blocks = (channels + CHANNELS - 1) / CHANNELS;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t item = 0; item < q.count * blocks; ++item) {
-        const int64_t s = item / blocks, begin = item % blocks * CHANNELS;
-        const int64_t end = begin + CHANNELS < channels ? begin + CHANNELS : channels;
+Status selective_scan(const Sequences& q, Rows<T> x, Rows<T> dt, Numbers A, Rows<T> B, Rows<T> C, Numbers D, Rows<T> z,
+                      Step step, float* states, T* out, int64_t channels, int64_t entries) {
+    return for_each_channel_block(q, channels, [&](int64_t s, int64_t begin, int64_t end) {
         std::vector<float> scratch(static_cast<size_t>(2 * entries));
         float *b = scratch.data(), *c = b + entries;
         float* state = states + q.slots[s] * channels * entries;
@@ -104,12 +109,12 @@ void selective_scan(const Sequences& q, Rows<T> x, Rows<T> dt, const float* A, R
                 float* row = state + i * entries;
                 Floats total = {};
                 for (int64_t n = 0; n < entries; n += LANES) {
-                    const Floats decay = exp(delta * load(A + i * entries + n, entries - n));
+                    const Floats decay = exp(delta * A.load(i * entries + n, entries - n));
                     const Floats h = load(row + n, entries - n) * decay + value * delta * load(b + n, entries - n);
                     store(row + n, h, entries - n);
                     total = h * load(c + n, entries - n) + total;
                 }
-                float y = sum(total) + (D != nullptr ? D[i] * value : 0.0f);
+                float y = sum(total) + (D.exist() ? D[i] * value : 0.0f);
                 if (z.data != nullptr) {
                     const float gate = to_float(z[t][i]);
                     y *= gate / (1.0f + std::exp(-gate));
@@ -117,112 +122,135 @@ void selective_scan(const Sequences& q, Rows<T> x, Rows<T> dt, const float* A, R
                 assign(out[t * channels + i], y);
             }
         }
-    }
+    });
 }
 
-// from · factor, or from / sqrt(sum of squares + eps) · factor when eps is not negative.
 template <class T>
-void normalised(const T* from, float* to, int64_t count, float eps, float factor) {
-    widen(from, to, count);
-    if (eps >= 0.0f) {
-        float total = 0.0f;
-        for (int64_t i = 0; i < count; ++i) total += to[i] * to[i];
-        factor /= std::sqrt(total + eps);
-    }
-    for (int64_t i = 0; i < count; ++i) to[i] *= factor;
-}
-
-// decay: one logarithm per head (`decays` 1) or per channel of the key (`decays` is `depth`), or null.
-template <class T>
-void delta_rule(const Sequences& q, Rows<T> query, Rows<T> key, Rows<T> value, Rows<float> beta, Rows<float> decay,
-                int64_t decays, float scale, float norm_eps, float* states, T* out, int64_t key_heads, int64_t heads,
-                int64_t depth, int64_t width, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t item = 0; item < q.count * heads; ++item) {
-        const int64_t s = item / heads, head = item % heads, key_head = head / (heads / key_heads);
-        std::vector<float> scratch(static_cast<size_t>(2 * depth + 2 * width));
-        float *qs = scratch.data(), *ks = qs + depth, *update = ks + depth, *result = update + width;
-        float* state = states + (q.slots[s] * heads + head) * depth * width;
-        for (int64_t t = q.borders[s]; t < q.borders[s + 1]; ++t) {
-            normalised(query[t] + key_head * depth, qs, depth, norm_eps, scale);
-            normalised(key[t] + key_head * depth, ks, depth, norm_eps, 1.0f);
-            const float* logarithms = decay.data != nullptr ? decay[t] + head * decays : nullptr;
-            const float shared = decays == 1 && logarithms != nullptr ? std::exp(logarithms[0]) : 1.0f;
-            for (int64_t v = 0; v < width; ++v) update[v] = result[v] = 0.0f;
-            for (int64_t d = 0; d < depth; ++d) {
-                const float kept = decays == 1 || logarithms == nullptr ? shared : std::exp(logarithms[d]);
-                float* row = state + d * width;
-                for (int64_t v = 0; v < width; v += LANES) {
-                    const Floats h = load(row + v, width - v) * kept;
-                    store(row + v, h, width - v);
-                    store(update + v, load(update + v, width - v) + h * ks[d], width - v);
-                }
+Status linear_recurrence(const Sequences& q, Rows<T> x, Rows<T> gate, float* states, T* out, int64_t channels) {
+    return for_each_channel_block(q, channels, [&](int64_t s, int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; c += LANES) {
+            const int64_t count = end - c;
+            float* state = states + q.slots[s] * channels + c;
+            Floats h = load(state, count);
+            for (int64_t t = q.borders[s]; t < q.borders[s + 1]; ++t) {
+                h = load(gate[t] + c, count) * h + load(x[t] + c, count);
+                store(out + t * channels + c, h, count);
             }
-            const float rate = beta[t][head];
-            const T* values = value[t] + head * width;
-            for (int64_t v = 0; v < width; v += LANES)
-                store(update + v, rate * (load(values + v, width - v) - load(update + v, width - v)), width - v);
-            for (int64_t d = 0; d < depth; ++d) {
-                float* row = state + d * width;
-                for (int64_t v = 0; v < width; v += LANES) {
-                    const Floats h = load(row + v, width - v) + load(update + v, width - v) * ks[d];
-                    store(row + v, h, width - v);
-                    store(result + v, load(result + v, width - v) + h * qs[d], width - v);
-                }
-            }
-            T* to = out + (t * heads + head) * width;
-            for (int64_t v = 0; v < width; v += LANES) store(to + v, load(result + v, width - v), width - v);
+            store(state, h, count);
         }
-    }
+    });
+}
+
+// A slot holds, for all channels: a weighed sum of values, the sum of the weights, the logarithm both are relative to.
+template <class T>
+Status wkv(const Sequences& q, Rows<T> key, Rows<T> value, Numbers decay, Numbers bonus, float* states, T* out,
+           int64_t channels) {
+    return for_each_channel_block(q, channels, [&](int64_t s, int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; c += LANES) {
+            const int64_t count = end - c;
+            float* state = states + q.slots[s] * 3 * channels + c;
+            const Floats fading = decay.load(c, count), own = bonus.load(c, count);
+            Floats sums = load(state, count), weights = load(state + channels, count);
+            Floats level = weights > 0.0f ? load(state + 2 * channels, count) : splat(NOTHING);
+            for (int64_t t = q.borders[s]; t < q.borders[s + 1]; ++t) {
+                const Floats k = load(key[t] + c, count), v = load(value[t] + c, count);
+                Floats most = larger(level, k + own);
+                Floats kept = exp(level - most), fresh = exp(k + own - most);
+                store(out + t * channels + c, (kept * sums + fresh * v) / (kept * weights + fresh), count);
+                most = larger(level + fading, k);
+                kept = exp(level + fading - most), fresh = exp(k - most);
+                sums = kept * sums + fresh * v, weights = kept * weights + fresh, level = most;
+            }
+            store(state, sums, count);
+            store(state + channels, weights, count);
+            store(state + 2 * channels, level, count);
+        }
+    });
 }
 
 }  // namespace
 }  // namespace autodeploy
 
-// Rows are one per token, strides in elements; out and states are contiguous. weight: `[taps, channels]`, float32.
-#define DEFINE_RECURRENCES(SUFFIX, T)                                                                                \
-    extern "C" int causal_conv_##SUFFIX(SEQUENCES, const T* x, int64_t x_stride, const float* weight,                \
-                                        const float* bias, int has_silu, T* window, T* out, int64_t channels,        \
-                                        int64_t taps, int threads) {                                                 \
-        CHECKED_SEQUENCES;                                                                                           \
-        autodeploy::convolve<T>(sequences, {x, x_stride}, weight, bias, has_silu != 0, window, out, channels, taps,  \
-                                threads);                                                                            \
-        return 0;                                                                                                    \
+// Rows are one per token, strides in elements; out and states are contiguous. A flag behind a pointer to numbers of
+// either dtype says whether they are bfloat16.
+#define DEFINE_CAUSAL_CONV(NAME, T)                                                                                  \
+    extern "C" int NAME(SEQUENCES, const T* x, int64_t x_stride, const void* weight, int weight_is_bfloat16,         \
+                        const void* bias, int bias_is_bfloat16, int has_silu, T* window, T* out, int64_t channels,   \
+                        int64_t taps, int threads) {                                                                 \
+        return autodeploy::status_of(threads, [&] {                                                                  \
+            return autodeploy::convolve<T>(GIVEN_SEQUENCES, {x, x_stride}, {weight, weight_is_bfloat16 != 0},        \
+                                           {bias, bias_is_bfloat16 != 0}, has_silu != 0, window, out, channels,      \
+                                           taps);                                                                    \
+        });                                                                                                          \
     }                                                                                                                \
-    extern "C" int ssd_##SUFFIX(SEQUENCES, const T* x, int64_t x_stride, const float* dt, const float* A,            \
-                                const T* B, int64_t B_stride, const T* C, int64_t C_stride, const float* D,          \
-                                const float* dt_bias, int has_softplus, float least, float most, float* states,      \
-                                T* out, int64_t heads, int64_t width, int64_t groups, int64_t entries,               \
-                                int threads) {                                                                       \
-        CHECKED_SEQUENCES;                                                                                           \
-        autodeploy::structured_scan<T>(sequences, {x, x_stride}, {dt, heads}, A, {B, B_stride}, {C, C_stride}, D,    \
-                                       {dt_bias, has_softplus != 0, least, most}, states, out, heads, width, groups, \
-                                       entries, threads);                                                            \
-        return 0;                                                                                                    \
-    }                                                                                                                \
-    extern "C" int selective_scan_##SUFFIX(SEQUENCES, const T* x, int64_t x_stride, const T* dt, int64_t dt_stride,  \
-                                           const float* A, const T* B, int64_t B_stride, const T* C,                 \
-                                           int64_t C_stride, const float* D, const T* z, int64_t z_stride,           \
-                                           const float* dt_bias, int has_softplus, float* states, T* out,            \
-                                           int64_t channels, int64_t entries, int threads) {                         \
-        CHECKED_SEQUENCES;                                                                                           \
-        const float all = __builtin_inff();                                                                          \
-        autodeploy::selective_scan<T>(sequences, {x, x_stride}, {dt, dt_stride}, A, {B, B_stride}, {C, C_stride}, D, \
-                                      {z, z_stride}, {dt_bias, has_softplus != 0, -all, all}, states, out, channels, \
-                                      entries, threads);                                                             \
-        return 0;                                                                                                    \
-    }                                                                                                                \
-    extern "C" int delta_rule_##SUFFIX(SEQUENCES, const T* query, int64_t query_stride, const T* key,                \
-                                       int64_t key_stride, const T* value, int64_t value_stride, const float* beta,  \
-                                       const float* decay, int64_t decays, float scale, float norm_eps,              \
-                                       float* states, T* out, int64_t key_heads, int64_t heads, int64_t depth,       \
-                                       int64_t width, int threads) {                                                 \
-        CHECKED_SEQUENCES;                                                                                           \
-        autodeploy::delta_rule<T>(sequences, {query, query_stride}, {key, key_stride}, {value, value_stride},        \
-                                  {beta, heads}, {decay, heads * decays}, decays, scale, norm_eps, states, out,      \
-                                  key_heads, heads, depth, width, threads);                                          \
-        return 0;                                                                                                    \
-    }
+    RECORDABLE(NAME)
 
-DEFINE_RECURRENCES(float32, float)
-DEFINE_RECURRENCES(bfloat16, autodeploy::bf16)
+DEFINE_CAUSAL_CONV(causal_conv_float32, float)
+DEFINE_CAUSAL_CONV(causal_conv_bfloat16, autodeploy::bf16)
+
+#define DEFINE_SSD(NAME, T)                                                                                          \
+    extern "C" int NAME(SEQUENCES, const T* x, int64_t x_stride, const void* dt, int dt_is_bfloat16,                 \
+                        int64_t dt_stride, const void* A, int A_is_bfloat16, const T* B, int64_t B_stride,           \
+                        const T* C, int64_t C_stride, const void* D, int D_is_bfloat16, const void* dt_bias,         \
+                        int dt_bias_is_bfloat16, int has_softplus, float least, float most, float* states, T* out,   \
+                        int64_t heads, int64_t width, int64_t groups, int64_t entries, int threads) {                \
+        return autodeploy::status_of(threads, [&] {                                                                  \
+            return autodeploy::structured_scan<T>(                                                                   \
+                GIVEN_SEQUENCES, {x, x_stride}, {dt, dt_is_bfloat16 != 0}, dt_stride, {A, A_is_bfloat16 != 0},       \
+                {B, B_stride}, {C, C_stride}, {D, D_is_bfloat16 != 0},                                               \
+                {{dt_bias, dt_bias_is_bfloat16 != 0}, has_softplus != 0, least, most}, states, out, heads, width,    \
+                groups, entries);                                                                                    \
+        });                                                                                                          \
+    }                                                                                                                \
+    RECORDABLE(NAME)
+
+DEFINE_SSD(ssd_float32, float)
+DEFINE_SSD(ssd_bfloat16, autodeploy::bf16)
+
+#define DEFINE_SELECTIVE_SCAN(NAME, T)                                                                               \
+    extern "C" int NAME(SEQUENCES, const T* x, int64_t x_stride, const T* dt, int64_t dt_stride, const void* A,      \
+                        int A_is_bfloat16, const T* B, int64_t B_stride, const T* C, int64_t C_stride,               \
+                        const void* D, int D_is_bfloat16, const T* z, int64_t z_stride, const void* dt_bias,         \
+                        int dt_bias_is_bfloat16, int has_softplus, float* states, T* out, int64_t channels,          \
+                        int64_t entries, int threads) {                                                              \
+        const float all = __builtin_inff();                                                                          \
+        return autodeploy::status_of(threads, [&] {                                                                  \
+            return autodeploy::selective_scan<T>(                                                                    \
+                GIVEN_SEQUENCES, {x, x_stride}, {dt, dt_stride}, {A, A_is_bfloat16 != 0}, {B, B_stride},             \
+                {C, C_stride}, {D, D_is_bfloat16 != 0}, {z, z_stride},                                               \
+                {{dt_bias, dt_bias_is_bfloat16 != 0}, has_softplus != 0, -all, all}, states, out, channels,          \
+                entries);                                                                                            \
+        });                                                                                                          \
+    }                                                                                                                \
+    RECORDABLE(NAME)
+
+DEFINE_SELECTIVE_SCAN(selective_scan_float32, float)
+DEFINE_SELECTIVE_SCAN(selective_scan_bfloat16, autodeploy::bf16)
+
+#define DEFINE_LINEAR_RECURRENCE(NAME, T)                                                                            \
+    extern "C" int NAME(SEQUENCES, const T* x, int64_t x_stride, const T* gate, int64_t gate_stride, float* states,  \
+                        T* out, int64_t channels, int threads) {                                                     \
+        return autodeploy::status_of(threads, [&] {                                                                  \
+            return autodeploy::linear_recurrence<T>(GIVEN_SEQUENCES, {x, x_stride}, {gate, gate_stride}, states,     \
+                                                    out, channels);                                                  \
+        });                                                                                                          \
+    }                                                                                                                \
+    RECORDABLE(NAME)
+
+DEFINE_LINEAR_RECURRENCE(linear_recurrence_float32, float)
+DEFINE_LINEAR_RECURRENCE(linear_recurrence_bfloat16, autodeploy::bf16)
+
+#define DEFINE_WKV(NAME, T)                                                                                          \
+    extern "C" int NAME(SEQUENCES, const T* key, int64_t key_stride, const T* value, int64_t value_stride,           \
+                        const void* decay, int decay_is_bfloat16, const void* bonus, int bonus_is_bfloat16,          \
+                        float* states, T* out, int64_t channels, int threads) {                                      \
+        return autodeploy::status_of(threads, [&] {                                                                  \
+            return autodeploy::wkv<T>(GIVEN_SEQUENCES, {key, key_stride}, {value, value_stride},                     \
+                                      {decay, decay_is_bfloat16 != 0}, {bonus, bonus_is_bfloat16 != 0}, states, out, \
+                                      channels);                                                                     \
+        });                                                                                                          \
+    }                                                                                                                \
+    RECORDABLE(NAME)
+
+DEFINE_WKV(wkv_float32, float)
+DEFINE_WKV(wkv_bfloat16, autodeploy::bf16)
