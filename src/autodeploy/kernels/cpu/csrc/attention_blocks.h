@@ -120,10 +120,10 @@ inline float update_row(const Call<T>& c, Row& row, float* scores, int64_t block
         Floats score = load(scores + j) * c.scale;
         if (c.softcap > 0.0f) {
             const Floats capped = tanh(score / c.softcap) * c.softcap;
-            score = score == -__builtin_inff() ? score : capped;
+            score = select(score == -__builtin_inff(), score, capped);
         }
         store(scores + j, score);
-        highest = score > highest ? score : highest;
+        highest = select(score > highest, score, highest);
     }
     const float greatest = max(highest, row.greatest);
     const float shift = greatest == -__builtin_inff() ? 0.0f : greatest;

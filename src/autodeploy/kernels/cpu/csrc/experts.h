@@ -45,9 +45,9 @@ struct Gate {
             Floats result = load(gates + i, left);
             if (gated) {
                 Floats up = load(gates + width + i, left);
-                result = result > limit ? splat(limit) : result;
-                up = up > limit ? splat(limit) : up;
-                up = up < -limit ? splat(-limit) : up;
+                result = select(result > limit, splat(limit), result);
+                up = select(up > limit, splat(limit), up);
+                up = select(up < -limit, splat(-limit), up);
                 result = activate(activation, result) * (up + up_offset);
             } else {
                 result = activate(activation, result);

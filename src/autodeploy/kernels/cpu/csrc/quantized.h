@@ -9,10 +9,6 @@
 
 #include "simd.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 namespace autodeploy {
 
 constexpr int64_t TILE = LANES;  // outputs that lie side by side
@@ -23,40 +19,48 @@ constexpr int64_t VECTOR = 64;   // bytes of a vector
 // the hardware's prefetcher follows too late at that rate. One stream of 8 bits it follows better by itself.
 constexpr int64_t AHEAD = 2048, SCALES_AHEAD = 256;
 
-typedef uint8_t Bytes __attribute__((vector_size(VECTOR)));
-typedef int8_t SignedBytes __attribute__((vector_size(LANES)));
+using Bytes = Vector<uint8_t, VECTOR>;
 
 // A float16 number.
 struct fp16 {
     uint16_t bits;
 };
 
-inline Floats load(const fp16* from) {
-    Halves x;
-    std::memcpy(&x, from, sizeof(x));
-#if defined(__AVX512F__)
-    return bit_cast<Floats>(_mm512_cvtph_ps(bit_cast<__m256i>(x)));
-#else
-    // Exponent and fraction in the place of a float32's, whose exponent counts from 112 less. No infinities here.
-    const Words bits = __builtin_convertvector(x, Words);
-    const Floats magnitude = bit_cast<Floats>((bits & 0x7fff) << 13) * 0x1p112f;
-    return bit_cast<Floats>(bit_cast<Words>(magnitude) | ((bits & 0x8000) << 16));
-#endif
+template <class V>
+inline V load_halves(const uint16_t* from) {
+    if constexpr (is_pair<V>::value) {
+        return {load_halves<decltype(V::low)>(from), load_halves<decltype(V::high)>(from + SIZE<V> / 2)};
+    } else {
+        // Exponent and fraction in the place of a float32's, whose exponent counts from 112 less. No infinities here.
+        using W = Vector<uint32_t, SIZE<V>>;
+        const W bits = load_converted<W>(from);
+        const V magnitude = bit_cast<V>((bits & 0x7fff) << 13) * 0x1p112f;
+        return bit_cast<V>(bit_cast<W>(magnitude) | ((bits & 0x8000) << 16));
+    }
 }
 
-inline Bytes load_bytes(const uint8_t* from) {
-    Bytes x;
-    std::memcpy(&x, from, sizeof(x));
-    return x;
+#if defined(__AVX512F__)
+template <>
+inline Floats load_halves<Floats>(const uint16_t* from) {
+    return bit_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 }
+#elif defined(__AVX2__) && defined(__F16C__)
+template <>
+inline Vector<float, 8> load_halves<Vector<float, 8>>(const uint16_t* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+#endif
+
+inline Floats load(const fp16* from) { return load_halves<Floats>(reinterpret_cast<const uint16_t*>(from)); }
 
 // As bits of magnitudes, numbers are in order, infinities come after them and NaNs last.
-inline uint32_t greatest(Words x) {
+inline int32_t greatest(Ints x) {
 #if defined(__AVX512F__)
-    return _mm512_reduce_max_epu32(bit_cast<__m512i>(x));
+    return _mm512_reduce_max_epi32(bit_cast<__m512i>(x));
 #else
-    uint32_t most = 0;
-    for (int i = 0; i < LANES; ++i) most = x[i] > most ? x[i] : most;
+    int32_t lanes[LANES], most = 0;
+    store_vector(lanes, x);
+    for (int i = 0; i < LANES; ++i) most = lanes[i] > most ? lanes[i] : most;
     return most;
 #endif
 }
@@ -65,57 +69,28 @@ inline int32_t add(Ints x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_epi32(bit_cast<__m512i>(x));
 #else
-    int32_t total = 0;
-    for (int i = 0; i < LANES; ++i) total += x[i];
+    int32_t lanes[LANES], total = 0;
+    store_vector(lanes, x);
+    for (int i = 0; i < LANES; ++i) total += lanes[i];
     return total;
 #endif
 }
 
-// Nearest whole numbers, ties to even.
-inline Ints round(Floats x) {
+// Nearest whole numbers, ties to even. (Adding 1.5 · 2^23 would become one operation with the product before it.)
+template <class V>
+inline Vector<int32_t, SIZE<V>> round(V x) {
+    using I = Vector<int32_t, SIZE<V>>;
+    if constexpr (is_pair<V>::value) return {round(x.low), round(x.high)};
 #if defined(__AVX512F__)
-    return bit_cast<Ints>(_mm512_cvtps_epi32(bit_cast<__m512>(x)));
-#else
-    float lanes[LANES];
-    int32_t rounded[LANES];
-    store(lanes, x);
-    for (int i = 0; i < LANES; ++i) rounded[i] = static_cast<int32_t>(std::nearbyint(lanes[i]));
-    Ints result;
-    std::memcpy(&result, rounded, sizeof(result));
-    return result;
-#endif
-}
-
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
-// Eight sums of products of four. Products of two would exceed 16 bits, so the weights go in as two halves of 4 bits.
-inline __m256i multiply_add_half(__m256i total, __m256i weights, __m256i four) {
-    const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), sixteens = _mm256_set1_epi16(16);
-    const __m256i low = _mm256_and_si256(weights, mask);
-    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(weights, 4), mask);
-    total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(low, four), ones));
-    return _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(high, four), sixteens));
-}
-#endif
-
-// total[o] + the products of output o's four weights with `four` inputs.
-inline Ints multiply_add(Ints total, Bytes weights, const int8_t* four) {
-#if defined(__AVX512VNNI__)
-    // Spelled out, as compilers neither fold the broadcast into it nor keep many totals in registers.
-    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(total) : "v"(weights), "m"(*reinterpret_cast<const int32_t*>(four)));
-    return total;
+    else return bit_cast<I>(_mm512_cvtps_epi32(bit_cast<__m512>(x)));
 #elif defined(__AVX2__)
-    int32_t inputs;
-    std::memcpy(&inputs, four, sizeof(inputs));
-    __m256i halves[2], bytes[2];
-    std::memcpy(halves, &total, sizeof(halves));
-    std::memcpy(bytes, &weights, sizeof(bytes));
-    for (int i = 0; i < 2; ++i) halves[i] = multiply_add_half(halves[i], bytes[i], _mm256_set1_epi32(inputs));
-    std::memcpy(&total, halves, sizeof(total));
-    return total;
+    else return bit_cast<I>(_mm256_cvtps_epi32(bit_cast<__m256>(x)));
 #else
-    for (int o = 0; o < LANES; ++o)
-        for (int i = 0; i < 4; ++i) total[o] += static_cast<int32_t>(weights[4 * o + i]) * four[i];
-    return total;
+    else {
+        I rounded;
+        for (int i = 0; i < SIZE<V>; ++i) rounded[i] = static_cast<int32_t>(std::nearbyint(x[i]));
+        return rounded;
+    }
 #endif
 }
 
@@ -125,7 +100,7 @@ struct Block {
     float scale;
     int32_t start;  // - middle · sum of the numbers, so that weights count from their middle
     float sum;      // scale · sum of the numbers, for offsets
-    int32_t unused;
+    int32_t total;  // sum of the numbers
 };
 
 // Rows of activations by panels of up to PANEL rows, in a panel by blocks: rows that are multiplied together lie together.
@@ -145,21 +120,19 @@ struct RoundedRows {
             const int64_t count = num_inputs - first;
             const Floats low = load(x + first, count);
             const Floats high = count > LANES ? load(x + first + LANES, count - LANES) : Floats{};
-            const Words magnitudes[2] = {bit_cast<Words>(low) & 0x7fffffff, bit_cast<Words>(high) & 0x7fffffff};
-            const uint32_t bits = greatest(magnitudes[0] > magnitudes[1] ? magnitudes[0] : magnitudes[1]);
+            const Ints magnitudes[2] = {bit_cast<Ints>(low) & 0x7fffffff, bit_cast<Ints>(high) & 0x7fffffff};
+            const int32_t bits = greatest(select(magnitudes[0] > magnitudes[1], magnitudes[0], magnitudes[1]));
             const bool is_finite = bits < 0x7f800000;
             const float largest = bit_cast<float>(bits);
             const float inverse = largest < 1e-30f || !is_finite ? 0.0f : 1.0f / largest * 127.0f;
             const Ints rounded[2] = {is_finite ? round(low * inverse) : Ints{},
                                      is_finite ? round(high * inverse) : Ints{}};
-            for (int i = 0; i < 2; ++i) {
-                const SignedBytes bytes = __builtin_convertvector(rounded[i], SignedBytes);
-                std::memcpy(block->numbers + i * LANES, &bytes, sizeof(bytes));
-            }
+            for (int i = 0; i < 2; ++i) store_converted(block->numbers + i * LANES, rounded[i]);
             const int32_t total = add(rounded[0] + rounded[1]);
             block->scale = is_finite ? largest / 127.0f : __builtin_nanf("");
             block->start = -middle * total;
             block->sum = block->scale * static_cast<float>(total);
+            block->total = total;
         }
     }
 };
@@ -172,6 +145,7 @@ struct Tile {
 };
 
 // The whole-number products of a block, 16 outputs of M rows; `weight` is moved on.
+#if defined(__AVX512VNNI__)
 template <int BITS, int M>
 inline void block_products(const uint8_t*& weight, const Block* block, Ints whole[M]) {
     // Few rows have registers for several sums that do not wait for each other. One of them may then count sixteenths,
@@ -183,20 +157,95 @@ inline void block_products(const uint8_t*& weight, const Block* block, Ints whol
         for (int c = 0; c < CHAINS; ++c) chains[m][c] = Ints{} + (c == 0 ? block[m].start : 0);
     for (int quad = 0; quad < 8; quad += 8 / BITS, weight += VECTOR) {
         if constexpr (BITS == 4) __builtin_prefetch(weight + AHEAD);
-        const Bytes bytes = load_bytes(weight);
+        const Bytes bytes = load_vector<Bytes>(weight);
         const Bytes upper = SHIFT_AFTER ? bytes & 0xf0 : bit_cast<Bytes>(bit_cast<Words>(bytes) >> 4) & 15;
         const Bytes parts[2] = {BITS == 8 ? bytes : bytes & 15, upper};
         for (int part = 0; part < 8 / BITS; ++part)
-            for (int m = 0; m < M; ++m) {
-                Ints& chain = chains[m][(quad + part) % CHAINS];
-                chain = multiply_add(chain, parts[part], block[m].numbers + 4 * (quad + part));
-            }
+            for (int m = 0; m < M; ++m)
+                // Spelled out, as compilers neither fold the broadcast into it nor keep many totals in registers.
+                asm("vpdpbusd %2%{1to16%}, %1, %0"
+                    : "+v"(chains[m][(quad + part) % CHAINS])
+                    : "v"(parts[part]), "m"(*reinterpret_cast<const int32_t*>(block[m].numbers + 4 * (quad + part))));
     }
     for (int m = 0; m < M; ++m) {
         whole[m] = chains[m][0];
         for (int c = 1; c < CHAINS; ++c) whole[m] += SHIFT_AFTER ? chains[m][c] >> 4 : chains[m][c];
     }
 }
+#elif defined(__AVX2__)
+inline __m256i four_inputs(const int8_t* four) {
+    int32_t bits;
+    std::memcpy(&bits, four, sizeof(bits));
+    return _mm256_set1_epi32(bits);
+}
+
+// Eight outputs of M rows. A block's products of 4 bits are summed in 16 bits, where they fit: 16 · 15 · 127.
+template <int M>
+inline void half_products_4(const uint8_t* weight, const Block* block, __m256i totals[M]) {
+    const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    for (int m = 0; m < M; ++m) totals[m] = _mm256_setzero_si256();
+    for (int quad = 0; quad < 8; quad += 2, weight += VECTOR) {
+        __builtin_prefetch(weight + AHEAD);
+        const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight));
+        const __m256i low = _mm256_and_si256(both, mask), high = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+        for (int m = 0; m < M; ++m) {
+            const int8_t* numbers = block[m].numbers + 4 * quad;
+            totals[m] = _mm256_add_epi16(totals[m], _mm256_maddubs_epi16(low, four_inputs(numbers)));
+            totals[m] = _mm256_add_epi16(totals[m], _mm256_maddubs_epi16(high, four_inputs(numbers + 4)));
+        }
+    }
+    for (int m = 0; m < M; ++m)
+        totals[m] = _mm256_add_epi32(_mm256_madd_epi16(totals[m], ones), _mm256_set1_epi32(block[m].start));
+}
+
+// Of 8 bits, two products fit in 16 once weights count from their middle. One factor must have no sign: the weights'
+// signs go to the inputs.
+template <int M>
+inline void half_products_8(const uint8_t* weight, const Block* block, __m256i totals[M]) {
+    const __m256i middle = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
+    for (int m = 0; m < M; ++m) totals[m] = _mm256_set1_epi32(block[m].start + 128 * block[m].total);
+    for (int quad = 0; quad < 8; ++quad, weight += VECTOR) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight));
+        const __m256i centred = _mm256_xor_si256(bytes, middle), magnitudes = _mm256_abs_epi8(centred);
+        for (int m = 0; m < M; ++m) {
+            const __m256i inputs = _mm256_sign_epi8(four_inputs(block[m].numbers + 4 * quad), centred);
+            totals[m] =
+                _mm256_add_epi32(totals[m], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitudes, inputs), ones));
+        }
+    }
+}
+
+template <int BITS, int M>
+inline void block_products(const uint8_t*& weight, const Block* block, Ints whole[M]) {
+    __m256i halves[2][M];
+    for (int half = 0; half < 2; ++half) {
+        if constexpr (BITS == 4)
+            half_products_4<M>(weight + half * VECTOR / 2, block, halves[half]);
+        else
+            half_products_8<M>(weight + half * VECTOR / 2, block, halves[half]);
+    }
+    using Half = Vector<int32_t, LANES / 2>;
+    for (int m = 0; m < M; ++m)
+        whole[m] = bit_cast<Ints>(Pair<Half>{bit_cast<Half>(halves[0][m]), bit_cast<Half>(halves[1][m])});
+    weight += BITS * VECTOR;
+}
+#else
+template <int BITS, int M>
+inline void block_products(const uint8_t*& weight, const Block* block, Ints whole[M]) {
+    int32_t totals[M][LANES];
+    for (int m = 0; m < M; ++m)
+        for (int o = 0; o < LANES; ++o) totals[m][o] = block[m].start;
+    for (int i = 0; i < STEP; ++i) {
+        const uint8_t* bytes = weight + i / 4 * BITS / 8 * VECTOR + i % 4;
+        const int shift = BITS == 4 && i / 4 % 2 == 1 ? 4 : 0;
+        for (int m = 0; m < M; ++m)
+            for (int o = 0; o < LANES; ++o)
+                totals[m][o] += (bytes[4 * o] >> shift & ((1 << BITS) - 1)) * block[m].numbers[i];
+    }
+    for (int m = 0; m < M; ++m) whole[m] = load_vector<Ints>(totals[m]);
+    weight += BITS * VECTOR;
+}
+#endif
 
 // results[m] = the products of a tile with row m from `block`, for 16 outputs. By itself, so that its loops have all
 // registers: in a larger function, compilers spill addresses that every load waits for.
@@ -212,7 +261,7 @@ __attribute__((noinline)) void tile_products(const Tile& tile, const Block* bloc
             Ints whole[M];
             block_products<BITS, M>(weight, block, whole);
             for (int m = 0; m < M; ++m) {
-                products[m] += __builtin_convertvector(whole[m], Floats) * block[m].scale;
+                products[m] += convert<Floats>(whole[m]) * block[m].scale;
                 if constexpr (OFFSETS) sums[m] += block[m].sum;
             }
         }

@@ -14,7 +14,7 @@ constexpr float NOTHING = -1e38f;  // logarithm of the weight of an empty memory
 
 inline float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
 inline Floats silu(Floats x) { return x / (1.0f + exp(-x)); }
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats larger(Floats a, Floats b) { return select(a > b, a, b); }
 
 // weight: `[channels, taps]`.
 template <class T>
@@ -151,7 +151,7 @@ Status wkv(const Sequences& q, Rows<T> key, Rows<T> value, Numbers decay, Number
             float* state = states + q.slots[s] * 3 * channels + c;
             const Floats fading = decay.load(c, count), own = bonus.load(c, count);
             Floats sums = load(state, count), weights = load(state + channels, count);
-            Floats level = weights > 0.0f ? load(state + 2 * channels, count) : splat(NOTHING);
+            Floats level = select(weights > 0.0f, load(state + 2 * channels, count), splat(NOTHING));
             for (int64_t t = q.borders[s]; t < q.borders[s + 1]; ++t) {
                 const Floats k = load(key[t] + c, count), v = load(value[t] + c, count);
                 Floats most = larger(level, k + own);

@@ -1,66 +1,41 @@
 // Sixteen floats at a time, for any machine: loads from and stores to float32 and bfloat16, dot products, exp.
 //
-// Vectors are the compiler's own (GCC and Clang `vector_size`); where the machine has narrower ones the compiler splits
-// them. The one thing it would not find by itself, the AVX512-BF16 dot product, is spelled out below.
+// The one thing a compiler would not find by itself, the AVX512-BF16 dot product, is spelled out below.
 
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace autodeploy {
 
 constexpr int LANES = 16;
 
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+using Floats = Vector<float, LANES>;
+using Ints = Vector<int32_t, LANES>;
+using Words = Vector<uint32_t, LANES>;
 
 // A bfloat16 number: the upper half of a float32.
 struct bf16 {
     uint16_t bits;
 };
 
-template <class To, class From>
-inline To bit_cast(From from) {
-    static_assert(sizeof(To) == sizeof(From), "sizes differ");
-    To to;
-    std::memcpy(&to, &from, sizeof(to));
-    return to;
-}
-
 inline Floats splat(float x) { return Floats{} + x; }
 
-inline Floats load(const float* from) {
-    Floats x;
-    std::memcpy(&x, from, sizeof(x));
-    return x;
-}
+inline Floats load(const float* from) { return load_vector<Floats>(from); }
 
 inline Floats load(const bf16* from) {
-    Halves x;
-    std::memcpy(&x, from, sizeof(x));
-#if defined(__AVX512F__)
-    return bit_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bit_cast<__m256i>(x)), 16));
-#else
-    return bit_cast<Floats>(__builtin_convertvector(x, Words) << 16);
-#endif
+    return bit_cast<Floats>(load_converted<Words>(reinterpret_cast<const uint16_t*>(from)) << 16);
 }
 
-inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof(x)); }
+inline void store(float* to, Floats x) { store_vector(to, x); }
 
 // Rounds to nearest, ties to even; a NaN stays one, an infinity too.
-inline void store(bf16* to, Floats x) {
+inline Words upper_halves(Floats x) {
     const Words bits = bit_cast<Words>(x);
-    const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const Halves halves = __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40, Halves);
-    std::memcpy(to, &halves, sizeof(halves));
+    return select(x == x, (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, (bits >> 16) | 0x40);
 }
+
+inline void store(bf16* to, Floats x) { store_converted(reinterpret_cast<uint16_t*>(to), upper_halves(x)); }
 
 // The first `count` lanes, for the end of a row; lanes beyond are zero, memory beyond is left alone.
 template <class T>
@@ -81,11 +56,7 @@ inline void store(T* to, Floats x, int64_t count) {
 
 inline Floats round_to(Floats x, const float*) { return x; }
 
-inline Floats round_to(Floats x, const bf16*) {
-    bf16 rounded[LANES];
-    store(rounded, x);
-    return load(rounded);
-}
+inline Floats round_to(Floats x, const bf16*) { return bit_cast<Floats>(upper_halves(x) << 16); }
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
@@ -96,15 +67,19 @@ inline void assign(bf16& to, float x) {
     to.bits = static_cast<uint16_t>(x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 0x40);
 }
 
-inline float sum(Floats x) {
+template <class V>
+inline float sum(V x) {
+    if constexpr (is_pair<V>::value) return sum(x.low + x.high);
 #if defined(__AVX512F__)
-    return _mm512_reduce_add_ps(bit_cast<__m512>(x));
+    else return _mm512_reduce_add_ps(bit_cast<__m512>(x));
+#elif defined(__AVX2__)
+    else {
+        __m128 four = _mm256_castps256_ps128(x) + _mm256_extractf128_ps(x, 1);
+        four += _mm_movehl_ps(four, four);
+        return four[0] + four[1];
+    }
 #else
-    float lanes[LANES];
-    store(lanes, x);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    return lanes[0];
+    else return (x[0] + x[2]) + (x[1] + x[3]);
 #endif
 }
 
@@ -120,8 +95,8 @@ inline float max(Floats x, float greatest) {
 // infinity above the largest, NaN for NaN.
 inline Floats exp(Floats x) {
     const float lowest = -87.336f, highest = 88.722f, shift = 12582912.0f;  // 1.5 · 2^23 rounds to an integer
-    Floats inside = x < lowest ? splat(lowest) : x;
-    inside = inside > highest ? splat(highest) : inside;
+    Floats inside = select(x < lowest, splat(lowest), x);
+    inside = select(inside > highest, splat(highest), inside);
     const Floats shifted = inside * 1.44269504f + shift;
     const Floats n = shifted - shift;
     const Floats r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -136,8 +111,8 @@ inline Floats exp(Floats x) {
     const Words integer = bit_cast<Words>(shifted) - bit_cast<Words>(splat(shift));
     const Words half = bit_cast<Words>(bit_cast<Ints>(integer) >> 1);
     const Floats result = p * bit_cast<Floats>((half + 127) << 23) * bit_cast<Floats>((integer - half + 127) << 23);
-    const Floats bounded = x > highest ? splat(__builtin_inff()) : result;
-    return x < lowest ? splat(0.0f) : bounded;
+    const Floats bounded = select(x > highest, splat(__builtin_inff()), result);
+    return select(x < lowest, splat(0.0f), bounded);
 }
 
 inline Floats tanh(Floats x) { return 1.0f - 2.0f / (exp(2.0f * x) + 1.0f); }
