@@ -91,6 +91,8 @@ class EngineOptions:
         max_queued_requests: requests waiting before new ones are refused.
         enable_prefix_caching: share the states of prefixes that requests have in common instead of computing them anew.
         speculative_config: draft tokens that one step verifies together, see `SpeculativeOptions`; default: none.
+        async_scheduling: schedule and launch the next step before the tokens of the last are read; the tokens stay the
+            same. Default: on CUDA, where the device would wait for the host otherwise.
         seed: seed of requests that bring none.
     """
 
@@ -103,6 +105,7 @@ class EngineOptions:
     max_queued_requests: int = 1024
     enable_prefix_caching: bool = True
     speculative_config: Mapping[str, Any] | None = None
+    async_scheduling: bool | None = None
     seed: int | None = None
 
 
@@ -222,6 +225,7 @@ def check_options(options: Options) -> None:
     _one_of("runtime", options.engine.runtime, RUNTIMES)
     for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "max_queued_requests"):
         _at_least_one(name, getattr(options.engine, name))
+    _one_of("async_scheduling", options.engine.async_scheduling, (None, True, False))
     for name, value in (
         ("max_model_len", options.model.max_model_len),
         ("kv_cache_memory_bytes", options.engine.kv_cache_memory_bytes),
@@ -234,7 +238,7 @@ def check_options(options: Options) -> None:
         raise ConfigError("runtime=demollm does not speculate; leave speculative_config out, or use runtime=engine")
 
 
-def _one_of(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
+def _one_of(name: str, value: object, allowed: tuple[str | bool | None, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
 

@@ -25,9 +25,10 @@ from autodeploy.outputs import OutputCollector, RequestOutput
 from autodeploy.runtime.async_engine import AsyncEngine, Delivery
 from autodeploy.runtime.constraints import Constraints
 from autodeploy.runtime.demo import DemoEngine
-from autodeploy.runtime.engine import Engine, EngineStats
+from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.grammar import GrammarCompiler
 from autodeploy.runtime.request import Limits, Request, SamplingParams, new_sequences
+from autodeploy.runtime.stats import EngineStats
 from autodeploy.runtime.tokenizer import Tokenizer, with_token_ids
 from autodeploy.start_up import without_collection
 

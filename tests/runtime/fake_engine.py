@@ -8,8 +8,8 @@ from typing import Unpack
 
 from autodeploy.compile.program import Program
 from autodeploy.errors import EngineOverloadedError, InvalidRequestError
-from autodeploy.runtime.engine import EngineStats
 from autodeploy.runtime.request import Logprob, RequestOptions, SamplingParams, TokenOutput
+from autodeploy.runtime.stats import EngineStats
 
 
 class FakeEngine:

@@ -128,3 +128,16 @@ def test_a_later_build_leaves_earlier_inputs_alone() -> None:
 def test_an_input_that_cannot_be_provided_is_refused(name: str) -> None:
     with pytest.raises(UnsupportedModelError, match=rf"'{name}'.*full, window_3"):
         make_builder(make_allocator(), ("input_ids", name))
+
+
+def test_tokens_that_are_being_sampled_are_filled_in_on_the_device() -> None:
+    allocator = make_allocator()
+    decode = make_sequence(allocator, [10, 11, 12], computed=3, count=1)
+    decode.pending_row = 2
+    chunk = make_sequence(allocator, [20, 21], computed=0, count=2)
+    batch = make_builder(allocator).build({decode: 1, chunk: 2}, torch.tensor([7, 8, 9]))
+    lists = as_lists(batch)
+    assert (lists["input_ids"], lists["position_ids"]) == ([[9, 20, 21]], [[3, 0, 1]])
+    assert (lists["seq_lens"], batch.sampled) == ([4, 2], [decode, chunk])
+    nothing_sampled = torch.zeros(0, dtype=torch.int64)
+    assert make_builder(allocator).build({chunk: 2}, nothing_sampled).inputs["input_ids"].tolist() == [[20, 21]]

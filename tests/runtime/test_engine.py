@@ -20,8 +20,9 @@ from autodeploy.errors import (
     OutOfMemoryError,
     UnsupportedModelError,
 )
-from autodeploy.runtime.engine import Engine, EngineStats
+from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams, TokenOutput
+from autodeploy.runtime.stats import EngineStats
 from tests.runtime.toy import VOCAB, reference_tokens, toy_program
 
 DRAFT_MODEL = {"model": "the same layers, with errors", "num_speculative_tokens": 3}
@@ -149,6 +150,7 @@ def run_schedule(
     is_short_of_memory=st.booleans(),
     caches=st.sampled_from([True, True, False]),
     drafts=st.sampled_from([None, None, DRAFT_MODEL, {"prompt_lookup_min": 1}]),
+    is_asynchronous=st.booleans(),
 )
 def test_every_schedule_gives_the_tokens_of_a_plain_loop(
     layers: tuple[str, ...],
@@ -159,8 +161,13 @@ def test_every_schedule_gives_the_tokens_of_a_plain_loop(
     is_short_of_memory: bool,
     caches: bool,
     drafts: dict[str, Any] | None,
+    is_asynchronous: bool,
 ) -> None:
-    options = {"enable_prefix_caching": caches, "speculative_config": drafts}
+    options = {
+        "enable_prefix_caching": caches,
+        "speculative_config": drafts,
+        "async_scheduling": is_asynchronous,
+    }
     run_schedule(layers, jobs, page_size, max_num_seqs, budget, is_short_of_memory, **options)
 
 
@@ -179,15 +186,17 @@ def crowd(random: Random, count: int) -> list[Job]:
     ]
 
 
+@pytest.mark.parametrize("is_asynchronous", [False, True])
 @pytest.mark.parametrize("layers", LAYERS)
-def test_crowded_schedules_give_the_tokens_of_a_plain_loop(layers: tuple[str, ...]) -> None:
+def test_crowded_schedules_give_the_tokens_of_a_plain_loop(layers: tuple[str, ...], is_asynchronous: bool) -> None:
     """Random play rarely crowds the memory; here it always is."""
+    options = {"async_scheduling": is_asynchronous}
     num_preemptions = num_hits = 0
     for seed in range(6):
         random = Random(seed)
         jobs = crowd(random, 7)
         budget = random.choice([5, 9, 40])
-        stats = run_schedule(layers, jobs, random.choice([1, 2, 3]), 6, budget, is_short_of_memory=True)
+        stats = run_schedule(layers, jobs, random.choice([1, 2, 3]), 6, budget, is_short_of_memory=True, **options)
         num_preemptions += stats.num_preemptions
         num_hits += stats.prefix_cache_hit_tokens
     assert num_preemptions > 10 or "full" not in layers  # without pages that grow, little runs short

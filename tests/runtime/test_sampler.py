@@ -16,8 +16,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from autodeploy.runtime.draw import NUM_CANDIDATES, draw, draw_together
 from autodeploy.runtime.request import Limits, Request, SamplingParams, Sequence
-from autodeploy.runtime.sampler import NUM_CANDIDATES, Sampler
+from autodeploy.runtime.sampler import Sampler
 
 # Chi-square quantiles at 1 - 1e-4: with fixed seeds a correct sampler passes or fails once and for all.
 CRITICAL = {1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7, 6: 27.9, 7: 29.9, 8: 31.8, 9: 33.7, 10: 35.6, 11: 37.4}
@@ -62,9 +63,10 @@ def expected_probabilities(logits: list[float], params: SamplingParams) -> NDArr
 
 
 def sample_many(logits: list[float], num: int, **params: Any) -> list[int]:
-    """`num` independent draws: as many rows with the same logits."""
+    """`num` independent draws: as many rows with the same logits, of requests that came one after the other."""
     sampler = Sampler(seed=1234)
-    samples = sampler.sample(torch.tensor(logits).expand(num, -1), [make_sequence(**params) for _ in range(num)])
+    sequences = [make_sequence(arrival=arrival, **params) for arrival in range(num)]
+    samples = sampler.sample(torch.tensor(logits).expand(num, -1), sequences)
     assert None not in samples.token_ids
     return [token for token in samples.token_ids if token is not None]
 
@@ -131,8 +133,11 @@ def test_a_long_tail_is_cut_where_the_whole_distribution_says() -> None:
     seen = []
     for _ in range(100):
         (token,) = sampler.sample(torch.tensor([logits]), [alone]).token_ids
+        assert token is not None
         assert sampler.sample(torch.tensor([logits] * 2), pair).token_ids[0] == token
         seen.append(token)
+        for sequence in (alone, *pair):
+            sequence.append(token)
     assert set(seen) <= kept
     unlikely = sorted(kept, key=logits.__getitem__)[: len(kept) // 2]
     assert set(seen) & set(unlikely), "the less likely half of what is kept is drawn from too"
@@ -214,13 +219,16 @@ def test_a_seeded_row_is_independent_of_its_neighbours_and_of_the_batch() -> Non
     logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(2))
     params: dict[str, Any] = {"seed": 42, "top_p": 0.9, "temperature": 1.5}
 
-    def draw(others: list[Sequence], at: int, engine_seed: int) -> list[int | None]:
+    def draw(others: list[Sequence], at: int, engine_seed: int) -> list[int]:
         sampler, own, tokens = Sampler(engine_seed), make_sequence(**params), []
         for _ in range(8):
             sequences = [*others[:at], own, *others[at:]]
             rows = torch.stack([logits[(at + 1 + row) % 5] for row in range(len(sequences))])
             rows[at] = logits[0]
-            tokens.append(sampler.sample(rows, sequences).token_ids[at])
+            token = sampler.sample(rows, sequences).token_ids[at]
+            assert token is not None
+            own.append(token)
+            tokens.append(token)
         return tokens
 
     alone = draw([], 0, 0)
@@ -234,13 +242,36 @@ def test_a_seeded_row_is_independent_of_its_neighbours_and_of_the_batch() -> Non
     assert draw([make_sequence(**params)], 0, 9) == alone, "the same seed gives the same tokens side by side"
 
 
+def test_all_rows_at_once_are_drawn_like_one_row_after_the_other() -> None:
+    """The CPU looks at likely tokens row by row, other devices at all rows together."""
+    generator = torch.Generator().manual_seed(4)
+    each: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 40}, {"min_p": 0.01, "top_p": 0.7}, {"top_p": 0.999}]
+    for params in ([SamplingParams(**given) for given in each], [SamplingParams(top_k=k) for k in (1, 2, 9, 200, 255)]):
+        logits = 3 * torch.randn(5, 5000, generator=generator)
+        numbers = np.random.default_rng(5).random((50, 5))
+        one_by_one = [draw(logits, params, row).tolist() for row in numbers]
+        assert [draw_together(logits.softmax(-1), params, row).tolist() for row in numbers] == one_by_one
+        assert len({tuple(tokens) for tokens in one_by_one}) > 30
+
+
+def test_requests_without_a_seed_have_randomness_of_their_own_wherever_they_run() -> None:
+    logits = torch.zeros(1, 100_000)
+    sequences = [make_sequence(arrival=arrival) for arrival in range(3)]
+    together = Sampler(seed=1).sample(logits.expand(3, -1), sequences).token_ids
+    assert len(set(together)) == 3
+    sampler = Sampler(seed=1)
+    assert [sampler.sample(logits, [each]).token_ids[0] for each in reversed(sequences)] == together[::-1]
+    assert Sampler(seed=2).sample(logits.expand(3, -1), sequences).token_ids != together
+    assert Sampler().sample(logits, sequences[:1]).token_ids != Sampler().sample(logits, sequences[:1]).token_ids
+
+
 def test_releasing_starts_the_randomness_over_and_forgetting_is_complete() -> None:
     logits = torch.zeros(1, 1000)
     sampler, sequence = Sampler(), make_sequence(seed=3, frequency_penalty=0.1)
     first = sampler.sample(logits, [sequence]).token_ids
     sampler.release(sequence)
     sampler.release(sequence)
-    assert sampler._generators == {} and sampler._histories == {}
+    assert sampler._keys == {} and sampler._histories == {}
     assert sampler.sample(logits, [sequence]).token_ids == first
 
 

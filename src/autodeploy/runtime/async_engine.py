@@ -14,8 +14,8 @@ from typing import Protocol, Unpack
 
 from autodeploy.compile.program import Program
 from autodeploy.errors import AutoDeployError, EngineDeadError, InvalidRequestError
-from autodeploy.runtime.engine import EngineStats
 from autodeploy.runtime.request import RequestOptions, SamplingParams, TokenOutput
+from autodeploy.runtime.stats import EngineStats
 
 logger = logging.getLogger(__name__)
 

@@ -25,13 +25,17 @@ class Batch:
     prompt's tokens: (sequence, position of the first row, number of rows). A program is never asked for zero rows:
     where nothing is wanted, one row of logits is computed all the same.
 
-    On CUDA the copies may still be under way: sampled tokens must have been read before the next `build`.
+    On CUDA the copies may still be under way: sampled tokens must have been read before the `build` after the next.
     """
 
     inputs: dict[str, Tensor]
     sampled: list[Sequence]
     num_tokens: int
     prompt_rows: list[tuple[Sequence, int, int]] = field(default_factory=list)
+
+    @property
+    def has_drafts(self) -> bool:
+        return any(sequence.draft_token_ids for sequence in self.sampled)
 
     @property
     def num_sampled_rows(self) -> int:
@@ -64,7 +68,8 @@ class BatchBuilder:
         self._device = device
         self._names = tuple(names)
         self._dtypes: dict[str, np.dtype[np.integer]] = {}
-        self._pinned: dict[str, Tensor] = {}
+        self._pinned: list[dict[str, Tensor]] = [{}, {}]
+        """for this build and the next: one's copies are made while the other's buffers are filled"""
         self._arange: IntArray = np.arange(max(max_num_batched_tokens, max_num_seqs) + 1, dtype=np.int64)
         num_rows = max_num_seqs + max_num_batched_tokens
         lengths = {"T": max_num_batched_tokens, "S": max_num_seqs, "S+1": max_num_seqs + 1, "R": num_rows, 1: 1}
@@ -80,17 +85,22 @@ class BatchBuilder:
             self._dtypes[name] = np.dtype(np.int32 if declared.dtype == torch.int32 else np.int64)
             if device.type == "cuda":  # pinned once, so that the copies of a step do not wait for the device
                 size = math.prod(lengths[dim] for dim in declared.dims)
-                self._pinned[name] = torch.zeros(size, dtype=declared.dtype, pin_memory=True)
+                for buffers in self._pinned:
+                    buffers[name] = torch.zeros(size, dtype=declared.dtype, pin_memory=True)
 
-    def build(self, scheduled: Mapping[Sequence, int]) -> Batch:
+    def build(self, scheduled: Mapping[Sequence, int], latest_R: Tensor | None = None) -> Batch:
         """The inputs for computing `scheduled[sequence]` more tokens of each sequence; at least one sequence.
 
         A sequence with drafts computes all its tokens and all its drafts.
+
+        Args:
+            latest_R: the tokens that `Sequence.pending_row` means, on the device.
         """
+        self._pinned.reverse()
         num_seqs = len(scheduled)
         counts: IntArray = np.fromiter(scheduled.values(), np.int64, num_seqs)
         starts: IntArray = np.fromiter((sequence.num_computed_tokens for sequence in scheduled), np.int64, num_seqs)
-        lengths: IntArray = np.fromiter((len(sequence.token_ids) for sequence in scheduled), np.int64, num_seqs)
+        lengths: IntArray = np.fromiter((sequence.num_tokens for sequence in scheduled), np.int64, num_seqs)
         slots: IntArray = np.fromiter((sequence.slot for sequence in scheduled), np.int64, num_seqs)
         ends = starts + counts
         offsets: IntArray = np.zeros(num_seqs + 1, dtype=np.int64)
@@ -133,6 +143,9 @@ class BatchBuilder:
             else:
                 value = values[name]
             inputs[name] = self._place(name, value)
+        if latest_R is not None and "input_ids" in inputs and values["input_ids"].min() < 0:
+            ids = inputs["input_ids"]
+            inputs["input_ids"] = torch.where(ids < 0, latest_R[(-1 - ids).clamp_(min=0)], ids)
         sampled = [sequence for sequence, complete in zip(scheduled, is_complete.tolist(), strict=True) if complete]
         return Batch(inputs=inputs, sampled=sampled, num_tokens=num_tokens, prompt_rows=prompt_rows)
 
@@ -140,7 +153,7 @@ class BatchBuilder:
         """The value as a contiguous tensor on the device, through the name's pinned buffer when there is a copy."""
         if self._device.type == "cpu":
             return torch.from_numpy(np.ascontiguousarray(value, dtype=self._dtypes[name]))
-        buffer = self._pinned[name][: value.size]
+        buffer = self._pinned[0][name][: value.size]
         buffer.numpy()[:] = value.reshape(-1)
         return buffer.view(value.shape).to(self._device, non_blocking=True)
 
@@ -158,10 +171,13 @@ def _prompt_rows(scheduled: Mapping[Sequence, int]) -> list[tuple[Sequence, int,
 
 
 def _token_ids(scheduled: Mapping[Sequence, int], num_tokens: int) -> IntArray:
+    """The tokens of the row; for one that is being sampled, -1 minus its row among those."""
     token_ids: list[int] = []
     for sequence, count in scheduled.items():
         start = sequence.num_computed_tokens
-        if count == 1:
+        if sequence.pending_row is not None:
+            token_ids.append(-1 - sequence.pending_row)
+        elif count == 1:
             token_ids.append(sequence.token_ids[start])
         else:
             token_ids += sequence.token_ids[start : start + count]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from autodeploy.errors import InvalidRequestError
+from autodeploy.runtime.draw import on_device
 from autodeploy.runtime.grammar import GrammarCompiler, Matcher
 from autodeploy.runtime.request import SamplingParams, Sequence
 from autodeploy.runtime.structured_outputs import PARAMETER
@@ -73,17 +74,17 @@ def _constrain_row(logits_V: Tensor, sequence: Sequence) -> None:
     params = sequence.params
     if params.logit_bias:
         token_ids, biases = zip(*params.logit_bias.items(), strict=True)
-        logits_V[list(token_ids)] += torch.tensor(biases, dtype=logits_V.dtype, device=logits_V.device)
+        logits_V.index_add_(0, on_device(token_ids, logits_V, torch.int64), on_device(biases, logits_V))
     if params.allowed_token_ids is not None:
-        allowed = list(params.allowed_token_ids)
+        allowed = on_device(params.allowed_token_ids, logits_V, torch.int64)
         kept = logits_V[allowed]
         logits_V.fill_(-torch.inf)
         logits_V[allowed] = kept
     forbidden = _ends_of_bad_sequences(sequence)
-    if sequence.num_output_tokens < params.min_tokens:
+    if sequence.num_tokens - sequence.num_prompt_tokens < params.min_tokens:
         forbidden |= sequence.stop_ids
     if forbidden:
-        logits_V[sorted(forbidden)] = -torch.inf
+        logits_V.index_fill_(0, on_device(sorted(forbidden), logits_V, torch.int64), -torch.inf)
 
 
 def _ends_of_bad_sequences(sequence: Sequence) -> set[int]:

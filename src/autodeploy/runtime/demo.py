@@ -17,7 +17,7 @@ from autodeploy.config import EngineOptions
 from autodeploy.errors import EngineDeadError, InvalidRequestError
 from autodeploy.ops.batch_inputs import lookup
 from autodeploy.ops.state import PagedState
-from autodeploy.runtime.engine import UNUSABLE_LOGITS, EngineStats
+from autodeploy.runtime.engine import UNUSABLE_LOGITS
 from autodeploy.runtime.grammar import GrammarCompiler
 from autodeploy.runtime.request import (
     Limits,
@@ -30,6 +30,7 @@ from autodeploy.runtime.request import (
 )
 from autodeploy.runtime.sampler import Sampler
 from autodeploy.runtime.states import allocate_states, copy_slot, plan_states
+from autodeploy.runtime.stats import EngineStats
 
 SLOT = 1
 

@@ -1,4 +1,11 @@
-"""The engine: requests as token ids go in, sampled tokens come out, one step at a time."""
+"""The engine: requests as token ids go in, sampled tokens come out, one step at a time.
+
+A step is: schedule, build the batch, run the model, choose tokens, read them, commit. A device that works behind the
+host's back is kept busy by leaving a step *in flight*: the next one is scheduled, built and launched before its tokens
+are read. They stay on the device, where the next step takes them from; a sequence that they turn out to end gives its
+pages back then, and what the next step computes of it is thrown away. Where the next step needs them on the host, or
+needs the room of a sequence that they may end, they are read first.
+"""
 
 import heapq
 import logging
@@ -9,6 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Unpack
 
+import torch
 from torch import Tensor
 
 from autodeploy.compile.program import Program
@@ -17,7 +25,9 @@ from autodeploy.errors import ConfigError, EngineDeadError, EngineOverloadedErro
 from autodeploy.ops.state import SlotState
 from autodeploy.runtime.batch import Batch, BatchBuilder
 from autodeploy.runtime.draft_model import draft_model_beside
+from autodeploy.runtime.draw import on_device
 from autodeploy.runtime.grammar import GrammarCompiler
+from autodeploy.runtime.logprobs import LogprobRows
 from autodeploy.runtime.prefix_cache import PrefixCache
 from autodeploy.runtime.request import (
     FinishReason,
@@ -29,11 +39,12 @@ from autodeploy.runtime.request import (
     TokenOutput,
     new_sequences,
 )
-from autodeploy.runtime.sampler import Sampler, token_logprobs
+from autodeploy.runtime.sampler import Choice, Sampler
 from autodeploy.runtime.scheduler import ScheduledStep, Scheduler
 from autodeploy.runtime.speculative import NgramProposer, Proposer, may_speculate
 from autodeploy.runtime.states import allocate_states, copy_slot, plan_states
-from autodeploy.runtime.verify import Extension, extend_sequences
+from autodeploy.runtime.stats import EngineStats
+from autodeploy.runtime.verify import Extension, extend_by_choice, extend_sequences
 
 logger = logging.getLogger(__name__)
 
@@ -43,42 +54,21 @@ UNUSABLE_LOGITS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineStats:
-    """Counters and gauges.
+@dataclass(frozen=True)
+class Flight:
+    """A step that the device is at work on, or has done.
 
     Attributes:
-        num_running, num_waiting: sequences now.
-        num_preemptions: since the start.
-        state_usage_fraction: share of pages (or slots) in use, of the fullest group.
-        num_steps, prompt_tokens, generation_tokens: since the start; a prompt counts once, when its first token is out.
-        prefix_cache_queried_tokens, prefix_cache_hit_tokens: tokens of prompts that started since the start, and how
-            many of them were found in the prefix cache; one that starts again after a preemption is not counted again.
-        num_drafts, draft_tokens, accepted_tokens: since the start, how often drafts were verified, how many tokens they
-            had, and how many of those became tokens of the sequence; see `acceptance_length`.
-        last_step_host_seconds: scheduling, building the batch and committing, in the last step.
-        last_step_model_seconds: running the model and sampling, in the last step.
+        choice: tokens for the sequences in `batch.sampled`, on their way to the host; None where drafts are to be
+            verified first.
+        latest_R: the same tokens [R], on the device.
+        logits_RV: those of the batch, where more than `choice` has to be read of them.
     """
 
-    num_running: int = 0
-    num_waiting: int = 0
-    num_preemptions: int = 0
-    state_usage_fraction: float = 0.0
-    num_steps: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    prefix_cache_queried_tokens: int = 0
-    prefix_cache_hit_tokens: int = 0
-    num_drafts: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    last_step_host_seconds: float = 0.0
-    last_step_model_seconds: float = 0.0
-
-    @property
-    def acceptance_length(self) -> float:
-        """Mean tokens that a verification yields: the accepted drafts and the token behind them."""
-        return 1 + self.accepted_tokens / self.num_drafts if self.num_drafts else 1.0
+    batch: Batch
+    choice: Choice | None = None
+    latest_R: Tensor | None = None
+    logits_RV: Tensor | None = None
 
 
 class Engine:
@@ -118,7 +108,7 @@ class Engine:
         """of requests that have one, as a heap; finished ones are dropped when their time comes"""
         self._clock = clock
         self._failure: Exception | None = None
-        self._num_arrivals = self._num_steps = self._num_preemptions = 0
+        self._num_arrivals = self._num_steps = self._num_overlapped_steps = self._num_preemptions = 0
         self._prompt_tokens = self._generation_tokens = self._queried_tokens = self._hit_tokens = 0
         self._num_drafts = self._draft_tokens = self._accepted_tokens = 0
         self._host_seconds = self._model_seconds = 0.0
@@ -132,6 +122,11 @@ class Engine:
                     "speculative_config names a draft model, and the engine was given none; pass draft=..."
                 )
             self._proposer, options = draft_model_beside(program, draft, options, max_model_len)
+        self._flight: Flight | None = None
+        is_asynchronous = options.async_scheduling
+        if is_asynchronous is None:
+            is_asynchronous = program.device.type == "cuda"
+        self._overlaps = is_asynchronous and self._proposer is None
         self._sampler = Sampler(options.seed, grammars)
         self._run_with(program, options, max_model_len)
 
@@ -241,6 +236,7 @@ class Engine:
             num_preemptions=self._num_preemptions + self._scheduler.num_preemptions,
             state_usage_fraction=self._allocator.usage_fraction,
             num_steps=self._num_steps,
+            num_overlapped_steps=self._num_overlapped_steps,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             prefix_cache_queried_tokens=self._queried_tokens + self._prefixes.num_queried_tokens,
@@ -253,47 +249,105 @@ class Engine:
         )
 
     def _step(self) -> list[TokenOutput]:
-        if self._successor is not None and self._successor.done():
-            self._adopt(self._successor)
         began = time.perf_counter()
-        outputs = self._expire()
-        self._draft()
-        step = self._scheduler.schedule()
-        outputs += [self._finish(sequence, "error", sequence.stop_reason) for sequence in step.failed]
-        for sequence, row in step.admitted.items():
-            self._copy_slot(row, sequence.slot)
-            if sequence.first_scheduled_time is None:
-                sequence.first_scheduled_time = self._clock()
-        if not step.scheduled:
-            return outputs
-        batch = self._batches.build(step.scheduled)
-        if self._has_slots:
-            for sequence in batch.sampled:
-                if sequence.draft_token_ids:
-                    self._copy_slot(sequence.slot, self.plan.backup_row(sequence.slot))
-        running = time.perf_counter()
-        logits = self.program.run(batch.inputs, self._states)
-        num_rows = batch.num_sampled_rows
-        _note_prompt_logprobs(batch, logits[num_rows:])
-        extensions = extend_sequences(self._sampler, logits[:num_rows], batch)
-        committing = time.perf_counter()
-        self._commit(step, extensions)
-        outputs += [self._output(extension) for extension in extensions]
-        self._num_steps += 1
-        self._model_seconds = committing - running
+        self._model_seconds = 0.0
+        outputs = self._between_steps()
+        step = self._schedule(outputs)
+        if step.scheduled:
+            flight = self._launch(step)
+            outputs += self._land()
+            if self._may_stay_in_flight(flight.batch):
+                self._flight = flight
+                for row, sequence in enumerate(flight.batch.sampled):
+                    sequence.pending_row = row
+                self._commit(step)
+            else:
+                extensions = self._read(flight)
+                self._commit(step, extensions)
+                outputs += [self._output(extension) for extension in extensions]
+            self._num_steps += 1
+        else:
+            outputs += self._land()
         self._host_seconds = time.perf_counter() - began - self._model_seconds
         return outputs
 
-    def _expire(self) -> list[TokenOutput]:
-        """End the sequences of requests whose time is up."""
+    def _between_steps(self) -> list[TokenOutput]:
+        """What is done when a time has come: go on with the successor, end the requests whose time is up."""
         outputs: list[TokenOutput] = []
+        if self._successor is not None and self._successor.done():
+            outputs += self._land()
+            self._adopt(self._successor)
         now = self._clock() if self._deadlines else 0.0
+        if self._deadlines and self._deadlines[0][0] <= now:
+            outputs += self._land()
         while self._deadlines and self._deadlines[0][0] <= now:
             request = heapq.heappop(self._deadlines)[2]
             unfinished = [s for s in self._requests.get(request.request_id, ()) if s.request is request]
             why = f"the request's timeout of {request.timeout_seconds:g} seconds is over"
             outputs += [self._finish(sequence, "timeout", why) for sequence in unfinished]
         return outputs
+
+    def _schedule(self, outputs: list[TokenOutput]) -> ScheduledStep:
+        """The next step. Reads the tokens of the one in flight first if there is no room without those they end."""
+        step = None
+        if self._flight is not None:
+            step = self._scheduler.schedule_behind()
+            if step is None:
+                outputs += self._land()
+        if step is None:
+            self._draft()
+            step = self._scheduler.schedule()
+        outputs += [self._finish(sequence, "error", sequence.stop_reason) for sequence in step.failed]
+        for sequence, row in step.admitted.items():
+            self._copy_slot(row, sequence.slot)
+            if sequence.first_scheduled_time is None:
+                sequence.first_scheduled_time = self._clock()
+        return step
+
+    def _launch(self, step: ScheduledStep) -> Flight:
+        """Build the batch, run the model and choose tokens, as far as that goes without waiting for the device."""
+        latest_R = None if self._flight is None else self._flight.latest_R
+        self._num_overlapped_steps += self._flight is not None
+        batch = self._batches.build(step.scheduled, latest_R)
+        if batch.has_drafts and self._has_slots:
+            for sequence in batch.sampled:
+                if sequence.draft_token_ids:
+                    self._copy_slot(sequence.slot, self.plan.backup_row(sequence.slot))
+        began = time.perf_counter()
+        logits_RV = self.program.run(batch.inputs, self._states)
+        if batch.has_drafts:
+            flight = Flight(batch, logits_RV=logits_RV)
+        else:
+            choice = self._sampler.choose(logits_RV[: batch.num_sampled_rows], batch.sampled, latest_R)
+            rest = logits_RV if batch.prompt_rows else None
+            flight = Flight(batch, choice.on_host(), choice.tokens_R, rest)
+        self._model_seconds += time.perf_counter() - began
+        return flight
+
+    def _may_stay_in_flight(self, batch: Batch) -> bool:
+        """Whether the next step can do without this one's tokens, as far as that is known now."""
+        if not self._overlaps or batch.prompt_rows:
+            return False
+        return not any(sequence.waits_for_tokens for sequence in batch.sampled)
+
+    def _land(self) -> list[TokenOutput]:
+        """Read the tokens of the step in flight, which is committed already; no-op when there is none."""
+        flight, self._flight = self._flight, None
+        return [] if flight is None else [self._output(extension) for extension in self._read(flight)]
+
+    def _read(self, flight: Flight) -> list[Extension]:
+        """Append a step's tokens to its sequences, those excepted that have ended since."""
+        began = time.perf_counter()
+        batch, logits_RV = flight.batch, flight.logits_RV
+        if logits_RV is not None:
+            _note_prompt_logprobs(batch, logits_RV[batch.num_sampled_rows :])
+        extensions: list[Extension] = []
+        if flight.choice is not None:
+            extensions = extend_by_choice(flight.choice, batch)
+        elif logits_RV is not None:
+            extensions = extend_sequences(self._sampler, logits_RV[: batch.num_sampled_rows], batch)
+        self._model_seconds += time.perf_counter() - began
+        return extensions
 
     def _adopt(self, successor: Future[Program]) -> None:
         """Go on with the successor. Sequences keep their tokens and wait again; their states are computed anew."""
@@ -331,8 +385,10 @@ class Engine:
         for sequence, drafts in self._proposer.propose(wanted).items():
             sequence.draft_token_ids = drafts
 
-    def _commit(self, step: ScheduledStep, extensions: SequenceOf[Extension]) -> None:
-        """Record what is in memory now. Of drafts that were rejected, slot states are undone and pages written anew."""
+    def _commit(self, step: ScheduledStep, extensions: SequenceOf[Extension] = ()) -> None:
+        """Record what is in memory, or will be when the next step runs. Of drafts that were rejected, slot states are
+        undone and pages written anew.
+        """
         num_tokens = dict(step.scheduled)
         for extension in extensions:
             sequence = extension.sequence
@@ -351,6 +407,8 @@ class Engine:
             else:
                 num_tokens[sequence] = 1 + extension.num_accepted
         for sequence, count in num_tokens.items():
+            if not sequence.slot:  # it ended with the step before, and owns nothing any more
+                continue
             row = self._scheduler.commit(sequence, count)
             if row:
                 self._copy_slot(sequence.slot, row)
@@ -398,6 +456,6 @@ def _note_prompt_logprobs(batch: Batch, logits_RV: Tensor) -> None:
     for sequence, first, count in batch.prompt_rows:
         token_ids = sequence.token_ids[first + 1 : first + 1 + count]
         wanted = [sequence.params.prompt_logprobs or 0] * count
-        entries = token_logprobs(logits_RV[at : at + count], token_ids, wanted)
-        sequence.prompt_logprobs[first + 1 :] = entries
+        tokens_R = on_device(token_ids, logits_RV, torch.int64)
+        sequence.prompt_logprobs[first + 1 :] = LogprobRows.of(logits_RV[at : at + count], tokens_R, wanted).read()
         at += count

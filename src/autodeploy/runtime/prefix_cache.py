@@ -124,7 +124,7 @@ class PrefixCache:
         """At most `num_tokens` tokens, 1 at least: a chunk that ends where a snapshot is worth making."""
         if self._snapshots is None or not self._is_enabled:
             return num_tokens
-        start, total = sequence.num_computed_tokens, len(sequence.token_ids)
+        start, total = sequence.num_computed_tokens, sequence.num_tokens
         end = start + num_tokens
         for place in (sequence.shared_tokens, self._floor(total - 1)):
             if start < place <= end and self._is_due(sequence, place):

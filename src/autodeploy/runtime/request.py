@@ -310,11 +310,13 @@ class Sequence:
         num_cached_tokens: those that were found in the prefix cache when it first started; None before.
         first_scheduled_time: when it first left the queue, on the engine's clock; None before.
         draft_token_ids: what may follow `token_ids`, to be verified in this step.
+        pending_row: the row of the step in flight that its next token is sampled from; None when all are known.
         page_hashes, snapshot_tokens, shared_tokens: notes of the prefix cache.
         slot: row in the page tables and slot states; 0 while it has none. The pages are in `StateAllocator`'s tables.
         order: sort key; the smallest runs first and is preempted last.
         stop_ids: tokens that end it.
         is_plain: argmax of the logits is all the sampling it needs.
+        waits_for_tokens: what it may say next depends on its latest tokens in a way that only the host can follow.
         prompt_logprobs: those known so far, if they are asked for; handed out with the first output.
     """
 
@@ -332,6 +334,7 @@ class Sequence:
         "order",
         "page_hashes",
         "params",
+        "pending_row",
         "prompt_logprobs",
         "request",
         "shared_tokens",
@@ -341,6 +344,7 @@ class Sequence:
         "stop_ids",
         "stop_reason",
         "token_ids",
+        "waits_for_tokens",
     )
 
     def __init__(self, request: Request, index: int, limits: Limits) -> None:
@@ -361,7 +365,10 @@ class Sequence:
         self.is_plain = (
             params.is_greedy and not params.has_penalties and params.logprobs is None and not params.has_constraints
         )
+        bad_runs = any(len(bad) > 1 for bad in params.bad_token_sequences or ())
+        self.waits_for_tokens = bad_runs or params.structured_outputs is not None
         self.prompt_logprobs: list[dict[int, Logprob] | None] = [None]
+        self.pending_row: int | None = None
         self.draft_token_ids: list[int] = []
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
@@ -376,6 +383,11 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """All its tokens, the one that is being sampled included."""
+        return len(self.token_ids) + (self.pending_row is not None)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

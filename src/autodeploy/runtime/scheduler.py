@@ -93,12 +93,27 @@ class Scheduler:
     def schedule(self) -> ScheduledStep:
         """The next step; empty when there is nothing to run."""
         step = ScheduledStep()
+        self._fill(step, may_preempt=True)
+        return step
+
+    def schedule_behind(self) -> ScheduledStep | None:
+        """The next step while tokens of the last one are being sampled; None where a running sequence finds no room.
+
+        Nobody is preempted or fails for want of pages that these tokens may set free.
+        """
+        step = ScheduledStep()
+        return step if self._fill(step, may_preempt=False) else None
+
+    def _fill(self, step: ScheduledStep, *, may_preempt: bool) -> bool:
+        """Schedule what there is to run. Returns False, with nobody admitted, when it would have to preempt."""
         budget = self._max_num_batched_tokens
         for sequence in self._in_service_order():
             if budget == 0:
                 break
             granted = self._grant(sequence, budget, step)
             while not granted and sequence.status is Status.RUNNING:
+                if not may_preempt:
+                    return False
                 budget += self._make_room(sequence, step)
                 granted = self._grant(sequence, budget, step)
             budget -= granted
@@ -107,7 +122,7 @@ class Scheduler:
             if not self._admit(sequence, step):
                 break
             budget -= self._grant(sequence, budget, step)
-        return step
+        return True
 
     def commit(self, sequence: Sequence, num_tokens: int) -> int:
         """Record that the states of `num_tokens` more tokens are in memory.
@@ -151,7 +166,9 @@ class Scheduler:
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
         for sequence in self.running:
-            is_decoding = len(sequence.token_ids) - sequence.num_computed_tokens == 1
+            if sequence.num_tokens >= sequence.max_length:
+                continue  # its last token is being sampled
+            is_decoding = sequence.num_tokens - sequence.num_computed_tokens == 1
             (decoding if is_decoding else prefilling).append(sequence)
         return decoding + prefilling
 
@@ -159,7 +176,7 @@ class Scheduler:
         """Allocate the sequence's next tokens, as many as the budget and the pages allow."""
         if sequence.status is not Status.RUNNING:  # failed, or preempted for an earlier one in this very step
             return 0
-        wanted = min(budget, len(sequence.token_ids) - sequence.num_computed_tokens)
+        wanted = min(budget, sequence.num_tokens - sequence.num_computed_tokens)
         wanted = self._prefixes.limit_chunk(sequence, wanted)
         granted = self._allocator.allocate(sequence, wanted)
         if granted and sequence.draft_token_ids:

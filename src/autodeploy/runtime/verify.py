@@ -17,7 +17,7 @@ from torch import Tensor
 
 from autodeploy.runtime.batch import Batch
 from autodeploy.runtime.request import Logprob, Sequence
-from autodeploy.runtime.sampler import Sampler
+from autodeploy.runtime.sampler import Choice, Sampler
 
 
 @dataclass
@@ -54,6 +54,21 @@ class Extension:
             self.logprobs.append(logprobs)
         is_draft = self.sequence.draft_token_ids[len(self.token_ids) - 1 : len(self.token_ids)] == [token_id]
         self.goes_on = is_draft and self.sequence.finish_reason is None
+
+
+def extend_by_choice(choice: Choice, batch: Batch) -> list[Extension]:
+    """Append the tokens chosen for `batch.sampled`, which has no drafts; those sequences excepted that have ended."""
+    extensions = []
+    samples = choice.read()
+    for row, (sequence, token_id, logprobs) in enumerate(
+        zip(batch.sampled, samples.token_ids, samples.logprobs, strict=True)
+    ):
+        sequence.pending_row = None
+        if sequence.finish_reason is None:
+            extension = Extension(sequence, row)
+            extension.append(token_id, logprobs)
+            extensions.append(extension)
+    return extensions
 
 
 def extend_sequences(sampler: Sampler, logits_RV: Tensor, batch: Batch) -> list[Extension]:

@@ -1,0 +1,55 @@
+"""Log-probabilities: rows of logits and the tokens chosen go in, what the model thought of them comes out.
+
+They are of the model itself, before penalties and temperature.
+
+Shapes: V vocabulary, R rows of logits, K most likely tokens.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autodeploy.runtime.request import Logprob
+
+ROWS_AT_ONCE = 64
+"""Rows whose log-probabilities are computed together: those of a whole prompt would be a copy of all its logits."""
+
+
+@dataclass(frozen=True)
+class LogprobRows:
+    """Log-probabilities that are computed and not looked at yet.
+
+    Attributes:
+        counts: most likely tokens wanted of each row.
+        columns: per row, its token, that one's log-probability and rank, the most likely tokens and theirs.
+    """
+
+    counts: SequenceOf[int]
+    columns: tuple[Tensor, ...]
+
+    @staticmethod
+    @torch.inference_mode()
+    def of(raw_RV: Tensor, tokens_R: Tensor, counts: SequenceOf[int]) -> "LogprobRows":
+        """Of logits of any float dtype and one token for each row, at least one."""
+        parts = []
+        for start in range(0, len(counts), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            logprobs = torch.log_softmax(raw_RV[rows].float(), dim=-1)
+            own = logprobs.gather(-1, tokens_R[rows].unsqueeze(1))
+            ranks = (logprobs > own).sum(dim=-1) + 1
+            top = logprobs.topk(min(max(counts), logprobs.shape[-1]), dim=-1)
+            parts.append((tokens_R[rows], own.squeeze(1), ranks, top.indices, top.values))
+        return LogprobRows(counts, tuple(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def read(self) -> list[dict[int, Logprob]]:
+        """Per row, the log-probability of its token, which comes first, and of the most likely ones."""
+        entries = []
+        columns = (column.tolist() for column in self.columns)
+        for count, token, value, rank, ids, values in zip(self.counts, *columns, strict=True):
+            entry = {token: Logprob(value, rank)}
+            for at in range(min(count, len(ids))):
+                entry.setdefault(ids[at], Logprob(values[at], at + 1))
+            entries.append(entry)
+        return entries
