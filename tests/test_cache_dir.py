@@ -1,5 +1,7 @@
 import multiprocessing
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -79,6 +81,61 @@ def test_a_root_that_cannot_be_written_says_what_to_set(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="AUTODEPLOY_CACHE"):
         cache_dir.fill(tmp_path / "file" / "kind" / "entry", lambda folder: None)
+
+
+def test_a_full_disk_says_so_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_the_system(folder: Path) -> None:
+        _write(folder, "half")
+        with open("/dev/full", "w", encoding="utf-8") as disk:
+            disk.write("rest")
+
+    def by_a_library(folder: Path) -> None:
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+    for write in (by_the_system, by_a_library):
+        with pytest.raises(ConfigError, match=r"is full.*AUTODEPLOY_CACHE"):
+            cache_dir.fill(tmp_path / "entry", write)
+
+    def without_a_word(folder: Path) -> None:
+        raise RuntimeError("the linker was killed")
+
+    with pytest.raises(RuntimeError, match="linker"):
+        cache_dir.fill(tmp_path / "entry", without_a_word)
+    monkeypatch.setattr(cache_dir, "LEAST_FREE_BYTES", 2**62)
+    with pytest.raises(ConfigError, match="is full"):
+        cache_dir.fill(tmp_path / "entry", without_a_word)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_running_one_fills_is_not(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    writing = [context.Event() for _ in range(2)]
+    processes = [
+        context.Process(target=_fill_for_ever, args=(tmp_path / name, is_writing), daemon=True)
+        for name, is_writing in zip(("killed", "running"), writing, strict=True)
+    ]
+    for process, is_writing in zip(processes, writing, strict=True):
+        process.start()
+        assert is_writing.wait(60)
+    processes[0].kill()
+    processes[0].join(60)
+    (left,) = tmp_path.glob(".killed-*")
+    (running,) = tmp_path.glob(".running-*")
+    cache_dir.fill(tmp_path / "other", lambda folder: _write(folder, "whole"))
+    assert not left.exists() and (running / "content").read_text() == "half"
+    processes[1].kill()
+    processes[1].join(60)
+    cache_dir.fill(tmp_path / "killed", lambda folder: _write(folder, "whole"))
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "killed"}
+
+
+def _fill_for_ever(path: Path, is_writing: Any) -> None:
+    def write(folder: Path) -> None:
+        _write(folder, "half")
+        is_writing.set()
+        time.sleep(600)
+
+    cache_dir.fill(path, write)
 
 
 def _write(folder: Path, text: str) -> None:

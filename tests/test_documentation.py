@@ -85,3 +85,14 @@ def test_onboarding_a_mixture(name: str) -> None:
         {"cached_delta_rule": 1, "cached_linear_attention": 1} if loops else {"cached_delta_rule": 1, "cached_ssd": 1}
     )
     assert {op: sum(kernels[op].values()) for op in mixers} == mixers
+
+
+def test_every_test_that_the_page_about_serving_names_exists() -> None:
+    named = re.findall(r"`(?:(\w+\.py)::)?(test_\w+)`", (DOCS / "serving.md").read_text(encoding="utf-8"))
+    tests = {path.name: path.read_text(encoding="utf-8") for path in (DOCS.parent / "tests").rglob("test_*.py")}
+    file, missing = "", []
+    for given, test in named:
+        file = given or file  # a test without a file is in that of the one before
+        if f"def {test}(" not in tests.get(file, ""):
+            missing.append(f"{file}::{test}")
+    assert len(named) > 15 and not missing, missing

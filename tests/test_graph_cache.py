@@ -125,3 +125,20 @@ def test_a_damaged_entry_is_built_anew(folder: Path, tmp_path: Path, caplog: pyt
     assert not _is_restored(program) and "cannot be read" in caplog.text
     assert _logits(program).isfinite().all()
     assert _is_restored(_build(folder)), "and kept again"
+
+
+def test_a_full_disk_costs_the_entry_and_not_the_start(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def write(description: Any, graph: Any, place: Path, extra: Any) -> None:
+        with open("/dev/full", "w", encoding="utf-8") as disk:
+            disk.write("x")
+
+    expected = _logits(_build(folder))
+    monkeypatch.setenv("AUTODEPLOY_CACHE", str(folder / "another cache"))
+    monkeypatch.setenv("AUTODEPLOY_NATIVE", "0")
+    monkeypatch.setattr(graph_cache, "save", write)
+    program = _build(folder)
+    torch.testing.assert_close(_logits(program), expected)
+    assert "the graph is not kept" in caplog.text and "is full" in caplog.text
+    assert not _is_restored(program) and list((folder / "another cache" / "graphs").iterdir()) == []

@@ -20,6 +20,7 @@ import torch
 
 from autodeploy.cache_dir import entry, fill
 from autodeploy.config import Options
+from autodeploy.errors import ConfigError
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport, TransformReport
 from autodeploy.graph.saved import NotSavable, describe, restore, save
@@ -117,7 +118,10 @@ class GraphCache:
             "model": model,
             "facts": {name: report.facts[name] for name in KEPT_FACTS if name in report.facts},
         }
-        fill(self.path, lambda folder: save(self._description, graph, folder, extra))
+        try:
+            fill(self.path, lambda folder: save(self._description, graph, folder, extra))
+        except ConfigError as error:
+            logger.warning("the graph is not kept for the next start: %s", error)
 
 
 @functools.cache

@@ -13,10 +13,11 @@ from autodeploy.runtime.async_engine import AsyncEngine
 from autodeploy.runtime.constraints import Constraints
 from autodeploy.runtime.grammar import GrammarCompiler
 from autodeploy.server.app import create_app
-from autodeploy.server.options import ServerOptions
+from autodeploy.server.options import ServerOptions, parse_server_options
+from autodeploy.server.run import DrainingServer, make_server
 from autodeploy.server.served import ServedModel
 from tests.runtime.fake_engine import FakeEngine
-from tests.server.running import ANSWER_IDS, EOS, TOKENIZER, VOCAB, Server, Start, wait_until
+from tests.server.running import ANSWER_IDS, EOS, TOKENIZER, VOCAB, Serve, Server, Start, wait_until
 
 
 class _QuickServer(uvicorn.Server):
@@ -64,3 +65,29 @@ def start() -> Iterator[Start]:
         server.should_exit = True
         thread.join(10)
         engine.shutdown()
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+    """Starts servers as the command line does, by their options; stops them all at the end."""
+    # The real one would change the loggers of all tests that come after.
+    monkeypatch.setattr("autodeploy.server.run.log_config", lambda log_format: None)
+    started: list[tuple[DrainingServer, threading.Thread, AsyncEngine]] = []
+
+    def serve_one(fake: Any, **options: Any) -> tuple[str, DrainingServer, ServedModel]:
+        engine = AsyncEngine(fake)
+        served = ServedModel(engine=engine, names=["tiny"], tokenizer=TOKENIZER)
+        parsed = parse_server_options({"port": 0, **options})
+        server = make_server(create_app(served, options=parsed), served, parsed)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        wait_until(lambda: server.started)
+        started.append((server, thread, engine))
+        port = server.servers[0].sockets[0].getsockname()[1]
+        return f"http://127.0.0.1:{port}", server, served
+
+    yield serve_one
+    for server, thread, engine in started:
+        server.should_exit = server.force_exit = True
+        engine.shutdown()
+        thread.join(10)

@@ -15,6 +15,8 @@ from autodeploy.ops.state import PagedState
 from autodeploy.runtime.async_engine import AsyncEngine
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.grammar import GrammarCompiler
+from autodeploy.server.run import DrainingServer
+from autodeploy.server.served import ServedModel
 from tests.runtime.tiny_tokenizers import byte_level
 
 TOKENIZER = byte_level()
@@ -41,6 +43,7 @@ class Server:
 
 
 Start = Callable[..., Server]
+Serve = Callable[..., tuple[str, DrainingServer, ServedModel]]
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

@@ -4,7 +4,6 @@ import json
 import logging
 import ssl
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,21 @@ from autodeploy.errors import ConfigError
 from autodeploy.runtime.async_engine import AsyncEngine
 from autodeploy.server import logs, prompts
 from autodeploy.server.app import create_app
-from autodeploy.server.options import ServerOptions, parse_server_options
-from autodeploy.server.run import DrainingServer, make_server
+from autodeploy.server.options import parse_server_options
 from autodeploy.server.served import ServedModel
 from autodeploy.server.time_limit import OutOfTimeError, run_within
 from tests.runtime.fake_engine import FakeEngine
 from tests.runtime.tiny_tokenizers import byte_level
-from tests.server.running import ANSWER_IDS, EOS, MESSAGES, TOKENIZER, Start, assert_error, random_engine, wait_until
+from tests.server.running import (
+    ANSWER_IDS,
+    EOS,
+    MESSAGES,
+    Serve,
+    Start,
+    assert_error,
+    random_engine,
+    wait_until,
+)
 
 TLS = Path(__file__).parent / "tls"
 
@@ -196,36 +203,10 @@ def test_run_within() -> None:
     assert ended.wait(10)
 
 
-@pytest.fixture
-def draining(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Starts servers as the command line does, with seconds to drain."""
-    # The real one would change the loggers of all tests that come after.
-    monkeypatch.setattr("autodeploy.server.run.log_config", lambda log_format: None)
-    started: list[tuple[DrainingServer, threading.Thread, AsyncEngine]] = []
-
-    def start_one(fake: FakeEngine, seconds: float) -> tuple[str, DrainingServer, ServedModel]:
-        engine = AsyncEngine(fake)
-        served = ServedModel(engine=engine, names=["tiny"], tokenizer=TOKENIZER)
-        options = ServerOptions(port=0, drain_timeout_seconds=seconds)
-        server = make_server(create_app(served, options=options), served, options)
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        wait_until(lambda: server.started)
-        started.append((server, thread, engine))
-        port = server.servers[0].sockets[0].getsockname()[1]
-        return f"http://127.0.0.1:{port}", server, served
-
-    yield start_one
-    for server, thread, engine in started:
-        server.should_exit = server.force_exit = True
-        engine.shutdown()
-        thread.join(10)
-
-
-def test_what_runs_may_finish(draining: Any) -> None:
+def test_what_runs_may_finish(serve: Serve) -> None:
     fake = FakeEngine(ANSWER_IDS, eos_id=EOS)
     fake.hold.set()
-    url, server, served = draining(fake, 60)
+    url, server, served = serve(fake, drain_timeout_seconds=60)
     assert httpx.get(f"{url}/ready").status_code == 200
     answers: list[httpx.Response] = []
     caller = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/completions", json={"prompt": "x"})))
@@ -242,9 +223,9 @@ def test_what_runs_may_finish(draining: Any) -> None:
         httpx.get(f"{url}/health")
 
 
-def test_what_takes_too_long_ends_with_an_error(draining: Any) -> None:
+def test_what_takes_too_long_ends_with_an_error(serve: Serve) -> None:
     fake = FakeEngine(step_seconds=0.005)
-    url, server, _ = draining(fake, 0.1)
+    url, server, _ = serve(fake, drain_timeout_seconds=0.1)
     body = {"prompt": "x", "max_tokens": 10**6, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as response:
         lines = response.iter_lines()

@@ -16,14 +16,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from autodeploy.errors import ConfigError
-from autodeploy.runtime.async_engine import AsyncEngine
 from autodeploy.server import tracing
-from autodeploy.server.app import create_app
 from autodeploy.server.options import ServerOptions, parse_server_options
-from autodeploy.server.run import make_server
-from autodeploy.server.served import ServedModel
 from tests.runtime.fake_engine import FakeEngine
-from tests.server.running import ANSWER_IDS, EOS, MESSAGES, TOKENIZER, Start, random_engine, wait_until
+from tests.server.running import ANSWER_IDS, EOS, MESSAGES, Serve, Start, random_engine, wait_until
 
 ENDPOINT = "http://127.0.0.1:9/v1/traces"
 TRACE_ID, SPAN_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -140,24 +136,14 @@ def collector() -> Iterator[tuple[str, "queue.Queue[tuple[Any, bytes]]"]]:
 
 
 def test_spans_reach_a_collector_before_the_server_ends(
-    collector: tuple[str, "queue.Queue[tuple[Any, bytes]]"], monkeypatch: pytest.MonkeyPatch
+    serve: Serve, collector: tuple[str, "queue.Queue[tuple[Any, bytes]]"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url, received = collector
+    endpoint, received = collector
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "x-tenant=blue")
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
-    monkeypatch.setattr("autodeploy.server.run.log_config", lambda log_format: None)
-    engine = AsyncEngine(FakeEngine(ANSWER_IDS, eos_id=EOS))
-    served = ServedModel(engine=engine, names=["tiny"], tokenizer=TOKENIZER)
-    options = parse_server_options({"port": 0, "otlp_traces_endpoint": url})
-    server = make_server(create_app(served, options=options), served, options)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    wait_until(lambda: server.started)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "x", "max_tokens": 2})
+    url, server, _ = serve(FakeEngine(ANSWER_IDS, eos_id=EOS), otlp_traces_endpoint=endpoint)
+    httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 2})
     server.should_exit = True
-    thread.join(20)
-    engine.shutdown()
     headers, body = received.get(timeout=20)
     sent = ExportTraceServiceRequest.FromString(body)
     (span,) = sent.resource_spans[0].scope_spans[0].spans

@@ -27,7 +27,7 @@ class ServingMetrics:
         self._served = served
         self._registry = CollectorRegistry()
         self._registry.register(_EngineMetrics(served))
-        self.started = time.time()
+        self.started = time.monotonic()
         self.recent_first_token: deque[float] = deque(maxlen=RECENT)
         self.recent_between_tokens: deque[float] = deque(maxlen=RECENT)
         self.recent_total: deque[float] = deque(maxlen=RECENT)

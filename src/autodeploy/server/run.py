@@ -18,16 +18,27 @@ GRACE_SECONDS = 10
 """After requests were cut off, for their errors to be sent."""
 
 
+STALLED_READER_SECONDS = 60
+"""A client that takes nothing of its answer for so long has gone, as far as the server is concerned."""
+
+
 class DrainingServer(uvicorn.Server):
     """On SIGTERM or SIGINT: no new connections, `/ready` says no, what runs has `drain_timeout_seconds`.
 
-    What is not finished by then ends with an error that says so; a second SIGINT ends everything at once.
+    What is not finished by then ends with an error that says so; a second SIGINT ends everything at once. A client that
+    takes nothing of its answer for `STALLED_READER_SECONDS` is disconnected.
     """
 
     def __init__(self, config: uvicorn.Config, served: ServedModel, drain_timeout_seconds: float):
         super().__init__(config)
         self._served = served
         self._drain_timeout_seconds = drain_timeout_seconds
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # The system ends connections whose peer takes nothing: what was to be sent would fill memory for ever.
+        for listener in (listener for server in self.servers for listener in server.sockets):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_READER_SECONDS * 1000)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._served.lifecycle.is_draining = True

@@ -1,6 +1,7 @@
 """Compiling and loading: a reason whenever it cannot be, once per machine when it can, and torch's own threads."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,10 +19,10 @@ from autodeploy.ops import linear
 @pytest.fixture
 def unloaded() -> Iterator[None]:
     """As if nothing had been loaded in this process, before and after."""
-    native.library.cache_clear()
+    native._loaded.cache_clear()
     native._machine.cache_clear()
     yield
-    native.library.cache_clear()
+    native._loaded.cache_clear()
     native._machine.cache_clear()
 
 
@@ -48,11 +49,44 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 @pytest.mark.usefixtures("unloaded")
-def test_a_cache_that_cannot_be_written_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_failure_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every kernel of a model asks; a compiler that fails is not asked again for each."""
+    monkeypatch.setenv("AUTODEPLOY_CACHE", str(tmp_path))
+    tries: list[Path] = []
+
+    def fail(folder: Path, compiler: str, *, threads: bool) -> Path:
+        tries.append(folder)
+        raise native.NativeError("out of ideas")
+
+    monkeypatch.setattr(native, "build", fail)
+    assert [supports() for _ in range(3)] == ["out of ideas"] * 3 and len(tries) == 1
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize("fault", ["blocked", "full"])
+def test_without_a_cache_directory_they_are_compiled_for_this_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    compiler = native._compiler()
+    assert compiler is not None
+    compiled = native._built(compiler, threads=True)
+    places: list[Path] = []
+
+    def build(folder: Path, compiler: str, *, threads: bool) -> Path:
+        places.append(folder)
+        if tmp_path in folder.parents:
+            raise native.NativeError("ld: cannot write: No space left on device")
+        return Path(shutil.copy(compiled, folder))
+
+    monkeypatch.setattr(native, "build", build)
     blocked = tmp_path / "file"
     blocked.touch()
-    monkeypatch.setenv("AUTODEPLOY_CACHE", str(blocked / "cache"))
-    assert "cannot be written" in (supports() or "")
+    monkeypatch.setenv("AUTODEPLOY_CACHE", str(blocked / "cache" if fault == "blocked" else tmp_path))
+    assert supports() is None
+    assert torch.equal(linear_cpu(torch.ones(1, 4), torch.ones(4, 4), None), torch.full((1, 4), 4.0))
+    assert "for this process alone" in caplog.text
+    assert ("cannot be written" if fault == "blocked" else "is full") in caplog.text
+    assert not places[-1].exists(), "nothing is left behind"
 
 
 @pytest.mark.usefixtures("unloaded")
@@ -76,11 +110,11 @@ def test_compiled_once_and_for_these_sources(monkeypatch: pytest.MonkeyPatch) ->
     assert supports() is None
     assert native.is_compiled()
     monkeypatch.setattr(native, "build", lambda *_, **__: pytest.fail("compiled again"))
-    native.library.cache_clear()
+    native._loaded.cache_clear()
     assert supports() is None
     monkeypatch.setenv("AUTODEPLOY_NATIVE_FLAGS", "-DOTHER")
     assert native.is_compiled(), "what is loaded stays in use"
-    native.library.cache_clear()
+    native._loaded.cache_clear()
     assert not native.is_compiled()
 
 

@@ -18,6 +18,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -157,7 +158,7 @@ def why_refused(*tensors: Tensor | None) -> str | None:
 
 def is_compiled() -> bool:
     """True when asking for a kernel will not first compile the library."""
-    if library.cache_info().currsize or not env.is_native_enabled():
+    if _loaded.cache_info().currsize or not env.is_native_enabled():
         return True
     compiler = _compiler()
     return compiler is None or any(_entry(compiler, threads=threads).is_dir() for threads in (True, False))
@@ -197,33 +198,54 @@ def build(folder: Path, compiler: str, *, threads: bool) -> Path:
     return folder / _LIBRARY
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded library. A failure is not remembered: the next call tries again."""
+    """The loaded library. Raises NativeError where there is none; a failure is remembered like a success."""
+    outcome = _loaded()
+    if isinstance(outcome, str):
+        raise NativeError(outcome)
+    return outcome
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL | str:
+    """The library, or why there is none: asked for with every kernel, and compilers take their time to fail."""
     compiler = _compiler()
     if compiler is None:
-        raise NativeError("no C++ compiler was found (g++, c++ or clang++); install one, or name it in CXX")
+        return "no C++ compiler was found (g++, c++ or clang++); install one, or name it in CXX"
     try:
-        return ctypes.CDLL(str(_built(compiler, threads=True)))
+        return _load(compiler, threads=True)
+    except NativeError as error:
+        return str(error)
     except OSError as error:
         logger.warning("native kernels run on one thread, as torch has loaded no OpenMP runtime for them: %s", error)
     try:
-        return ctypes.CDLL(str(_built(compiler, threads=False)))
+        return _load(compiler, threads=False)
+    except NativeError as error:
+        return str(error)
     except OSError as error:
-        raise NativeError(f"the compiled kernels cannot be loaded: {error}") from error
+        return f"the compiled kernels cannot be loaded: {error}"
+
+
+def _load(compiler: str, *, threads: bool) -> ctypes.CDLL:
+    """Raises NativeError when it cannot be compiled, OSError when it cannot be loaded."""
+    try:
+        return ctypes.CDLL(str(_built(compiler, threads=threads)))
+    except ConfigError as error:
+        logger.warning("the CPU kernels are compiled for this process alone: %s", error)
+    with tempfile.TemporaryDirectory(prefix="autodeploy-") as folder:
+        return ctypes.CDLL(str(build(Path(folder), compiler, threads=threads)))
 
 
 def _built(compiler: str, *, threads: bool) -> Path:
-    def write(folder: Path) -> None:
-        build(folder, compiler, threads=threads)
-
+    """The compiled library in the cache directory. Raises ConfigError where that takes nothing."""
     path = _entry(compiler, threads=threads)
     if not path.is_dir():
         logger.info("compiling the CPU kernels with %s; this takes seconds, once per machine", compiler)
-    try:
-        return fill(path, write) / _LIBRARY
-    except ConfigError as error:
-        raise NativeError(str(error)) from error
+
+    def write(folder: Path) -> None:
+        build(folder, compiler, threads=threads)
+
+    return fill(path, write) / _LIBRARY
 
 
 def _compiler() -> str | None:
