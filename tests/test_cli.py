@@ -146,6 +146,8 @@ def test_only_flags_that_were_given_become_options() -> None:
             '{"num_hidden_layers": 2, "tie": true}',
             "--transforms",
             '{"fuse_qkv": {"enabled": false}}',
+            "--speculative-config",
+            '{"method": "ngram"}',
         ),
     )
     assert FakeLLM.made[-1].options == {
@@ -154,6 +156,7 @@ def test_only_flags_that_were_given_become_options() -> None:
         "page_size": 64,
         "model_kwargs": {"num_hidden_layers": 2, "tie": True},
         "transforms": {"fuse_qkv": {"enabled": False}},
+        "speculative_config": {"method": "ngram"},
     }
 
 

@@ -5,8 +5,9 @@ Names, defaults and help texts are those of `autodeploy.config` and `autodeploy.
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from cyclopts import Parameter, Token
 
@@ -33,7 +34,7 @@ def _flag(field: dataclasses.Field[Any], hint: Any) -> tuple[str, Any, None]:
     names = tuple(f"--{alias.replace('_', '-')}" for alias, name in ALIASES.items() if name == field.name)
     shown = None if default is None or has_factory else str(default)
     show_default = False if shown is None else lambda _, shown=shown: shown
-    if has_factory:  # a mapping, given as JSON
+    if any(get_origin(each) is Mapping for each in (hint, *get_args(hint))):  # given as JSON
         json_flag = Parameter(alias=names, converter=_from_json, accepts_keys=False, n_tokens=1, show_default=False)
         return field.name, Annotated[dict[str, Any] | None, json_flag], None
     return field.name, Annotated[hint | None, Parameter(alias=names, show_default=show_default)], None
