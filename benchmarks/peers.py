@@ -11,24 +11,18 @@ meaningful on an idle machine only, and `performance_page.py` takes no record of
 """
 
 import argparse
-import dataclasses
-import json
-import platform
 import signal
 import statistics
 import sys
 import tempfile
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from peers import environments, models
+from peers import environments, models, records
 from peers.conditions import conditions
 from peers.rounds import SMOKE, Load, Rounds, agreement
 from peers.subjects import KINDS, Subject, prepare, vocab_size
-
-from autodeploy.bench import record
 
 PRECISIONS = ("bf16", "int8", "int4")
 REFERENCE = "transformers"
@@ -78,25 +72,8 @@ def run(given: argparse.Namespace, model: str, build: Path) -> Path | None:
     reference = tokens.get("bf16", {}).get(REFERENCE)
     for precision, group in groups.items() if reference else ():
         group["agreement"] = {name: agreement(own, reference) for name, own in tokens[precision].items()}
-    environment_names = {KINDS[subject.name].environment for subject in subjects} - {None}
-    raw = {
-        "benchmark": "peers",
-        "command": sys.argv,
-        "model": model,
-        "load": dataclasses.asdict(load),
-        "limits": limits,
-        "precisions": groups,
-        "not_available": missing,
-        "machine": record.machine(),
-        "versions": record.versions(),
-        "environments": {
-            name: {"note": environments.ENVIRONMENTS[name].note, "packages": environments.versions(build, name)}
-            for name in sorted(map(str, environment_names))
-        },
-    }
-    given.output.mkdir(parents=True, exist_ok=True)
-    path: Path = given.output / f"peers-{model}_{platform.machine()}_{time.strftime('%Y%m%d-%H%M')}.json"
-    path.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    used = {KINDS[subject.name].environment for subject in subjects} - {None}
+    path = records.write(given.output, "peers", model, load, limits, groups, missing, sorted(map(str, used)), build)
     print("\n".join(table(groups)))
     return path
 
@@ -126,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.smoke:
         given.models, given.rounds, given.precision, given.peer = ["tiny"], 1, ["bf16"], ["AutoDeploy", REFERENCE]
-    every = [name for name in models.NAMES if name != "tiny"]
+    every = [name for name in models.NAMES if name not in models.FOR_CHECKS]
     with tempfile.TemporaryDirectory() as scratch:
         for model in given.models or (every if given.prepare else ["smollm2"]):
             run(given, model, Path(scratch) if given.smoke else given.build.resolve())

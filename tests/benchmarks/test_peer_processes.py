@@ -2,6 +2,7 @@
 
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -90,6 +91,25 @@ def test_a_model_that_cannot_be_loaded_is_an_answer_too(script: Script, tmp_path
         pytest.raises(process.PeerError, match="KeyError: 'model'"),
     ):
         running.ask("facts")
+
+
+def test_a_server_is_waited_for_and_stands_still_when_told(script: Script, tmp_path: Path) -> None:
+    process = script("peers.process")
+    command = [sys.executable, "-m", "http.server", "{port}", "--bind", "127.0.0.1", "--directory", str(tmp_path)]
+    with process.Server(command, {}, tmp_path / "log") as server:
+        server.wait_until_ready("/", 20)
+        server.hold()
+        with pytest.raises(OSError, match="timed out"):
+            urllib.request.urlopen(server.url, timeout=0.2)
+        server.release()
+        assert b"log" in urllib.request.urlopen(server.url, timeout=20).read()
+        with pytest.raises(process.PeerError, match="not ready after 0 seconds"):
+            server.wait_until_ready("/nowhere", 0.1)
+    with (
+        process.Server([sys.executable, "-c", "raise SystemExit(3)"], {}, tmp_path / "log") as server,
+        pytest.raises(process.PeerError, match="ended with status 3"),
+    ):
+        server.wait_until_ready("/", 20)
 
 
 def test_what_two_answers_have_in_common_is_counted_from_the_front(script: Script) -> None:
