@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from autodeploy.kernels.cpu.linear import MAX_ROWS, linear_cpu
+from autodeploy.kernels.cpu.linear import FEW_ROWS, linear_cpu
 from autodeploy.ops import linear
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -34,7 +34,7 @@ def test_any_shape(rows: int, inputs: int, outputs: int, bias: bool, dtype: torc
     check(torch.randn(1, rows, inputs).to(dtype), weight, torch.randn(outputs).to(dtype) if bias else None)
 
 
-@pytest.mark.parametrize("rows", [1, 3, MAX_ROWS, MAX_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS, FEW_ROWS + 1, 33, 700])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_enough_for_threads(rows: int, dtype: torch.dtype) -> None:
     check(torch.randn(1, rows, 576).to(dtype), torch.randn(963, 576).to(dtype), None)
@@ -48,20 +48,25 @@ def test_strided_inputs(dtype: torch.dtype) -> None:
     check(wide[..., ::2], torch.randn(64, 48).to(dtype), torch.randn(128).to(dtype)[::2])
 
 
-def test_one_row_gives_the_same_alone_and_among_others() -> None:
-    x, weight = torch.randn(1, MAX_ROWS, 100), torch.randn(50, 100)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "least"), [(FEW_ROWS, 1), (45, FEW_ROWS + 1)])
+def test_a_row_gives_the_same_whatever_its_company(rows: int, least: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, rows, 600).to(dtype), torch.randn(80, 600).to(dtype)
     together = linear_cpu(x, weight, None)
-    for row in range(MAX_ROWS):
-        assert torch.equal(linear_cpu(x[:, row : row + 1], weight, None), together[:, row : row + 1])
+    for row in range(0, rows - least + 1, 7 if rows > FEW_ROWS else 1):
+        alone = slice(row, row + least)
+        assert torch.equal(linear_cpu(x[:, alone], weight, None), together[:, alone])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_infinities_and_nan(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [1, FEW_ROWS + 1])
+def test_infinities_and_nan(rows: int, dtype: torch.dtype) -> None:
     inf, nan = float("inf"), float("nan")
-    x = torch.ones(1, 1, 40, dtype=dtype)
+    x = torch.ones(1, rows, 40, dtype=dtype)
     weight = torch.ones(4, 40, dtype=dtype)
     weight[0, 39], weight[1, 3], weight[2, 0], weight[2, 39] = inf, nan, inf, -inf
-    expected = torch.tensor([[[inf, nan, nan, 40]]], dtype=dtype)
+    expected = torch.tensor([inf, nan, nan, 40], dtype=dtype).expand(1, rows, 4)
     torch.testing.assert_close(linear_cpu(x, weight, None), expected, equal_nan=True)
 
 

@@ -151,9 +151,9 @@ def test_without_openmp_one_thread_computes_the_same(monkeypatch: pytest.MonkeyP
         return built(compiler, threads=threads)
 
     monkeypatch.setattr(native, "_built", no_openmp)
-    function = native.NativeFunction("linear", (*[native.POINTER] * 4, *[native.INT64] * 3, native.INT))
+    function = native.NativeFunction("linear", (*[native.POINTER] * 4, *[native.INT64] * 3, native.POINTER, native.INT))
     out = torch.empty(3, 512)
-    function[torch.float32](x.data_ptr(), weight.data_ptr(), None, out.data_ptr(), 3, 512, 512, 2)
+    function[torch.float32](x.data_ptr(), weight.data_ptr(), None, out.data_ptr(), 3, 512, 512, None, 2)
     assert torch.equal(out, threaded)
 
 

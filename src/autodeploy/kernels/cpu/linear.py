@@ -1,5 +1,8 @@
-"""linear for few rows: the time is that of reading the weight, once, for all rows; more rows go to torch's product."""
+"""linear for any number of rows: bound by reading the weight at few, by multiplying at many."""
 
+import functools
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,10 +18,24 @@ from autodeploy.kernels.cpu.native import (
 )
 from autodeploy.ops.linear import linear
 
-MAX_ROWS = 8
-"""Rows up to which reading the weight takes longer than multiplying; beyond, a blocked product is faster."""
+FEW_ROWS = 4
+"""Rows up to which they are multiplied with one weight row after the other; more go by blocks."""
+MAX_ROWS_BESIDE_ONEDNN = 64
+"""Rows of bfloat16 up to which blocks are ours on processors that multiply bfloat16; oneDNN's are as good beyond."""
 
-_linear = NativeFunction("linear", (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT64, THREADS))
+_linear = NativeFunction("linear", (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT64, POINTER, THREADS))
+
+
+@functools.cache
+def _has_bfloat16_products() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def _is_for_torch(x: Tensor, num_rows: int, num_inputs: int) -> bool:
+    """Whether torch's product is the better one, or the only one: blocks of bfloat16 take inputs in pairs."""
+    if x.dtype != torch.bfloat16 or num_rows <= FEW_ROWS:
+        return False
+    return num_inputs % 2 == 1 or (num_rows > MAX_ROWS_BESIDE_ONEDNN and _has_bfloat16_products())
 
 
 def _supports(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -29,14 +46,15 @@ def _supports(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
 
 @linear.kernel("cpu", _supports)
 def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear` with the weight read once for up to `MAX_ROWS` rows."""
+    """`linear` with float32 sums."""
     num_outputs, num_inputs = weight.shape
     num_rows = x.numel() // num_inputs
-    if num_rows > MAX_ROWS or not weight.is_contiguous():
+    if not weight.is_contiguous() or _is_for_torch(x, num_rows, num_inputs):
         return F.linear(x, weight, bias)
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty(*x.shape[:-1], num_outputs)
+    elements = x.new_empty(num_rows * num_inputs, dtype=torch.float32) if num_rows > FEW_ROWS else None
     _linear[x.dtype](
         x.data_ptr(),
         weight.data_ptr(),
@@ -45,6 +63,7 @@ def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         num_rows,
         num_inputs,
         num_outputs,
+        pointer(elements),
         num_threads(num_outputs * num_inputs, MIN_WEIGHTS_FOR_THREADS),
     )
     return out

@@ -9,42 +9,14 @@
 #include <cstdlib>
 
 #include "attention.h"
+#include "tiles.h"
 
 namespace autodeploy {
 namespace {
 
 constexpr int KEYS = 64;        // positions in a block
-constexpr int COLUMNS = 4;      // vectors in a tile: KEYS / LANES, and as many of a value
-constexpr int ROWS = 6;         // query rows in a tile; ROWS x COLUMNS sums fill the vector registers
+constexpr int ROWS = TILE_ROWS;
 constexpr int64_t TOKENS = 64;  // new tokens in a work item
-
-// What is multiplied: STEP neighbouring elements along the summed dimension stand in one 32-bit lane.
-template <class T>
-struct Lane {
-    using Element = float;
-    static constexpr int STEP = 1;
-    static void set(float* to, T from) { *to = to_float(from); }
-    static void set(float* to, Floats from) { store(to, from); }
-    static Floats multiply_add(Floats total, const float* row, const float* packed) {
-        return splat(*row) * load(packed) + total;
-    }
-};
-
-#if defined(__AVX512BF16__)
-template <>
-struct Lane<bf16> {
-    using Element = bf16;
-    static constexpr int STEP = 2;
-    static void set(bf16* to, bf16 from) { *to = from; }
-    static void set(bf16* to, Floats from) { store(to, from); }
-    static Floats multiply_add(Floats total, const bf16* row, const bf16* packed) {
-        int32_t pair;
-        std::memcpy(&pair, row, sizeof(pair));
-        return bit_cast<Floats>(_mm512_dpbf16_ps(bit_cast<__m512>(total), bit_cast<__m512bh>(_mm512_set1_epi32(pair)),
-                                                 Product<bf16>::pack(packed)));
-    }
-};
-#endif
 
 // One sequence's work: sizes, and where its packed keys and values are, per key-value head and block.
 template <class T>
@@ -82,24 +54,6 @@ Status pack_block(const Blocks<T>& b, int64_t head, int64_t block) {
         for (int64_t d = 0; d < c.value_dim; ++d) L::set(row + d * L::STEP, value[d]);
     }
     return DONE;
-}
-
-// totals[r][v] += sum over `depth` of rows[r][d] · packed[d][v], for one tile. Rows are `row_stride` elements apart,
-// steps of `packed` are `step_stride` elements apart.
-template <class T, int V>
-inline void multiply_tile(const typename Lane<T>::Element* rows, int64_t row_stride,
-                          const typename Lane<T>::Element* packed, int64_t step_stride, int64_t depth,
-                          float* totals, int64_t total_stride) {
-    using L = Lane<T>;
-    Floats sums[ROWS][V];
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < V; ++v) sums[r][v] = load(totals + r * total_stride + v * LANES);
-    for (int64_t d = 0; d < depth; d += L::STEP, packed += step_stride)
-        for (int r = 0; r < ROWS; ++r)
-            for (int v = 0; v < V; ++v)
-                sums[r][v] = L::multiply_add(sums[r][v], rows + r * row_stride + d, packed + v * LANES * L::STEP);
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < V; ++v) store(totals + r * total_stride + v * LANES, sums[r][v]);
 }
 
 // What is kept of a query row between blocks.
@@ -182,8 +136,9 @@ void attend_tile(const Blocks<T>& b, const Scratch<T>& s, int64_t first_row, int
     }
     if (!is_seen) return;
     std::memset(s.scores, 0, sizeof(float) * ROWS * KEYS);
-    multiply_tile<T, COLUMNS>(s.queries + first_row * b.depth, b.depth, b.block_keys(head, block), KEYS * L::STEP,
-                              b.depth, s.scores, KEYS);
+    for (int64_t j = 0; j < KEYS; j += COLUMNS * LANES)
+        multiply_tile<T, ROWS, COLUMNS>(s.queries + first_row * b.depth, b.depth, b.block_keys(head, block) + j * L::STEP,
+                                        KEYS * L::STEP, b.depth, s.scores + j, KEYS);
     float* gathered = s.gathered + first_row * b.width;
     for (int r = 0; r < ROWS; ++r) {
         const float factor =
@@ -195,9 +150,9 @@ void attend_tile(const Blocks<T>& b, const Scratch<T>& s, int64_t first_row, int
     const auto* values = b.block_values(head, block);
     int64_t d = 0;
     for (; d + COLUMNS * LANES <= b.width; d += COLUMNS * LANES)
-        multiply_tile<T, COLUMNS>(s.weights, KEYS, values + d * L::STEP, b.width * L::STEP, KEYS, gathered + d, b.width);
+        multiply_tile<T, ROWS, COLUMNS>(s.weights, KEYS, values + d * L::STEP, b.width * L::STEP, KEYS, gathered + d, b.width);
     for (; d < b.width; d += LANES)
-        multiply_tile<T, 1>(s.weights, KEYS, values + d * L::STEP, b.width * L::STEP, KEYS, gathered + d, b.width);
+        multiply_tile<T, ROWS, 1>(s.weights, KEYS, values + d * L::STEP, b.width * L::STEP, KEYS, gathered + d, b.width);
 }
 
 // TOKENS new tokens from `first` on, for the query heads of one key-value head.

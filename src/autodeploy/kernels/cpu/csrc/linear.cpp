@@ -1,7 +1,7 @@
-// Products of a few rows with a weight: each weight row is read from memory once, for all rows of x.
+// Products of rows with a weight. For a few, each weight row is read from memory once and multiplied with all of them;
+// more go by blocks.
 
-#include "simd.h"
-#include "team.h"
+#include "gemm.h"
 
 namespace autodeploy {
 namespace {
@@ -29,7 +29,7 @@ void block_of(const T* x, const T* weight, const T* bias, T* out, int64_t count,
 }
 
 template <class T>
-void linear(const T* x, const T* weight, const T* bias, T* out, int64_t num_rows, int64_t num_inputs,
+void few_rows(const T* x, const T* weight, const T* bias, T* out, int64_t num_rows, int64_t num_inputs,
             int64_t num_outputs) {
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < num_outputs; first += BLOCK) {
@@ -39,16 +39,36 @@ void linear(const T* x, const T* weight, const T* bias, T* out, int64_t num_rows
     }
 }
 
+// `elements`: room for x as it is multiplied, where that is another type.
+template <class T>
+void many_rows(const T* x, const T* weight, const T* bias, T* out, int64_t num_rows, int64_t num_inputs,
+               int64_t num_outputs, float* elements) {
+    using E = typename Lane<T>::Element;
+    if constexpr (std::is_same_v<E, T>) {
+        multiply(Gemm<T>{x, weight, bias, out, num_rows, num_inputs, num_outputs});
+    } else {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < num_rows; ++row)
+            for (int64_t i = row * num_inputs; i < (row + 1) * num_inputs; i += LANES)
+                store(elements + i, load(x + i, (row + 1) * num_inputs - i), (row + 1) * num_inputs - i);
+        multiply(Gemm<T>{elements, weight, bias, out, num_rows, num_inputs, num_outputs});
+    }
+}
+
 }  // namespace
 }  // namespace autodeploy
 
 // x: `[num_rows, num_inputs]`, weight: `[num_outputs, num_inputs]`, bias: `[num_outputs]` or null, all contiguous.
-// out: `[num_rows, num_outputs]`.
+// out: `[num_rows, num_outputs]`. elements: `[num_rows, num_inputs]` of scratch to go by blocks, null to go row by row;
+// blocks of bfloat16 need an even number of inputs.
 #define DEFINE_LINEAR(NAME, T)                                                                                       \
     extern "C" void NAME(const T* x, const T* weight, const T* bias, T* out, int64_t num_rows, int64_t num_inputs,   \
-                         int64_t num_outputs, int threads) {                                                         \
+                         int64_t num_outputs, float* elements, int threads) {                                        \
         autodeploy::with_team(threads, [&] {                                                                         \
-            autodeploy::linear<T>(x, weight, bias, out, num_rows, num_inputs, num_outputs);                          \
+            if (elements == nullptr)                                                                                 \
+                autodeploy::few_rows<T>(x, weight, bias, out, num_rows, num_inputs, num_outputs);                    \
+            else                                                                                                     \
+                autodeploy::many_rows<T>(x, weight, bias, out, num_rows, num_inputs, num_outputs, elements);         \
         });                                                                                                          \
     }                                                                                                                \
     RECORDABLE(NAME)

@@ -19,7 +19,7 @@ struct bf16 {
     uint16_t bits;
 };
 
-inline Floats splat(float x) { return Floats{} + x; }
+inline Floats splat(float x) { return x - Floats{}; }  // not 0 + x, which is an operation: it turns -0 into 0
 
 inline Floats load(const float* from) { return load_vector<Floats>(from); }
 

@@ -13,9 +13,22 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 namespace autodeploy {
 
 constexpr int IN_TEAM = 0;  // as a number of threads: the caller's team is running this already
+
+// Threads of the team that runs this.
+inline int team_size() {
+#if defined(_OPENMP)
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+}
 
 // Runs `body` on every thread of a team of `threads`, or as one of the running team's.
 template <class Body>
