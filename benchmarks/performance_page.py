@@ -1,4 +1,4 @@
-"""docs/performance.md and its plots: the newest records of peers.py and ablation.py go in, the page comes out.
+"""docs/performance.md and its plots: newest records of peers.py, servers.py and ablation.py in, the page out.
 
     python benchmarks/performance_page.py [--results benchmarks/results] [--page docs/performance.md]
 
@@ -10,6 +10,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from peers import servers_page
 from peers.bars import Bar, Panel, svg
 from peers.summary import FIGURES, IDLE_SHARE, OURS, advantage, newest, number, samples, share
 
@@ -110,6 +111,7 @@ def ablation(model: str, records: Records) -> list[str]:
 def page(results: Path, images: Path) -> str:
     """The page's text; writes the plots that it shows into `images`."""
     compared, busy = newest(results, "peers")
+    served, busy_servers = newest(results, "servers")
     ablated, busy_too = newest(results, "ablation")
     lines = [HEAD]
     if not compared:
@@ -124,12 +126,13 @@ def page(results: Path, images: Path) -> str:
         lines += [*table(records), ""]
         for record in {record["file"]: record for record in records.values()}.values():
             lines += [*conditions(record), ""]
+    lines += servers_page.sections(served, images)
     if ablated:
         lines += ["## What each fusion and kernel is worth", ""]
         lines += ["Rate with it over rate without, medians of pairs taken in turns.", ""]
     for model, records in ablated.items():
         lines += ablation(model, records)
-    if busy := busy + busy_too:
+    if busy := busy + busy_servers + busy_too:
         lines += [f"Left out, as the machine was busy: {', '.join(f'`{name}`' for name in busy)}.", ""]
     return "\n".join(lines).rstrip() + "\n"
 

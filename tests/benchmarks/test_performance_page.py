@@ -105,6 +105,40 @@ def test_the_page_and_its_plot(script: Script, tmp_path: Path) -> None:
     assert widths == pytest.approx([100 / 110 * 210, 55 / 110 * 210, 80 / 110 * 210, 70 / 110 * 210], abs=0.1)
 
 
+def _times(first: float, last: float, name: str) -> dict[str, list[float]]:
+    return {f"{name}_p50_seconds": [first], f"{name}_p99_seconds": [last]}
+
+
+def test_servers_have_a_section(script: Script, tmp_path: Path) -> None:
+    rates = {"clients_4_requests_per_second": [2.0, 3.0, 4.0], "clients_4_tokens_per_second": [120.0]}
+    ours = rates | _times(0.05, 0.25, "clients_4_first_token") | _times(0.01, 0.02, "clients_4_between_tokens")
+    ours |= _times(0.5, 0.6, "prefix_apart_first_token") | _times(0.04, 0.05, "prefix_shared_first_token")
+    ours |= {"repetitive_tokens_per_second": [60.0], "guided_8_overhead": [0.031]}
+    drafts = {"repetitive_tokens_per_second": [90.0]}
+    groups = {
+        "bf16": {
+            "samples": {"AutoDeploy": ours, "AutoDeploy with drafts": drafts, "two": rates},
+            "failed": {"three": "start: no"},
+        }
+    }
+    load = {"levels": [4], "guided_clients": [8], "shared_prefix": 1024}
+    _write(tmp_path, "servers-small_x86_20260101-1200.json", precisions=groups, load=load)
+    _write(tmp_path, "servers-small_x86_20260102-1200.json", limits=BUSY)
+    page = tmp_path / "page.md"
+    script("performance_page").main(["--results", str(tmp_path), "--page", str(page)])
+    text = page.read_text()
+    assert "| 4 | **AutoDeploy** | 3 | 120 | 50 / 250 | 10 / 20 |" in text
+    assert "| 4 | two | 3 | 120 | - / - | - / - |" in text
+    assert "| **AutoDeploy** | 500 / 600 | 40 / 50 | 60 | +3.1% per token |" in text
+    assert "| **AutoDeploy with drafts** | - / - | - / - | 90 | - |" in text
+    assert "| 4 | **AutoDeploy with drafts**" not in text
+    assert "- Failed: three bf16: start: no." in text
+    assert "Left out, as the machine was busy: `servers-small_x86_20260102-1200.json`." in text
+    drawn = ElementTree.parse(tmp_path / "images" / "servers-small.svg").getroot()
+    texts = [each.text for each in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts[0] == "requests/s, 4 clients" and "AutoDeploy bf16" in texts and "two bf16" in texts
+
+
 def test_without_records_the_page_says_so(script: Script, tmp_path: Path) -> None:
     _write(tmp_path, "peers-small_x86_20260101-1200.json", limits=BUSY)
     script("performance_page").main(["--results", str(tmp_path), "--page", str(tmp_path / "page.md")])

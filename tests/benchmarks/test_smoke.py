@@ -42,6 +42,22 @@ def test_peers(script: Script, tmp_path: Path) -> None:
     assert len(record["limits"]) == 2
 
 
+def test_servers(script: Script, tmp_path: Path) -> None:
+    script("servers").main(["--smoke", "--output", str(tmp_path)])
+    record = _record(tmp_path)
+    group = record["precisions"]["bf16"]
+    assert not group["failed"]
+    assert not record["not_available"]
+    ours = group["samples"]["AutoDeploy"]
+    for begin in ("clients_1", "clients_2", "prefix_apart", "prefix_shared", "repetitive"):
+        assert ours[f"{begin}_requests_per_second"][0] > 0
+        assert 0 < ours[f"{begin}_first_token_p50_seconds"][0] <= ours[f"{begin}_first_token_p99_seconds"][0]
+        assert ours[f"{begin}_between_tokens_p99_seconds"][0] > 0
+    assert ours["guided_2_per_token_p50_seconds"][0] > 0
+    assert "guided_2_overhead" in ours
+    assert len(record["limits"]) == 2
+
+
 def test_ablation(script: Script, tmp_path: Path) -> None:
     script("ablation").main(["--smoke", "--output", str(tmp_path)])
     group = _record(tmp_path)["precisions"]["bf16"]
