@@ -18,7 +18,7 @@ from autodeploy.kernels.cpu.native import (
 )
 from autodeploy.ops.linear import linear
 
-FEW_ROWS = 4
+FEW_ROWS = 6
 """Rows up to which they are multiplied with one weight row after the other; more go by blocks."""
 MAX_ROWS_BESIDE_ONEDNN = 64
 """Rows of bfloat16 up to which blocks are ours on processors that multiply bfloat16; oneDNN's are as good beyond."""

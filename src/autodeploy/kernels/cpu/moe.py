@@ -77,7 +77,7 @@ def moe_cpu(
         indices.new_empty(choices),
         indices.new_empty(choices + 1),
         x.new_empty(choices * gate_up.shape[1], dtype=torch.float32),
-        x.new_empty(choices * width),
+        x.new_empty(choices * width, dtype=torch.float32),
         x.new_empty(num_tokens * size, dtype=torch.float32),
     )
     _moe[x.dtype](

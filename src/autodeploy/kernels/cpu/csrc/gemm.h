@@ -16,69 +16,86 @@ constexpr int64_t PANEL_OUTPUTS = COLUMNS * LANES;  // outputs of a tile
 constexpr int64_t SLAB = 84 * TILE_ROWS;            // rows that a block is multiplied with, at most
 constexpr int64_t ITEMS_PER_THREAD = 4;             // so that threads end together
 
-template <int UPPER, class V>
-inline V interleave(V a, V b) {
-    if constexpr (is_pair<V>::value) {
-        // Each half of the result comes from one quarter of either.
-        const auto from_a = UPPER ? a.high : a.low, from_b = UPPER ? b.high : b.low;
-        return {interleave<0>(from_a, from_b), interleave<1>(from_a, from_b)};
-    } else if constexpr (SIZE<V> == 16) {
-        return UPPER ? __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
-                     : __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    } else if constexpr (SIZE<V> == 8) {
-        return UPPER ? __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
-                     : __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-    } else {
-        return UPPER ? __builtin_shufflevector(a, b, 2, 6, 3, 7) : __builtin_shufflevector(a, b, 0, 4, 1, 5);
-    }
-}
-
-// Sixteen rows of sixteen become columns.
-template <class V>
-inline void transpose(V rows[LANES]) {
-    V other[LANES];
-    for (int round = 0; round < 2; ++round) {
-        for (int i = 0; i < 8; ++i) {
-            other[2 * i] = interleave<0>(rows[i], rows[i + 8]);
-            other[2 * i + 1] = interleave<1>(rows[i], rows[i + 8]);
-        }
-        for (int i = 0; i < 8; ++i) {
-            rows[2 * i] = interleave<0>(other[i], other[i + 8]);
-            rows[2 * i + 1] = interleave<1>(other[i], other[i + 8]);
-        }
-    }
-}
-
-// What stands in one lane: STEP neighbouring inputs, whose bits move together.
+// Sixteen outputs of INPUTS inputs are laid out at a time, as `[INPUTS / STEP][16][STEP]` with `step` elements from one to
+// the next: a transposition, whose cost the product of few rows pays too.
+#if defined(__AVX2__)
 template <class T>
-using Unit = std::conditional_t<sizeof(T) * Lane<T>::STEP == 4, uint32_t, uint16_t>;
+constexpr int64_t INPUTS = 16 / sizeof(T);
 
-inline void store_units(float* to, Vector<uint32_t, LANES> x) { store(to, bit_cast<Floats>(x)); }
-inline void store_units(float* to, Vector<uint16_t, LANES> x) { store(to, bit_cast<Floats>(widened<Words>(x) << 16)); }
-inline void store_units(bf16* to, Vector<uint32_t, LANES> x) { store_vector(reinterpret_cast<uint32_t*>(to), x); }
+// Rows r and r + 8 share a register, so that sixteen columns come out in order.
+inline void pack_whole(const bf16* weight, int64_t stride, float* to, int64_t step) {
+    const auto eight = [&](int64_t row) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(weight + row * stride));
+    };
+    __m256i rows[8], other[8];
+    for (int r = 0; r < 8; ++r) rows[r] = _mm256_inserti128_si256(_mm256_castsi128_si256(eight(r)), eight(r + 8), 1);
+    for (int r = 0; r < 4; ++r) {
+        other[2 * r] = _mm256_unpacklo_epi16(rows[r], rows[r + 4]);
+        other[2 * r + 1] = _mm256_unpackhi_epi16(rows[r], rows[r + 4]);
+    }
+    for (int r = 0; r < 4; ++r) {
+        rows[2 * r] = _mm256_unpacklo_epi16(other[r], other[r + 4]);
+        rows[2 * r + 1] = _mm256_unpackhi_epi16(other[r], other[r + 4]);
+    }
+    for (int r = 0; r < 4; ++r) {
+        other[2 * r] = _mm256_unpacklo_epi16(rows[r], rows[r + 4]);
+        other[2 * r + 1] = _mm256_unpackhi_epi16(rows[r], rows[r + 4]);
+    }
+    for (int i = 0; i < 8; ++i, to += step) {
+        const __m256i low = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(other[i]));
+        const __m256i high = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(other[i], 1));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_slli_epi32(low, 16));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8), _mm256_slli_epi32(high, 16));
+    }
+}
 
-// Up to sixteen outputs of a block, `[depth / STEP][16][STEP]` with `step` elements from one to the next; outputs and
-// inputs that do not exist are zero.
+inline void pack_whole(const float* weight, int64_t stride, float* to, int64_t step) {
+    for (int64_t half = 0; half < LANES; half += 8, weight += 8 * stride, to += 8) {
+        __m256 rows[4], other[4];
+        for (int r = 0; r < 4; ++r) {
+            const __m128 low = _mm_loadu_ps(weight + r * stride), high = _mm_loadu_ps(weight + (r + 4) * stride);
+            rows[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
+        }
+        for (int r = 0; r < 2; ++r) {
+            other[2 * r] = _mm256_unpacklo_ps(rows[r], rows[r + 2]);
+            other[2 * r + 1] = _mm256_unpackhi_ps(rows[r], rows[r + 2]);
+        }
+        for (int r = 0; r < 2; ++r) {
+            _mm256_storeu_ps(to + 2 * r * step, _mm256_unpacklo_ps(other[r], other[r + 2]));
+            _mm256_storeu_ps(to + (2 * r + 1) * step, _mm256_unpackhi_ps(other[r], other[r + 2]));
+        }
+    }
+}
+
+// Pairs of inputs move together, as the bits of a float32 would; their number is even.
+inline void pack_whole(const bf16* weight, int64_t stride, bf16* to, int64_t step) {
+    pack_whole(reinterpret_cast<const float*>(weight), stride / 2, reinterpret_cast<float*>(to), step / 2);
+}
+#else
+template <class T>
+constexpr int64_t INPUTS = LANES;
+
+template <class T>
+void pack_whole(const T* weight, int64_t stride, float* to, int64_t step) {
+    for (int64_t i = 0; i < INPUTS<T>; ++i, to += step)
+        for (int64_t o = 0; o < LANES; ++o) to[o] = to_float(weight[o * stride + i]);
+}
+#endif
+
+// Up to sixteen outputs; outputs and inputs that do not exist are zero.
 template <class T>
 void pack_outputs(const T* weight, int64_t stride, int64_t count, int64_t depth, typename Lane<T>::Element* to,
                   int64_t step) {
-    constexpr int64_t WIDTH = LANES * Lane<T>::STEP;
-    using Row = Vector<Unit<T>, LANES>;
-    for (int64_t first = 0; first < depth; first += WIDTH) {
-        Row rows[LANES];
-        const int64_t inputs = depth - first < WIDTH ? depth - first : WIDTH;
-        if (count >= LANES && inputs == WIDTH) {
-            for (int64_t o = 0; o < LANES; ++o)
-                rows[o] = load_vector<Row>(reinterpret_cast<const Unit<T>*>(weight + o * stride + first));
-        } else {
-            for (int64_t o = 0; o < LANES; ++o) {
-                Unit<T> units[LANES] = {};
-                if (o < count) std::memcpy(units, weight + o * stride + first, static_cast<size_t>(inputs) * sizeof(T));
-                rows[o] = load_vector<Row>(units);
-            }
+    constexpr int64_t WIDTH = INPUTS<T>;
+    for (int64_t first = 0; first < depth; first += WIDTH, to += WIDTH / Lane<T>::STEP * step) {
+        if (count >= LANES && depth - first >= WIDTH) {
+            pack_whole(weight + first, stride, to, step);
+            continue;
         }
-        transpose(rows);
-        for (int64_t i = 0; i < LANES; ++i, to += step) store_units(to, rows[i]);
+        T padded[LANES][WIDTH] = {};
+        const size_t size = static_cast<size_t>(depth - first < WIDTH ? depth - first : WIDTH) * sizeof(T);
+        for (int64_t o = 0; o < LANES && o < count; ++o) std::memcpy(padded[o], weight + o * stride + first, size);
+        pack_whole(padded[0], WIDTH, to, step);
     }
 }
 

@@ -9,11 +9,11 @@ namespace {
 constexpr int64_t BLOCK = 8;  // weight rows that stay in cache while rows of x go by, a few at a time
 
 // A block of outputs for rows `row` and later of x, M at a time; the last rows in ever smaller steps.
-template <class T, int M>
-void block_of(const T* x, const T* weight, const T* bias, T* out, int64_t count, int64_t row, int64_t num_rows,
+template <class T, int M, class X>
+void block_of(const X* x, const T* weight, const T* bias, T* out, int64_t count, int64_t row, int64_t num_rows,
               int64_t num_inputs, int64_t num_outputs) {
     for (; row + M <= num_rows; row += M) {
-        const T* rows[M];
+        const X* rows[M];
         for (int m = 0; m < M; ++m) rows[m] = x + (row + m) * num_inputs;
         for (int64_t o = 0; o < count; ++o) {
             float products[M];
@@ -30,11 +30,21 @@ void block_of(const T* x, const T* weight, const T* bias, T* out, int64_t count,
 
 template <class T>
 void few_rows(const T* x, const T* weight, const T* bias, T* out, int64_t num_rows, int64_t num_inputs,
-            int64_t num_outputs) {
+              int64_t num_outputs) {
+    using X = typename Product<T>::Operand;
+    const X* rows;
+    if constexpr (std::is_same_v<X, T>) {
+        rows = x;
+    } else {
+        // Every thread for itself: waiting for each other takes longer.
+        X* own = own_memory<X>(num_rows * num_inputs);
+        to_operands(x, num_rows * num_inputs, own);
+        rows = own;
+    }
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < num_outputs; first += BLOCK) {
         const int64_t count = num_outputs - first < BLOCK ? num_outputs - first : BLOCK;
-        block_of<T, 4>(x, weight + first * num_inputs, bias == nullptr ? nullptr : bias + first, out + first, count, 0,
+        block_of<T, 4>(rows, weight + first * num_inputs, bias == nullptr ? nullptr : bias + first, out + first, count, 0,
                        num_rows, num_inputs, num_outputs);
     }
 }
@@ -49,8 +59,7 @@ void many_rows(const T* x, const T* weight, const T* bias, T* out, int64_t num_r
     } else {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < num_rows; ++row)
-            for (int64_t i = row * num_inputs; i < (row + 1) * num_inputs; i += LANES)
-                store(elements + i, load(x + i, (row + 1) * num_inputs - i), (row + 1) * num_inputs - i);
+            to_operands(x + row * num_inputs, num_inputs, elements + row * num_inputs);
         multiply(Gemm<T>{elements, weight, bias, out, num_rows, num_inputs, num_outputs});
     }
 }

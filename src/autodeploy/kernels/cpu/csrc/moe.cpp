@@ -13,14 +13,15 @@ constexpr int64_t BLOCK = 8;  // weight rows that stay in cache while tokens go 
 
 template <class T>
 struct Mixture : Choices, Gate {
+    using Operand = typename Product<T>::Operand;
     const T* x;
     const float* weights;
     const T *gate_up, *down, *gate_up_bias, *down_bias;
     T* out;
     int64_t size, width;
     float* hidden;  // `[choices, rows of gate_up]`
-    T* inner;       // `[choices, width]`
-    float* totals;  // `[num_tokens, size]`
+    Operand* inner;  // `[choices, width]`
+    float* totals;   // `[num_tokens, size]`
 
     int64_t rows() const { return gated ? 2 * width : width; }
 };
@@ -29,7 +30,7 @@ struct Mixture : Choices, Gate {
 template <class T, int M, class Row, class Emit>
 void block_products(const T* weight, int64_t count, int64_t length, int64_t begin, int64_t end, Row row, Emit emit) {
     for (; begin + M <= end; begin += M) {
-        const T* rows[M];
+        const typename Product<T>::Operand* rows[M];
         for (int i = 0; i < M; ++i) rows[i] = row(begin + i);
         for (int64_t o = 0; o < count; ++o) {
             float products[M];
@@ -42,8 +43,21 @@ void block_products(const T* weight, int64_t count, int64_t length, int64_t begi
     }
 }
 
+// x as operands; converted ones stand where `totals` will.
+template <class T>
+const typename Product<T>::Operand* operands(const Mixture<T>& m) {
+    if constexpr (std::is_same_v<typename Product<T>::Operand, T>) {
+        return m.x;
+    } else {
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < m.num_tokens; ++t) to_operands(m.x + t * m.size, m.size, m.totals + t * m.size);
+        return m.totals;
+    }
+}
+
 template <class T>
 void multiply_up(const Mixture<T>& m, int64_t num_groups) {
+    const auto* x = operands(m);
     const int64_t rows = m.rows(), blocks_each = (rows + BLOCK - 1) / BLOCK;
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < num_groups * blocks_each; ++item) {
@@ -52,7 +66,7 @@ void multiply_up(const Mixture<T>& m, int64_t num_groups) {
         const T* bias = m.gate_up_bias == nullptr ? nullptr : m.gate_up_bias + expert * rows + first;
         block_products<T, 4>(
             m.gate_up + (expert * rows + first) * m.size, count, m.size, m.groups[group], m.groups[group + 1],
-            [&](int64_t position) { return m.x + m.token(position) * m.size; },
+            [&](int64_t position) { return x + m.token(position) * m.size; },
             [&](int64_t position, int64_t o, float product) {
                 m.hidden[position * rows + first + o] = product + (bias == nullptr ? 0.0f : to_float(bias[o]));
             });
@@ -112,8 +126,8 @@ void moe(const Mixture<T>& m) {
     extern "C" void NAME(const T* x, const int64_t* indices, const float* weights, const T* gate_up, const T* down,  \
                          const T* gate_up_bias, const T* down_bias, T* out, int64_t num_tokens, int64_t num_choices, \
                          int64_t num_experts, int64_t size, int64_t width, int activation, int gated, float limit,   \
-                         float up_offset, int threads, int64_t* order, int64_t* groups, float* hidden, T* inner,     \
-                         float* totals) {                                                                            \
+                         float up_offset, int threads, int64_t* order, int64_t* groups, float* hidden,               \
+                         autodeploy::Product<T>::Operand* inner, float* totals) {                                    \
         const autodeploy::Mixture<T> mixture = {                                                                     \
             {indices, num_tokens, num_choices, num_experts, order, groups},                                          \
             {activation, gated != 0, limit, up_offset},                                                              \

@@ -118,13 +118,20 @@ inline Floats exp(Floats x) {
 inline Floats tanh(Floats x) { return 1.0f - 2.0f / (exp(2.0f * x) + 1.0f); }
 
 // How rows of T are multiplied and summed: `Packed` holds `WIDTH` elements, `multiply_add` adds their products with
-// others into 16 float32 partial sums.
+// others into 16 float32 partial sums. What many rows are multiplied with is converted to `Operand` before.
 template <class T>
 struct Product {
     static constexpr int WIDTH = LANES;
     using Packed = Floats;
-    static Packed pack(const T* from) { return load(from); }
-    static Packed pack(const T* from, int64_t count) { return load(from, count); }
+    using Operand = float;
+    template <class E>
+    static Packed pack(const E* from) {
+        return load(from);
+    }
+    template <class E>
+    static Packed pack(const E* from, int64_t count) {
+        return load(from, count);
+    }
     static Floats multiply_add(Floats total, Packed a, Packed b) { return a * b + total; }
 };
 
@@ -133,6 +140,7 @@ template <>
 struct Product<bf16> {
     static constexpr int WIDTH = 2 * LANES;
     using Packed = __m512bh;
+    using Operand = bf16;
     static Packed pack(const bf16* from) {
         Packed x;
         std::memcpy(&x, from, sizeof(x));
@@ -149,13 +157,23 @@ struct Product<bf16> {
 };
 #endif
 
+// `length` elements as operands.
+template <class T>
+inline void to_operands(const T* from, int64_t length, float* to) {
+    for (int64_t i = 0; i < length; i += LANES) store(to + i, load(from + i, length - i), length - i);
+}
+
+inline void to_operands(const bf16* from, int64_t length, bf16* to) {
+    std::memcpy(to, from, static_cast<size_t>(length) * sizeof(bf16));
+}
+
 // products[m] = the dot product of `a` with row m of `b`, each `length` long, a multiple of the packed width unless
 // HAS_TAIL. (With the tail out of sight, the compiler keeps the partial sums in registers.)
 //
 // One row of `a` at a time, so that a weight is read as one unbroken stream, which the hardware prefetches best; two
 // sets of partial sums, so that additions do not wait for each other.
-template <class T, int M, bool HAS_TAIL>
-inline void dot_products(const T* a, const T* const* b, int64_t length, float products[M]) {
+template <class T, int M, bool HAS_TAIL, class X>
+inline void dot_products(const T* a, const X* const* b, int64_t length, float products[M]) {
     using P = Product<T>;
     Floats even[M] = {}, odd[M] = {};
     const int64_t whole = length / P::WIDTH * P::WIDTH;
@@ -178,8 +196,8 @@ inline void dot_products(const T* a, const T* const* b, int64_t length, float pr
     for (int m = 0; m < M; ++m) products[m] = sum(even[m] + odd[m]);
 }
 
-template <class T, int M>
-inline void dot_products(const T* a, const T* const* b, int64_t length, float products[M]) {
+template <class T, int M, class X>
+inline void dot_products(const T* a, const X* const* b, int64_t length, float products[M]) {
     if (length % Product<T>::WIDTH == 0)
         dot_products<T, M, false>(a, b, length, products);
     else

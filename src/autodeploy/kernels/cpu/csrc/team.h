@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -28,6 +29,20 @@ inline int team_size() {
 #else
     return 1;
 #endif
+}
+
+// Memory of this thread, kept from call to call; what was in it is lost. Never freed, as a team's threads are never ended.
+template <class T>
+inline T* own_memory(int64_t count) {
+    static thread_local void* memory = nullptr;
+    static thread_local size_t size = 0;
+    const size_t wanted = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    if (wanted > size) {
+        std::free(memory);
+        memory = std::aligned_alloc(64, wanted);
+        size = wanted;
+    }
+    return static_cast<T*>(memory);
 }
 
 // Runs `body` on every thread of a team of `threads`, or as one of the running team's.

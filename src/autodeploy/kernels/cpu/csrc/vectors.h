@@ -123,27 +123,6 @@ inline To convert(From from) {
         return __builtin_convertvector(from, To);
 }
 
-// The lower or upper half.
-template <int UPPER, class V>
-inline auto half(V x) {
-    if constexpr (is_pair<V>::value)
-        return UPPER ? x.high : x.low;
-    else if constexpr (SIZE<V> == 16)
-        return UPPER ? __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15)
-                     : __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
-    else if constexpr (SIZE<V> == 8)
-        return UPPER ? __builtin_shufflevector(x, x, 4, 5, 6, 7) : __builtin_shufflevector(x, x, 0, 1, 2, 3);
-}
-
-// The same numbers, of a larger type.
-template <class To, class From>
-inline To widened(From from) {
-    if constexpr (is_pair<To>::value)
-        return {widened<decltype(To::low)>(half<0>(from)), widened<decltype(To::high)>(half<1>(from))};
-    else
-        return __builtin_convertvector(from, To);
-}
-
 // As many elements from memory as a vector has.
 template <class V>
 inline V load_vector(const Element<V>* from) {
