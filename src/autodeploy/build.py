@@ -10,20 +10,20 @@ check      two packed sequences        -> each as if it were alone
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from autodeploy.checkpoint.load import load_weights, weight_bytes
-from autodeploy.checkpoint.recipe import ReadTensor
+from autodeploy.checkpoint.recipe import ReadTensor, renamed
 from autodeploy.compile.eager import compile_eager
-from autodeploy.compile.program import GraphFunction, NamedGraph, Program
+from autodeploy.compile.program import DraftHead, GraphFunction, NamedGraph, Program
 from autodeploy.compile.replay import compile_replay
-from autodeploy.config import CompileOptions, Options
+from autodeploy.config import CompileOptions, Options, SpeculativeOptions
 from autodeploy.debug.isolation import check_isolation
 from autodeploy.errors import ConfigError
 from autodeploy.graph.levels import Level
@@ -38,6 +38,7 @@ from autodeploy.ops.linear import linear
 from autodeploy.ops.moe import expert_linear, moe
 from autodeploy.ops.quantized_linear import quantized_linear
 from autodeploy.ops.quantized_moe import quantized_moe
+from autodeploy.transforms.cache.keep_hidden_states import KeepHiddenStates, kept_state
 
 # Importing transformers, and torch.export, takes longer than the whole start of a model whose graph was kept. So the
 # steps that need them import them.
@@ -61,6 +62,9 @@ def build(
     options = options or Options()
     clock = _Clock(BuildReport(), progress or (lambda _: None))
     device = resolve_device(options.compile.device)
+    speculation = SpeculativeOptions.of(options.engine.speculative_config)
+    if speculation is not None and speculation.uses_head:
+        return _build_with_head(model, options, speculation, device, clock)
     if isinstance(model, nn.Module):
         with clock.stage("resolve", "looking at the module"):
             subject = _subject_of_module(model, options)
@@ -82,6 +86,43 @@ def build(
     if cache is not None:
         cache.save(graph, clock.report, subject.to_keep(graph))
     return program
+
+
+def _build_with_head(
+    model: str | LocatedModel | nn.Module,
+    options: Options,
+    speculation: SpeculativeOptions,
+    device: torch.device,
+    clock: "_Clock",
+) -> Program:
+    """`build` of a model and the draft head that `speculation` names. Neither graph is kept for later starts."""
+    from autodeploy.capture.export import capture
+    from autodeploy.models.draft_head import HEAD_PREFIX, head_beside
+
+    with clock.stage("resolve", "finding the model and its draft head"):
+        if isinstance(model, nn.Module):
+            located, subject = None, _subject_of_module(model, options)
+        else:
+            located = locate_model(model, options.model) if isinstance(model, str) else model
+            subject = subject_of_model(located, options)
+        assert subject.module is not None
+        row, read = head_beside(subject.module, located, speculation, options.model, subject.dtype)
+    keep = {KeepHiddenStates.name(): {"enabled": True}}
+    compile_options = replace(options.compile, transforms={**options.compile.transforms, **keep})
+    graph = _lower(subject, compile_options, device, clock)
+    with clock.stage("head", "capturing the draft head"):
+        traits = (row.hidden_size, subject.dtype)
+        head = capture(row, name="head", repeat_layers=False, hidden_states=traits)
+        name_of = row.renamed(subject.module)  # what it shares with the model has the model's recipes
+        head.weights.update({name: renamed(recipe, name_of) for name, recipe in head.weights.items()})
+        verify(head, Level.CAPTURED)
+        transform(head, compile_options, device)
+
+    def read_both(name: str) -> torch.Tensor:
+        is_of_head = name.startswith(HEAD_PREFIX)
+        return read(name.removeprefix(HEAD_PREFIX)) if is_of_head else subject.read(name)
+
+    return _finish(graph, replace(subject, read=read_both), compile_options, device, clock, head)
 
 
 def resolve_device(wanted: str) -> torch.device:
@@ -263,21 +304,31 @@ def _lower(subject: Subject, options: CompileOptions, device: torch.device, cloc
     return graph
 
 
-def _load(graph: ModelGraph, read: ReadTensor, device: torch.device) -> None:
-    tensors = load_weights(graph.weights, read, device=device)
-    for name, tensor in tensors.items():
-        setattr(graph.module, name, nn.Parameter(tensor, requires_grad=False))
+def _load(graphs: Sequence[ModelGraph], read: ReadTensor, device: torch.device) -> int:
+    """Read the graphs' weights; equal recipes share one tensor. Returns the bytes of all."""
+    recipes = {f"{graph.name}.{name}": recipe for graph in graphs for name, recipe in graph.weights.items()}
+    tensors = load_weights(recipes, read, device=device)
+    for graph in graphs:
+        for name in graph.weights:
+            setattr(graph.module, name, nn.Parameter(tensors[f"{graph.name}.{name}"], requires_grad=False))
+    return sum(weight_bytes(recipe) for recipe in set(recipes.values()))
 
 
 def _finish(
-    graph: ModelGraph, subject: Subject, options: CompileOptions, device: torch.device, clock: _Clock
+    graph: ModelGraph,
+    subject: Subject,
+    options: CompileOptions,
+    device: torch.device,
+    clock: _Clock,
+    head: ModelGraph | None = None,
 ) -> Program:
+    graphs = [graph] if head is None else [graph, head]
     with clock.stage("load", "reading weights"):
-        _load(graph, subject.read, device)
+        total_bytes = _load(graphs, subject.read, device)
     backend = resolve_backend(options.compile_backend, device)
     (logits,) = graph.graph.output_node().args
     (flops, head_flops), unread_bytes = _count_flops(graph), _unread_bytes(graph)
-    total_bytes = sum(weight_bytes(recipe) for recipe in graph.weights.values())
+    text_bytes = sum(weight_bytes(recipe) for recipe in graph.weights.values())
     clock.report.facts.update(
         subject.facts,
         dtype=str(subject.dtype).removeprefix("torch."),
@@ -289,27 +340,37 @@ def _finish(
         flops_per_logits_row=head_flops,
         states=len(graph.states),
     )
+    draft_head = None if head is None else _draft_head(graph, head)
     with clock.stage("compile", f"compiling ({backend})"):
-        function = compile_graph(graph, backend, clock.report)
-    state_names = tuple(spec.name for spec in graph.states)
+        named = {each.name: _compiled(each, backend, clock.report) for each in graphs}
     program = Program(
-        graphs={graph.name: NamedGraph(graph.name, function, graph.batch_inputs(), state_names)},
+        graphs=named,
         states=tuple(graph.states),
         vocab_size=int(logits.meta["val"].shape[-1]),  # type: ignore[union-attr]
         max_model_len=min((n for n in (subject.max_model_len, graph.max_length) if n is not None), default=None),
         dtype=subject.dtype,
         device=device,
         weight_bytes=total_bytes,
-        step_weight_bytes=total_bytes - unread_bytes,
+        step_weight_bytes=text_bytes - unread_bytes,
         flops_per_token=flops,
         flops_per_logits_row=head_flops,
         eos_token_ids=subject.eos_token_ids,
+        head=draft_head,
         report=clock.report,
     )
     if options.check_isolation and "isolation" not in clock.report.facts:
         with clock.stage("check", "checking that packed sequences stay apart"):
             clock.report.facts["isolation"] = check_isolation(program, graph)
     return program
+
+
+def _draft_head(graph: ModelGraph, head: ModelGraph) -> DraftHead:
+    return DraftHead(states=tuple(head.states), hidden_state=kept_state(graph), own_hidden_state=kept_state(head))
+
+
+def _compiled(graph: ModelGraph, backend: str, report: BuildReport) -> NamedGraph:
+    function = compile_graph(graph, backend, report)
+    return NamedGraph(graph.name, function, graph.batch_inputs(), tuple(spec.name for spec in graph.states))
 
 
 def _count_flops(graph: ModelGraph) -> tuple[int, int]:

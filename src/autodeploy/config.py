@@ -18,6 +18,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = (None, "int8", "int4")
 RUNTIMES = ("engine", "demollm")
 MAX_SPECULATIVE_TOKENS = 64
+HEAD_METHODS = ("eagle", "mtp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +115,14 @@ class SpeculativeOptions:
     """Who drafts tokens, and how many. The keys of `speculative_config`, spelled as in vLLM.
 
     Attributes:
-        method: `ngram` (what followed the same tokens earlier in the sequence) or `draft_model`; with `model` given,
-            the latter is the default.
+        method: `ngram` (what followed the same tokens earlier in the sequence), `draft_model`, or a head that reads the
+            model's hidden states: `eagle` or `mtp`. With `model` given, `draft_model` is the default.
         num_speculative_tokens: tokens drafted per step and sequence, at most.
         prompt_lookup_max, prompt_lookup_min: for `ngram`, how many of the latest tokens must have occurred before: the
             longest match counts, of at most and at least so many tokens.
-        model: for `draft_model`, any model with the same vocabulary: a folder, file, hub id or `nn.Module`.
+        model: for `draft_model`, any model with the same vocabulary: a folder, file, hub id or `nn.Module`. For `eagle`
+            and `mtp` the head: a checkpoint folder, hub id or `nn.Module`; `mtp` without it takes the one that was
+            saved with the model.
     """
 
     method: str = "ngram"
@@ -127,6 +130,11 @@ class SpeculativeOptions:
     prompt_lookup_max: int = 4
     prompt_lookup_min: int = 2
     model: Any = None
+
+    @property
+    def uses_head(self) -> bool:
+        """Whether a head drafts that belongs to the model's program."""
+        return self.method in HEAD_METHODS
 
     @staticmethod
     def of(values: Mapping[str, Any] | None) -> "SpeculativeOptions | None":
@@ -150,7 +158,12 @@ class SpeculativeOptions:
         return options
 
     def _check(self, name: str) -> None:
-        _one_of(f"{name}['method']", self.method, ("ngram", "draft_model"))
+        if self.method == "eagle3":
+            raise ConfigError(
+                f"{name}['method'] is 'eagle3', whose heads read the hidden states of three layers, which is not "
+                "supported; use 'eagle', 'mtp', 'draft_model' or 'ngram'"
+            )
+        _one_of(f"{name}['method']", self.method, ("ngram", "draft_model", *HEAD_METHODS))
         for key in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
             _at_least_one(f"{name}[{key!r}]", getattr(self, key))
         if self.num_speculative_tokens > MAX_SPECULATIVE_TOKENS:
@@ -159,8 +172,10 @@ class SpeculativeOptions:
             raise ConfigError(
                 f"{name}['prompt_lookup_min'] must be at most prompt_lookup_max, {self.prompt_lookup_max}"
             )
-        if (self.method == "draft_model") != (self.model is not None):
-            raise ConfigError(f"{name} must name a model for the method 'draft_model', and for no other")
+        if self.model is None and self.method in ("draft_model", "eagle"):
+            raise ConfigError(f"{name} must name a model for the method {self.method!r}")
+        if self.model is not None and self.method == "ngram":
+            raise ConfigError(f"{name} names a model, which the method 'ngram' does without; leave one of them out")
 
 
 ALIASES: dict[str, str] = {

@@ -26,7 +26,7 @@ from torch import nn
 
 from autodeploy.build import Progress, Subject, build, resolve_device, subject_of_model
 from autodeploy.compile.program import NamedGraph, Program
-from autodeploy.config import Options, parse_options
+from autodeploy.config import Options, SpeculativeOptions, parse_options
 from autodeploy.debug.isolation import check_apart
 from autodeploy.errors import AutoDeployError, UnsupportedModelError
 from autodeploy.graph_cache import GraphCache
@@ -64,6 +64,9 @@ def deploy(
 
 def _is_worthwhile(model: LocatedModel, options: Options) -> bool:
     """Whether there is a graph to wait for, and room for the weights to exist several times meanwhile."""
+    speculation = SpeculativeOptions.of(options.engine.speculative_config)
+    if speculation is not None and speculation.uses_head:
+        return False  # a head reads what only the graph keeps
     device = resolve_device(options.compile.device)
     num_bytes = sum(path.stat().st_size for path in model.weight_files)
     asked_for = options.compile.instant_on and not options.compile.strict and options.model.load_format == "auto"

@@ -448,7 +448,7 @@ class PendingOutput:
 def _draft_program(options: Options, progress: Callable[[str], None] | None) -> Program | None:
     """The draft model that `speculative_config` names, if it does, built like the model itself."""
     speculation = SpeculativeOptions.of(options.engine.speculative_config)
-    if speculation is None or speculation.model is None:
+    if speculation is None or speculation.method != "draft_model":
         return None
     named = speculation.model
     # What was said of the model itself, its limit and its config, says nothing of this one.

@@ -97,16 +97,16 @@ def _captured(make: Callable[[], nn.Module]) -> tuple[nn.Module, ModelGraph]:
     return model, capture(model)
 
 
-def _checked(name: str, monkeypatch: pytest.MonkeyPatch) -> CheckReport:
-    """Check the transform's model, captured once; off by default, the transform is switched on."""
-    model, graph = _captured(MODELS[name])
+def _checked(names: list[str], monkeypatch: pytest.MonkeyPatch) -> CheckReport:
+    """Check the model of these transforms, captured once; those that are off by default are switched on."""
+    model, graph = _captured(MODELS[names[0]])
 
     def copied(_: nn.Module) -> ModelGraph:
         return dataclasses.replace(graph, module=copy.deepcopy(graph.module), weights=dict(graph.weights))
 
     monkeypatch.setattr("autodeploy.debug.check.capture", copied)
-    is_on = TRANSFORMS[name].enabled
-    return check(model, parse_options({} if is_on else {"transforms": {name: {"enabled": True}}}))
+    switched_on = {name: {"enabled": True} for name in names if not TRANSFORMS[name].enabled}
+    return check(model, parse_options({"transforms": switched_on}))
 
 
 def _is_value(node: fx.Node) -> bool:
@@ -130,7 +130,7 @@ def test_honest_transforms_have_work_to_do_and_pass(
     make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [name for name, of in MODELS.items() if of is make and name not in WITHOUT_WORK_HERE]
-    report = _checked("quantize_weights" if make is _dense else names[0], monkeypatch)
+    report = _checked(names, monkeypatch)
     assert report.passed, report.culprit
     rewritten = {row.name: row.transform.rewritten for row in report.rows if row.transform is not None}
     assert not [name for name in names if not rewritten[name]]
@@ -148,6 +148,6 @@ def test_any_broken_transform_is_named(name: str, monkeypatch: pytest.MonkeyPatc
         return result
 
     monkeypatch.setattr(kind, "apply", apply)
-    report = _checked(name, monkeypatch)
+    report = _checked([name], monkeypatch)
     assert report.culprit is not None and report.culprit.name == name
     assert name in WITHOUT_A_RUN_BEFORE or f"last changed by {name}" in report.culprit.note

@@ -15,6 +15,7 @@ from tests.server.running import TOKENIZER, random_engine
 
 LAYERS = ("full", "window")
 DRAFT_MODEL = {"model": "the same layers, with errors", "num_speculative_tokens": 4}
+HEAD = {"method": "eagle", "model": "a head of the program, with errors", "num_speculative_tokens": 4}
 HIGHEST_CHI_SQUARE = 54.0  # 22 degrees of freedom: one sample in 5000 lies above
 
 
@@ -109,16 +110,23 @@ def test_speculating_and_other_sequences_share_a_step() -> None:
     assert engine.stats().accepted_tokens > 10 and engine.stats().state_usage_fraction == 0
 
 
-def test_the_sampled_distribution_is_the_models() -> None:
+@pytest.mark.parametrize(
+    ("layers", "drafts", "program"),
+    [(LAYERS, DRAFT_MODEL, {}), (("full",), HEAD, {"head_errs_every": 3})],
+    ids=["draft model", "head"],
+)
+def test_the_sampled_distribution_is_the_models(
+    layers: tuple[str, ...], drafts: dict[str, Any], program: dict[str, Any]
+) -> None:
     """The third token, behind two that were drafted or not, is distributed as the sum over all paths says."""
     temperature, prompt, repeats = 0.15, [1, 2, 3], 12
     expected = [0.0] * VOCAB
-    for first, weight in enumerate(_softmax(reference_logits(LAYERS, prompt), temperature)):
-        for second, share in enumerate(_softmax(reference_logits(LAYERS, [*prompt, first]), temperature)):
-            third = _softmax(reference_logits(LAYERS, [*prompt, first, second]), temperature)
+    for first, weight in enumerate(_softmax(reference_logits(layers, prompt), temperature)):
+        for second, share in enumerate(_softmax(reference_logits(layers, [*prompt, first]), temperature)):
+            third = _softmax(reference_logits(layers, [*prompt, first, second]), temperature)
             for token, chance in enumerate(third):
                 expected[token] += weight * share * chance
-    engine = make_engine()
+    engine = make_engine(layers, drafts=drafts, **program)
     counts = [0] * VOCAB
     for _ in range(repeats):
         tokens: dict[int, list[int]] = {}

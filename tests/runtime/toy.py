@@ -6,8 +6,11 @@ A layer turns the value x_p of each token into y_p, by what it can see of the se
     window    hash of the last WINDOW values up to x_p, read back through pages
     slot      running hash, kept in a slot
 
-The last y gives the logits. One value lost, misplaced, or taken from a neighbour changes the tokens that follow. With
-two layers, the reads of every token of a chunk matter, not only those of the last.
+The last y gives the logits. A program may have a draft head: it takes the next y for the hash of a token and the y of
+the token before, which is right where the only layer is full or slot.
+
+One value lost, misplaced, or taken from a neighbour changes the tokens that follow. With two layers, the reads of every
+token of a chunk matter, not only those of the last.
 """
 
 from collections.abc import Sequence
@@ -15,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from autodeploy.compile.program import NamedGraph, Program
+from autodeploy.compile.program import DraftHead, NamedGraph, Program
 from autodeploy.ops.state import PagedState, SlotState, StateSpec
 
 MODULUS = 2**31 - 1
@@ -64,10 +67,12 @@ def toy_program(
     eos_token_ids: tuple[int, ...] = (),
     poison: int | None = None,
     err_every: int | None = None,
+    head_errs_every: int | None = None,
 ) -> Program:
     """A program of these layers. A context that ends in the token `poison` gets NaN logits.
 
     One context in `err_every`, by its hash, gets the logits of another context: such a program is a fair draft model.
+    With `head_errs_every` the program has a head, which errs in the same way; 0: never.
     """
     specs: list[StateSpec] = []
     names = ["input_ids", "position_ids", "cu_seqlens", "seq_lens", "logits_indices", "state_slots"]
@@ -79,6 +84,10 @@ def toy_program(
             specs.append(PagedState(name=f"layers.{at}", shape=(1,), dtype=torch.int64, window=window))
             group = specs[-1].group
             names += [name for name in (f"page_table_{group}", f"slot_mapping_{group}") if name not in names]
+    kept = PagedState(name="hidden", shape=(1,), dtype=torch.int64)
+    if head_errs_every is not None:
+        specs.append(kept)
+        names += [name for name in ("page_table_full", "slot_mapping_full") if name not in names]
 
     def run(*inputs: Tensor) -> Tensor:
         batch = dict(zip(names, inputs, strict=False))
@@ -87,7 +96,10 @@ def toy_program(
         input_ids = batch["input_ids"][0].tolist()
         values = list(input_ids)
         for spec in specs:
-            values = _run_layer(spec, states[spec.name], values, batch)
+            if spec is kept:
+                _keep(states[spec.name], values, batch)
+            else:
+                values = _run_layer(spec, states[spec.name], values, batch)
         rows = batch["logits_indices"].tolist()
         seen = [values[row] for row in rows]
         if err_every is not None:
@@ -98,8 +110,14 @@ def toy_program(
                 logits[at] = torch.nan
         return logits
 
+    graphs = {"text": NamedGraph("text", run, tuple(names), tuple(spec.name for spec in specs))}
+    head = None
+    if head_errs_every is not None:
+        graphs["head"] = _toy_head(head_errs_every)
+        head = DraftHead(states=[kept], hidden_state="hidden", own_hidden_state="hidden")
     return Program(
-        graphs={"text": NamedGraph("text", run, tuple(names), tuple(spec.name for spec in specs))},
+        graphs=graphs,
+        head=head,
         states=specs,
         vocab_size=VOCAB,
         max_model_len=max_model_len,
@@ -107,6 +125,26 @@ def toy_program(
         device=torch.device("cpu"),
         eos_token_ids=eos_token_ids,
     )
+
+
+def _toy_head(err_every: int) -> NamedGraph:
+    def run(
+        input_ids: Tensor, hidden: Tensor, logits_indices: Tensor, page_table: Tensor, slot_mapping: Tensor, own: Tensor
+    ) -> Tensor:
+        pairs = zip(input_ids[0].tolist(), hidden[0, :, 0].tolist(), strict=True)
+        values = [hash_values([token], start=before) for token, before in pairs]
+        _keep(own, values, {"slot_mapping_full": slot_mapping})
+        seen = [values[row] for row in logits_indices.tolist()]
+        if err_every:
+            seen = [hash_values([0], start=value) if value % err_every == 0 else value for value in seen]
+        return torch.tensor([logits_of(value) for value in seen])
+
+    names = ("input_ids", "hidden_states", "logits_indices", "page_table_full", "slot_mapping_full")
+    return NamedGraph("head", run, names, ("hidden",))
+
+
+def _keep(state: Tensor, values: list[int], batch: dict[str, Tensor]) -> None:
+    state.view(-1)[batch["slot_mapping_full"]] = torch.tensor(values)
 
 
 def _run_layer(spec: StateSpec, state: Tensor, values: list[int], batch: dict[str, Tensor]) -> list[int]:

@@ -42,7 +42,7 @@ EXAMPLE_LENGTHS = [5, 9, 9]
 T is a prime number: a model that pads to a multiple of a block takes the branch that pads, which is right for any T.
 """
 
-_DYNAMIC = ({1: Dim.AUTO}, {1: Dim.AUTO}, {0: Dim.AUTO})
+_DYNAMIC = ({1: Dim.AUTO}, {1: Dim.AUTO}, {0: Dim.AUTO}, {1: Dim.AUTO})
 """T and S are symbolic; a table of positions may bound T, and a length that is fixed altogether is refused by level"""
 
 
@@ -53,16 +53,29 @@ class _PackedRow(nn.Module):
         super().__init__()
         self.model, self.hooks, self.layers = model, hooks, layers
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, hidden_states: Tensor | None = None
+    ) -> Tensor:
         torch._check(input_ids.shape[1] == position_ids.shape[1])  # one symbol for T, from the first node on
+        arguments = {}
+        if hidden_states is not None:
+            torch._check(input_ids.shape[1] == hidden_states.shape[1])
+            arguments["hidden_states"] = hidden_states
         self.hooks.cu_seqlens, self.hooks.position_ids = cu_seqlens, position_ids
         self.hooks.num_tokens = input_ids.shape[1]
         if self.layers is not None:
             self.layers.begin()
-        return logits_of(self.model(input_ids, **model_arguments(self.model, self.hooks, position_ids)))
+        arguments |= model_arguments(self.model, self.hooks, position_ids)
+        return logits_of(self.model(input_ids, **arguments))
 
 
-def capture(model: nn.Module, *, name: str = "text", repeat_layers: bool = True) -> ModelGraph:
+def capture(
+    model: nn.Module,
+    *,
+    name: str = "text",
+    repeat_layers: bool = True,
+    hidden_states: tuple[int, torch.dtype] | None = None,
+) -> ModelGraph:
     """Trace a model into a graph at level CAPTURED.
 
     Args:
@@ -70,23 +83,28 @@ def capture(model: nn.Module, *, name: str = "text", repeat_layers: bool = True)
             it was found.
         name: the graph's name in its program.
         repeat_layers: trace layers that are alike a few times only; the graph is the same.
+        hidden_states: size and dtype of the `hidden_states` `[1, T, H]` that it takes as well, if it does.
     Raises:
         CaptureError: torch.export could not trace it; the message names the module and the line.
     """
     if not repeat_layers:
-        return _capture(model, name, None)
+        return _capture(model, name, None, hidden_states)
     layers = RepeatedLayers(model)
     try:
-        graph = _capture(model, name, layers)
+        graph = _capture(model, name, layers, hidden_states)
         graph.repetition = layers.summary()
     except Exception as reason:  # an error is raised again by the full trace, which names its place in the model
-        graph = _capture(model, name, None)
+        graph = _capture(model, name, None, hidden_states)
         graph.repetition = f"every layer was traced: {reason}"
     return graph
 
 
 def _capture(
-    model: nn.Module, name: str, layers: RepeatedLayers | None, lengths: list[int] = EXAMPLE_LENGTHS
+    model: nn.Module,
+    name: str,
+    layers: RepeatedLayers | None,
+    hidden_states: tuple[int, torch.dtype] | None,
+    lengths: list[int] = EXAMPLE_LENGTHS,
 ) -> ModelGraph:
     hooks = Hooks()
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
@@ -109,9 +127,13 @@ def _capture(
     ):
         try:
             with fake_mode:
-                inputs = packed_row(lengths)
+                inputs: tuple[Tensor, ...] = packed_row(lengths)
+                if hidden_states is not None:
+                    size, dtype = hidden_states
+                    inputs = (*inputs, torch.zeros(1, sum(lengths), size, dtype=dtype))
             with torch.no_grad():
-                exported = torch.export.export(row, inputs, dynamic_shapes=_DYNAMIC, strict=False)
+                dynamic = _DYNAMIC[: len(inputs)]
+                exported = torch.export.export(row, inputs, dynamic_shapes=dynamic, strict=False)
                 exported = _written_out(exported, layers)
         except NotAlike:
             raise
@@ -120,7 +142,7 @@ def _capture(
         except Exception as error:
             raise CaptureError(_explain(model, hooks, error)) from error
     if hooks.most_chosen >= sum(lengths):  # a row so short that every token is chosen would limit the graph to such
-        return _capture(model, name, layers, _past(hooks.most_chosen))
+        return _capture(model, name, layers, hidden_states, _past(hooks.most_chosen))
     graph = _to_graph(name, exported, stacked)
     graph.state_writes = dict(hooks.state_writes) if isinstance(model, PreTrainedModel) else None
     graph.max_length = _longest(graph)

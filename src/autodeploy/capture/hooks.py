@@ -49,9 +49,10 @@ class Hooks:
         """Register the hooks and point the model at them; undone on leaving."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(_module_paths(model, self.active_modules))
-            if isinstance(model, PreTrainedModel) and model._can_set_attn_implementation():
-                stack.enter_context(_attention_implementation(model))
-                self.install(model)
+            known = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+            if known is not None and known._can_set_attn_implementation():
+                stack.enter_context(_attention_implementation(known))
+                self.install(known)
                 stack.callback(self._unregister)
             yield
 

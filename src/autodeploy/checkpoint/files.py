@@ -9,7 +9,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -150,6 +150,21 @@ class PickleFile:
         return state
 
 
+class RenamedFile:
+    """Some tensors of a file under other names, given as {name there: name in the file}; a `WeightFile`."""
+
+    def __init__(self, file: WeightFile, names: Mapping[str, str]) -> None:
+        self.path = file.path
+        self.tensors = {new: file.tensors[old] for new, old in names.items() if old in file.tensors}
+        self._file, self._names = file, names
+
+    def read(self, name: str) -> Tensor:
+        return self._file.read(self._names[name])
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class StoredTensors:
     """The tensors of several weight files by their stored names. At most one file is kept open."""
 
@@ -166,6 +181,13 @@ class StoredTensors:
             self._open.close()  # unmaps what has been read, so that the process holds one file at a time
         self._open = file
         return file.read(name)
+
+    def renamed(self, names: Mapping[str, str]) -> "StoredTensors":
+        """Some of these tensors under other names, given as {name there: name here}."""
+        view = StoredTensors(())
+        view.files = [RenamedFile(file, names) for file in self.files]
+        view.file_of = {name: file for file in view.files for name in file.tensors}
+        return view
 
     def fingerprint(self) -> str:
         """A hash of every tensor's name, shape and dtype: what a graph can depend on, values left out."""

@@ -7,7 +7,7 @@ added to the union and to `evaluate`.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, assert_never
 
 import torch
@@ -210,6 +210,18 @@ class Quantize:
 
 
 Recipe = Source | Slice | Concat | Cast | Transpose | Reshape | Quantize
+
+
+def renamed(recipe: Recipe, name_of: Callable[[str], str]) -> Recipe:
+    """The recipe with other names for its sources."""
+    match recipe:
+        case Source():
+            return replace(recipe, name=name_of(recipe.name))
+        case Concat():
+            return replace(recipe, parts=tuple(renamed(part, name_of) for part in recipe.parts))
+        case _:
+            return replace(recipe, of=renamed(recipe.of, name_of))
+
 
 _ROWS_AT_ONCE = 16 * TILE
 """Rows quantised at a time, so that no whole matrix exists in float32."""

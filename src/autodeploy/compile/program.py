@@ -1,6 +1,6 @@
 """Program: what the compiler half hands to the runtime half, and the only thing the runtime sees of a model.
 
-A program holds named graphs over one set of weights (today `text`; later a vision encoder or a draft head), the state
+A program holds named graphs over one set of weights (`text`, and `head` where a draft head belongs to it), the state
 specs those graphs need, and the batch inputs they read.
 """
 
@@ -27,12 +27,30 @@ class NamedGraph:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DraftHead:
+    """What there is to know of the graph `head`, which drafts from the hidden states of `text`.
+
+    It reads one more input than the batch inputs, `hidden_states` `[1, T, H]`: in the row of each token what stands in
+    `hidden_state` for the token before. What it would keep for the token itself stands in `own_hidden_state`.
+
+    Attributes:
+        states: specs of the head's own states.
+        hidden_state: name of the state of `text` that keeps hidden states, `[pages, page_size, H]`.
+        own_hidden_state: name of the state among `states` that keeps the head's.
+    """
+
+    states: Sequence[StateSpec]
+    hidden_state: str
+    own_hidden_state: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Program:
     """A deployable model.
 
     Attributes:
         graphs: executable graphs by name; every program has `text`.
-        states: specs of all states, allocated by the runtime as `{spec.name: tensor}`.
+        states: specs of all states of `text`, allocated by the runtime as `{spec.name: tensor}`.
         vocab_size: width of the logits.
         max_model_len: longest context in tokens the model was made for, or None when it has no limit of its own.
         dtype: dtype of weights and activations.
@@ -43,6 +61,7 @@ class Program:
         flops_per_token: multiply-adds times two per token in the matrix products, attention and head left out.
         flops_per_logits_row: the same for each row of logits: the head.
         eos_token_ids: ids that end a generation, from the model's generation config.
+        head: of a program with a graph `head`.
         report: what the build did.
     """
 
@@ -57,6 +76,7 @@ class Program:
     flops_per_token: int = 0
     flops_per_logits_row: int = 0
     eos_token_ids: tuple[int, ...] = ()
+    head: DraftHead | None = None
     report: BuildReport = field(default_factory=BuildReport)
 
     def batch_inputs(self, graph: str = "text") -> tuple[str, ...]:

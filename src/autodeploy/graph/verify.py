@@ -8,7 +8,7 @@ from torch import fx
 from autodeploy.errors import GraphLevelError
 from autodeploy.graph.levels import Level
 from autodeploy.graph.model_graph import ModelGraph, module_path, source_line
-from autodeploy.ops.batch_inputs import lookup
+from autodeploy.ops.batch_inputs import HIDDEN_STATES, lookup
 from autodeploy.ops.captured import NUM_RUNS, captured_attention, captured_mask, captured_state
 from autodeploy.ops.op import find_op
 
@@ -102,9 +102,9 @@ def _cached_faults(graph: ModelGraph, level: Level) -> Iterator[str]:
     for node, found in graph.op_nodes():
         if found.states is not None:
             yield f"{found.name} has no cache: {_describe(node)}"
-    states = {spec.name for spec in graph.states}
+    given = {HIDDEN_STATES, *(spec.name for spec in graph.states)}
     for node in graph.inputs():
-        if str(node.target) not in states and lookup(str(node.target)) is None:
+        if str(node.target) not in given and lookup(str(node.target)) is None:
             yield f"input {node.target!r} is neither a batch input nor a state"
 
 

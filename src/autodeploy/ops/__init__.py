@@ -17,6 +17,7 @@ linear_attention.py  linear_recurrence.py   a memory, or a value per channel, th
 mlstm.py         the matrix memory of an xLSTM
 recurrence.py    any loop over tokens, given as text, whole and cached
 token_shift.py   the token some places back, whole and cached
+keep_rows.py     a value of every token, kept for a reader beside the graph
 norm.py rope.py linear.py mlp.py moe.py   token-wise operations
 quantized_linear.py quantized_moe.py       products with weights of 8 or 4 bits
 """
@@ -26,6 +27,7 @@ from autodeploy.ops.captured import captured_attention, captured_mask
 from autodeploy.ops.causal_conv import cached_causal_conv, causal_conv
 from autodeploy.ops.delta_rule import cached_delta_rule, delta_rule
 from autodeploy.ops.generalized_delta_rule import generalized_delta_rule
+from autodeploy.ops.keep_rows import cached_keep_rows, keep_rows
 from autodeploy.ops.linear import linear
 from autodeploy.ops.linear_attention import linear_attention
 from autodeploy.ops.linear_recurrence import linear_recurrence
@@ -53,6 +55,7 @@ __all__ = [
     "cached_attention",
     "cached_causal_conv",
     "cached_delta_rule",
+    "cached_keep_rows",
     "cached_mla",
     "cached_selective_scan",
     "cached_sparse_attention",
@@ -66,6 +69,7 @@ __all__ = [
     "gated_activation",
     "gated_rms_norm",
     "generalized_delta_rule",
+    "keep_rows",
     "layer_norm",
     "linear",
     "linear_attention",

@@ -15,6 +15,8 @@ import torch
 PAGE_TABLE = "page_table_"
 SLOT_MAPPING = "slot_mapping_"
 """What the names of inputs that exist once per state group begin with."""
+HIDDEN_STATES = "hidden_states"
+"""One more input of a draft head's graph, `[1, T, H]` in the program's dtype; who drafts gives it, not the batch."""
 
 
 @dataclass(frozen=True)

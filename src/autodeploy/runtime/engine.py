@@ -24,7 +24,7 @@ from autodeploy.config import EngineOptions, Options, SpeculativeOptions, check_
 from autodeploy.errors import ConfigError, EngineDeadError, EngineOverloadedError, InvalidRequestError
 from autodeploy.ops.state import SlotState
 from autodeploy.runtime.batch import Batch, BatchBuilder
-from autodeploy.runtime.draft_model import draft_model_beside
+from autodeploy.runtime.draft_model import DraftModel, HiddenStates, draft_model_beside, plan_of_head
 from autodeploy.runtime.draw import on_device
 from autodeploy.runtime.grammar import GrammarCompiler
 from autodeploy.runtime.logprobs import LogprobRows
@@ -42,7 +42,7 @@ from autodeploy.runtime.request import (
 from autodeploy.runtime.sampler import Choice, Sampler
 from autodeploy.runtime.scheduler import ScheduledStep, Scheduler
 from autodeploy.runtime.speculative import NgramProposer, Proposer, may_speculate
-from autodeploy.runtime.states import allocate_states, copy_slot, plan_states
+from autodeploy.runtime.states import StatePlan, allocate_states, copy_slot, plan_states
 from autodeploy.runtime.stats import EngineStats
 from autodeploy.runtime.verify import Extension, extend_by_choice, extend_sequences
 
@@ -114,8 +114,11 @@ class Engine:
         self._host_seconds = self._model_seconds = 0.0
         self._speculation = SpeculativeOptions.of(options.speculative_config)
         self._proposer: Proposer | None = None
+        head_plan: StatePlan | None = None
         if self._speculation is not None and self._speculation.method == "ngram":
             self._proposer = NgramProposer(self._speculation)
+        elif self._speculation is not None and self._speculation.uses_head:
+            head_plan, options = plan_of_head(program, options, max_model_len)
         elif self._speculation is not None:
             if draft is None:
                 raise ConfigError(
@@ -126,9 +129,13 @@ class Engine:
         is_asynchronous = options.async_scheduling
         if is_asynchronous is None:
             is_asynchronous = program.device.type == "cuda"
-        self._overlaps = is_asynchronous and self._proposer is None
+        self._overlaps = is_asynchronous and self._speculation is None
         self._sampler = Sampler(options.seed, grammars)
         self._run_with(program, options, max_model_len)
+        if head_plan is not None and program.head is not None:
+            kept = self._states[program.head.hidden_state]
+            hidden = HiddenStates(kept, self._allocator.page_tables["full"])
+            self._proposer = DraftModel(program, head_plan, options, hidden)
 
     def _run_with(self, program: Program, options: EngineOptions, max_model_len: int | None) -> None:
         """Plan and allocate the states of a program, and all that works with them."""

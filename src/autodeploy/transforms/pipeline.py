@@ -13,6 +13,7 @@ from autodeploy.graph.transform import Pipeline, Stage, Transform
 from autodeploy.kernels.provider import mixer_priority, priority
 from autodeploy.transforms.cache.gather_logits import GatherLogits
 from autodeploy.transforms.cache.insert_cached_ops import InsertCachedOps
+from autodeploy.transforms.cache.keep_hidden_states import KeepHiddenStates
 from autodeploy.transforms.canonicalize.bind_boundaries import BindBoundaries
 from autodeploy.transforms.canonicalize.drop_no_ops import DropNoOps
 from autodeploy.transforms.canonicalize.fold_weights import FoldWeights
@@ -68,7 +69,7 @@ def default_pipeline(device: torch.device, select_kernels: SelectKernels | None 
             # Fewer, larger ops. Weight recipes change with the graph, before any weight is read.
             Stage("fuse", (FuseQKV(), FuseGateUp(), FuseAddRMSNorm()), ensures=Level.CANONICAL),
             # Whole-sequence mixers become their twins over state; the head runs for wanted rows only.
-            Stage("cache", (InsertCachedOps(), GatherLogits()), ensures=Level.CACHED),
+            Stage("cache", (KeepHiddenStates(), InsertCachedOps(), GatherLogits()), ensures=Level.CACHED),
             # Fused weights with fewer bits, where they are wanted.
             Stage("quantize", (QuantizeWeights(),), ensures=Level.CACHED),
             # The device, and a kernel provider for every op.

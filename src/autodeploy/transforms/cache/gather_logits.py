@@ -38,7 +38,7 @@ class GatherLogits(Transform):
         (logits,) = output.args
         assert isinstance(logits, fx.Node)
         indices = batch_input(graph, "logits_indices")
-        head, chain = _find_head(logits)
+        head, chain = find_head(logits)
         refused: tuple[str, ...] = ()
         if head is None:
             picked = graph.call(aten.index_select.default, logits, 1, indices, before=output)
@@ -54,7 +54,7 @@ class GatherLogits(Transform):
         return TransformResult(found=1, rewritten=0 if head is None else 1, expected=1, refused=refused)
 
 
-def _find_head(logits: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
+def find_head(logits: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
     """The last linear before the output and the token-wise nodes after it, nearest the output first."""
     chain: list[fx.Node] = []
     node = logits
