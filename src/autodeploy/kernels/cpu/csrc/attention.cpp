@@ -101,19 +101,34 @@ inline Partial to_weights(float* scores, int64_t count, float scale, float softc
     return {greatest, sum(total)};
 }
 
+template <class T, int G, class X>
+void multiply_keys(const T* const* keys, int64_t count, const X* const* queries, int64_t head_dim,
+                   float weights[GROUP][PIECE]) {
+    for (int64_t j = 0; j < count; ++j) {
+        float products[G];
+        dot_products<T, G>(keys[j], queries, head_dim, products);
+        for (int g = 0; g < G; ++g) weights[g][j] = products[g];
+    }
+}
+
 // G query heads over one piece. `partials` and the values behind them are the heads' places in the scratch memory.
 template <class T, int G>
 void attend(const Call<T>& c, const T* query, const T* const* keys, const T* const* values, int64_t count,
             float* partials, int64_t partial_size) {
-    const T* queries[G];
+    using X = typename Product<T>::Operand;
+    const X* queries[G];
     float weights[GROUP][PIECE];
     float* out[G];
-    for (int g = 0; g < G; ++g) queries[g] = query + g * c.query_head_stride;
-    for (int64_t j = 0; j < count; ++j) {
-        float products[G];
-        dot_products<T, G>(keys[j], queries, c.head_dim, products);
-        for (int g = 0; g < G; ++g) weights[g][j] = products[g];
+    if constexpr (!std::is_same_v<X, T>) {
+        X* own = own_memory<X>(G * c.head_dim);
+        for (int g = 0; g < G; ++g, own += c.head_dim) {
+            to_operands(query + g * c.query_head_stride, c.head_dim, own);
+            queries[g] = own;
+        }
+    } else {
+        for (int g = 0; g < G; ++g) queries[g] = query + g * c.query_head_stride;
     }
+    multiply_keys<T, G>(keys, count, queries, c.head_dim, weights);
     for (int g = 0; g < G; ++g) {
         for (int64_t tail = count; tail % LANES != 0; ++tail) weights[g][tail] = 0.0f;
         const Partial partial = to_weights(weights[g], count, c.scale, c.softcap);

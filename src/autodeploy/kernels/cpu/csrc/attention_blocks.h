@@ -14,7 +14,7 @@
 namespace autodeploy {
 namespace {
 
-constexpr int KEYS = 64;        // positions in a block
+constexpr int KEYS = 64;  // positions in a block
 constexpr int ROWS = TILE_ROWS;
 constexpr int64_t TOKENS = 64;  // new tokens in a work item
 
@@ -33,7 +33,10 @@ struct Blocks {
     E* block_values(int64_t head, int64_t block) const { return values + (head * num_blocks + block) * KEYS * width; }
 };
 
-// Keys as [depth / STEP][KEYS][STEP], values as [KEYS / STEP][width][STEP]; what does not exist is zero.
+constexpr int PANEL_KEYS = COLUMNS * LANES;  // keys of a tile
+
+// Keys as [KEYS / PANEL_KEYS][depth / STEP][PANEL_KEYS][STEP], values as [KEYS / STEP][width][STEP]; what does not exist
+// is zero.
 template <class T>
 Status pack_block(const Blocks<T>& b, int64_t head, int64_t block) {
     using L = Lane<T>;
@@ -49,7 +52,9 @@ Status pack_block(const Blocks<T>& b, int64_t head, int64_t block) {
         if (page < 0 || page >= c.num_pages) return BAD_PAGE;
         const int64_t entry = (page * c.page_size + (begin + j) % c.page_size) * c.num_kv_heads + head;
         const T *key = c.key_cache + entry * c.head_dim, *value = c.value_cache + entry * c.value_dim;
-        for (int64_t d = 0; d < c.head_dim; ++d) L::set(keys + (d / L::STEP * KEYS + j) * L::STEP + d % L::STEP, key[d]);
+        typename L::Element* column = keys + j / PANEL_KEYS * PANEL_KEYS * b.depth + j % PANEL_KEYS * L::STEP;
+        for (int64_t d = 0; d < c.head_dim; ++d)
+            L::set(column + d / L::STEP * PANEL_KEYS * L::STEP + d % L::STEP, key[d]);
         typename L::Element* row = values + (j / L::STEP) * b.width * L::STEP + j % L::STEP;
         for (int64_t d = 0; d < c.value_dim; ++d) L::set(row + d * L::STEP, value[d]);
     }
@@ -79,7 +84,7 @@ inline float update_row(const Call<T>& c, Row& row, float* scores, int64_t block
         store(scores + j, score);
         highest = select(score > highest, score, highest);
     }
-    const float greatest = max(highest, row.greatest);
+    const float found = greatest_lane(highest), greatest = found > row.greatest ? found : row.greatest;
     const float shift = greatest == -__builtin_inff() ? 0.0f : greatest;
     Floats total = {};
     for (int64_t j = 0; j < KEYS; j += LANES) {
@@ -87,7 +92,7 @@ inline float update_row(const Call<T>& c, Row& row, float* scores, int64_t block
         Lane<T>::set(weights + j, weight);
         total = total + weight;
     }
-    const float factor = exp(splat(row.greatest - shift))[0];
+    const float factor = greatest == row.greatest ? 1.0f : exp(splat(row.greatest - shift))[0];
     row.greatest = greatest;
     row.total = row.total * factor + sum(total);
     return factor;
@@ -136,9 +141,10 @@ void attend_tile(const Blocks<T>& b, const Scratch<T>& s, int64_t first_row, int
     }
     if (!is_seen) return;
     std::memset(s.scores, 0, sizeof(float) * ROWS * KEYS);
-    for (int64_t j = 0; j < KEYS; j += COLUMNS * LANES)
-        multiply_tile<T, ROWS, COLUMNS>(s.queries + first_row * b.depth, b.depth, b.block_keys(head, block) + j * L::STEP,
-                                        KEYS * L::STEP, b.depth, s.scores + j, KEYS);
+    for (int64_t j = 0; j < KEYS; j += PANEL_KEYS)
+        multiply_tile<T, ROWS, COLUMNS>(s.queries + first_row * b.depth, b.depth,
+                                        b.block_keys(head, block) + j * b.depth, PANEL_KEYS * L::STEP, b.depth,
+                                        s.scores + j, KEYS);
     float* gathered = s.gathered + first_row * b.width;
     for (int r = 0; r < ROWS; ++r) {
         const float factor =

@@ -83,6 +83,26 @@ inline float sum(V x) {
 #endif
 }
 
+// The greatest of lanes that are no NaNs.
+template <class V>
+inline float greatest_lane(V x) {
+    if constexpr (is_pair<V>::value) return greatest_lane(select(x.low > x.high, x.low, x.high));
+#if defined(__AVX512F__)
+    else return _mm512_reduce_max_ps(bit_cast<__m512>(x));
+#elif defined(__AVX2__)
+    else {
+        __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+        four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        return four[0] > four[1] ? four[0] : four[1];
+    }
+#else
+    else {
+        const float even = x[0] > x[2] ? x[0] : x[2], odd = x[1] > x[3] ? x[1] : x[3];
+        return even > odd ? even : odd;
+    }
+#endif
+}
+
 // As std::max does, a NaN in x counts for nothing.
 inline float max(Floats x, float greatest) {
     float lanes[LANES];

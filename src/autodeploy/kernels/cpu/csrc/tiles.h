@@ -40,9 +40,10 @@ struct Lane<bf16> {
 #endif
 
 // totals[r][v] += sum over `depth` of rows[r][d] · packed[d][v], for one tile of R rows and V vectors. Rows are
-// `row_stride` elements apart, steps of `packed` are `step_stride` elements apart.
+// `row_stride` elements apart, steps of `packed` are `step_stride` elements apart. By itself, so that sums stay in
+// registers: in a larger function, compilers keep some of them in memory.
 template <class T, int R, int V>
-inline void multiply_tile(const typename Lane<T>::Element* rows, int64_t row_stride,
+__attribute__((noinline)) void multiply_tile(const typename Lane<T>::Element* rows, int64_t row_stride,
                           const typename Lane<T>::Element* packed, int64_t step_stride, int64_t depth,
                           float* totals, int64_t total_stride) {
     using L = Lane<T>;
