@@ -1,21 +1,29 @@
-"""What the host does per step beside the model: schedule, metadata, sampling, commit, detokenising, in microseconds.
+"""What the host does per step beside the model: schedule, metadata, sampling, commit, in microseconds.
 
 A program that computes nothing stands in for the model, so that what is left is the runtime's own work.
 
-    python benchmarks/host_cost.py [--sequences 1 8 64 256] [--steps 200]
+    python benchmarks/host_cost.py [--sequences 1 8 64 256] [--steps 200] [--output benchmarks/results/local]
 
-CPU time of the process with one thread, medians over steps of pure decoding; the logits are those of `--vocab` tokens.
+CPU time of the process with one thread, medians over steps of pure decoding; the logits are bfloat16, as those of most
+checkpoints are, of `--vocab` tokens. `sample` is choosing tokens, `rest` all that is not named: reading tokens, commit,
+outputs.
 """
 
 import argparse
+import json
+import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from autodeploy.bench import record
 from autodeploy.compile.program import NamedGraph, Program
 from autodeploy.config import EngineOptions
 from autodeploy.ops.state import PagedState
@@ -34,12 +42,17 @@ INPUTS = (
     "page_table_full",
     "slot_mapping_full",
 )
-PARTS = {"schedule": (Scheduler, "schedule"), "metadata": (BatchBuilder, "build"), "sample": (Sampler, "sample")}
+PARTS = {"schedule": (Scheduler, "schedule"), "metadata": (BatchBuilder, "build"), "sample": (Sampler, "choose")}
+LOADS: dict[str, dict[str, float]] = {
+    "greedy": {"temperature": 0.0},
+    "top_p 0.9": {"temperature": 1.0, "top_p": 0.9},
+    "top_k 50": {"temperature": 1.0, "top_k": 50},
+}
 
 
 def fake_program(vocab_size: int, num_rows: int) -> Program:
     """Reads no state and returns prepared logits."""
-    logits = 4 * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(0))
+    logits = 4 * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(0)).bfloat16()
 
     def run(*inputs: Tensor) -> Tensor:
         return logits[: inputs[INPUTS.index("logits_indices")].shape[0]]
@@ -49,7 +62,7 @@ def fake_program(vocab_size: int, num_rows: int) -> Program:
         states=[PagedState(name="keys", shape=(1,), dtype=torch.float32)],
         vocab_size=vocab_size,
         max_model_len=4096,
-        dtype=torch.float32,
+        dtype=torch.bfloat16,
         device=torch.device("cpu"),
     )
 
@@ -98,18 +111,34 @@ def measure(num_seqs: int, num_steps: int, vocab_size: int, params: dict[str, fl
     return {name: statistics.median(step[name] for step in steps) for name in steps[0]}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, and write a record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--vocab", type=int, default=49152)
-    arguments = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/local"))
+    given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    for title, params in (("greedy", {"temperature": 0.0}), ("top_p 0.9", {"temperature": 1.0, "top_p": 0.9})):
-        print(f"{title}, vocabulary of {arguments.vocab}, microseconds of CPU time per step")
-        for num_seqs in arguments.sequences:
-            parts = measure(num_seqs, arguments.steps, arguments.vocab, params)
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for title, params in LOADS.items():
+        print(f"{title}, vocabulary of {given.vocab}, microseconds of CPU time per step")
+        results[title] = {}
+        for num_seqs in given.sequences:
+            parts = measure(num_seqs, given.steps, given.vocab, params)
             print(f"  {num_seqs:4d} sequences: " + ", ".join(f"{name} {value:.0f}" for name, value in parts.items()))
+            results[title][str(num_seqs)] = parts
+    raw = {
+        "command": sys.argv,
+        "vocabulary": given.vocab,
+        "steps": given.steps,
+        "machine": record.machine(),
+        "versions": record.versions(),
+        "microseconds": results,
+    }
+    given.output.mkdir(parents=True, exist_ok=True)
+    path = given.output / f"host-cost_{platform.machine()}_{datetime.now(UTC):%Y%m%d-%H%M}.json"
+    path.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

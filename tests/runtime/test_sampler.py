@@ -215,6 +215,22 @@ def test_greedy_rows_take_the_argmax_whatever_their_neighbours_do() -> None:
     assert Sampler().sample(logits.bfloat16(), [plain] * 3).token_ids == logits.bfloat16().argmax(-1).tolist()
 
 
+def test_bfloat16_rows_are_compared_as_their_numbers_are() -> None:
+    """By their bits where these tell: not below zero, not with a NaN that has the sign bit."""
+    logits = (3 * torch.randn(4, 501, generator=torch.Generator().manual_seed(8))).bfloat16()
+    logits[0, [7, 90]] = 20.0  # of equals the first
+    plain = [make_sequence(temperature=0)] * 4
+    for changed in (logits, logits - 100, torch.where(torch.arange(4)[:, None] == 2, -logits.abs(), logits)):
+        assert Sampler().sample(changed, plain).token_ids == changed.float().numpy().argmax(-1).tolist()
+    assert Sampler().sample(logits, plain).token_ids[0] == 7
+    for bad in (math.nan, -math.nan, math.inf):
+        changed = logits.clone()
+        changed[1, 400] = bad
+        assert [token is None for token in Sampler().sample(changed, plain).token_ids] == [False, True, False, False]
+    logits[3] = -math.inf
+    assert Sampler().sample(logits, plain).token_ids[3] is None
+
+
 def test_a_seeded_row_is_independent_of_its_neighbours_and_of_the_batch() -> None:
     logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(2))
     params: dict[str, Any] = {"seed": 42, "top_p": 0.9, "temperature": 1.5}
@@ -249,7 +265,8 @@ def test_all_rows_at_once_are_drawn_like_one_row_after_the_other() -> None:
     for params in ([SamplingParams(**given) for given in each], [SamplingParams(top_k=k) for k in (1, 2, 9, 200, 255)]):
         logits = 3 * torch.randn(5, 5000, generator=generator)
         numbers = np.random.default_rng(5).random((50, 5))
-        one_by_one = [draw(logits, params, row).tolist() for row in numbers]
+        best = logits.max(-1).values
+        one_by_one = [draw(logits, best, params, row).tolist() for row in numbers]
         assert [draw_together(logits.softmax(-1), params, row).tolist() for row in numbers] == one_by_one
         assert len({tuple(tokens) for tokens in one_by_one}) > 30
 

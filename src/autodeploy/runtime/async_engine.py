@@ -8,9 +8,12 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, Unpack
+from weakref import WeakKeyDictionary
 
 from autodeploy.compile.program import Program
 from autodeploy.errors import AutoDeployError, EngineDeadError, InvalidRequestError
@@ -84,6 +87,7 @@ class AsyncEngine:
         self._engine = engine
         self._inbox: queue.SimpleQueue[_Submit | _Abort | _Stop] = queue.SimpleQueue()
         self._routes: dict[str, _Route] = {}
+        self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = WeakKeyDictionary()
         self._stats = engine.stats()
         self._step_timeout_seconds = step_timeout_seconds
         self._step_started: float | None = None
@@ -139,6 +143,10 @@ class AsyncEngine:
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Stop a request, or one of its sequences; no more outputs come. Does nothing when it has ended already."""
         self._inbox.put(_Abort(request_id, index))
+
+    def mailbox(self, loop: asyncio.AbstractEventLoop) -> "_Mailbox":
+        """The one mailbox of an event loop; to be called there."""
+        return self._mailboxes.setdefault(loop, _Mailbox(loop))
 
     def open(self) -> "TokenStream":
         """A stream for one or more requests of the running event loop."""
@@ -273,6 +281,27 @@ class AsyncEngine:
         return error
 
 
+class _Mailbox:
+    """Carries deliveries from the engine's thread to an event loop, which is woken once for all that have come."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = loop
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._is_woken = False
+
+    def put(self, receive: Callable[[], None]) -> None:
+        """Have this called in the loop. Raises RuntimeError when the loop is closed."""
+        self._waiting.append(receive)
+        if not self._is_woken or self._loop.is_closed():
+            self._is_woken = True
+            self._loop.call_soon_threadsafe(self._empty)
+
+    def _empty(self) -> None:
+        self._is_woken = False  # before the first look: what comes from now on wakes the loop again
+        while self._waiting:
+            self._waiting.popleft()()
+
+
 class TokenStream:
     """Requests of one consumer in an event loop, and their token outputs in the order they come.
 
@@ -282,6 +311,7 @@ class TokenStream:
     def __init__(self, engine: AsyncEngine):
         self._engine = engine
         self._loop = asyncio.get_running_loop()
+        self._mailbox = engine.mailbox(self._loop)
         self._received: asyncio.Queue[TokenOutput | AutoDeployError] = asyncio.Queue()
         self._accepted: dict[str, asyncio.Future[None]] = {}
         self._live: dict[str, set[int]] = {}
@@ -307,7 +337,7 @@ class TokenStream:
         """
 
         def deliver(delivery: Delivery) -> None:
-            self._loop.call_soon_threadsafe(self._receive, request_id, delivery)
+            self._mailbox.put(partial(self._receive, request_id, delivery))
 
         accepted: asyncio.Future[None] = self._loop.create_future()
         self._accepted[request_id] = accepted

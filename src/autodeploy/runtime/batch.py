@@ -31,15 +31,12 @@ class Batch:
     inputs: dict[str, Tensor]
     sampled: list[Sequence]
     num_tokens: int
+    num_sampled_rows: int
     prompt_rows: list[tuple[Sequence, int, int]] = field(default_factory=list)
 
     @property
     def has_drafts(self) -> bool:
-        return any(sequence.draft_token_ids for sequence in self.sampled)
-
-    @property
-    def num_sampled_rows(self) -> int:
-        return sum(1 + len(sequence.draft_token_ids) for sequence in self.sampled)
+        return self.num_sampled_rows != len(self.sampled)
 
 
 class BatchBuilder:
@@ -99,9 +96,9 @@ class BatchBuilder:
         self._pinned.reverse()
         num_seqs = len(scheduled)
         counts: IntArray = np.fromiter(scheduled.values(), np.int64, num_seqs)
-        starts: IntArray = np.fromiter((sequence.num_computed_tokens for sequence in scheduled), np.int64, num_seqs)
-        lengths: IntArray = np.fromiter((sequence.num_tokens for sequence in scheduled), np.int64, num_seqs)
-        slots: IntArray = np.fromiter((sequence.slot for sequence in scheduled), np.int64, num_seqs)
+        starts: IntArray = np.array([sequence.num_computed_tokens for sequence in scheduled], dtype=np.int64)
+        lengths: IntArray = np.array([sequence.num_tokens for sequence in scheduled], dtype=np.int64)
+        slots: IntArray = np.array([sequence.slot for sequence in scheduled], dtype=np.int64)
         ends = starts + counts
         offsets: IntArray = np.zeros(num_seqs + 1, dtype=np.int64)
         np.cumsum(counts, out=offsets[1:])
@@ -118,6 +115,7 @@ class BatchBuilder:
             rows = np.concatenate(
                 [self._arange[end - more : end + 1] for end, more in zip(rows, num_drafts, strict=True)]
             )
+        num_sampled_rows = len(rows)
         prompt_rows = _prompt_rows(scheduled)
         if prompt_rows:
             firsts = dict(zip(scheduled, offsets.tolist(), strict=False))
@@ -147,7 +145,7 @@ class BatchBuilder:
             ids = inputs["input_ids"]
             inputs["input_ids"] = torch.where(ids < 0, latest_R[(-1 - ids).clamp_(min=0)], ids)
         sampled = [sequence for sequence, complete in zip(scheduled, is_complete.tolist(), strict=True) if complete]
-        return Batch(inputs=inputs, sampled=sampled, num_tokens=num_tokens, prompt_rows=prompt_rows)
+        return Batch(inputs, sampled, num_tokens, num_sampled_rows, prompt_rows)
 
     def _place(self, name: str, value: NDArray[np.integer]) -> Tensor:
         """The value as a contiguous tensor on the device, through the name's pinned buffer when there is a copy."""
@@ -162,7 +160,7 @@ def _prompt_rows(scheduled: Mapping[Sequence, int]) -> list[tuple[Sequence, int,
     """Which of the scheduled tokens predict a token of a prompt whose log-probabilities are asked for."""
     rows = []
     for sequence, count in scheduled.items():
-        if sequence.wants_prompt_logprobs:
+        if sequence.params.prompt_logprobs is not None and sequence.wants_prompt_logprobs:
             first = sequence.num_computed_tokens
             num_rows = min(first + count, sequence.num_prompt_tokens - 1) - first
             if num_rows > 0:

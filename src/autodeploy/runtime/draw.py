@@ -9,6 +9,7 @@ device.
 Shapes: V vocabulary, N rows, C candidates.
 """
 
+import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -22,20 +23,28 @@ from autodeploy.runtime.request import SamplingParams
 NUM_CANDIDATES = 256
 """Tokens that are ranked where every row's top_k is below that; else all are."""
 
-_CUT_STEP = 1 / 32
-"""A row's likely tokens are at first those with this share of the greatest probability, then with its square, ..."""
-_NEGLIGIBLE = 1e-30
+_FIRST_REACH, _LAST_REACH = 3.5, 90.0
+"""How far below the greatest logit, times the temperature, a row's likely tokens are looked for at first, and how far
+before all its tokens are looked at."""
 
-Probabilities = NDArray[np.float32]
+Row = NDArray[np.float32]
+Uniforms = NDArray[np.float64]
 
 
-def draw(logits_NV: Tensor, params: SequenceOf[SamplingParams], uniforms_N: NDArray[np.float64]) -> Tensor:
-    """Tokens [N] int64 on the logits' device. Rows of NaN give any token."""
-    probabilities_NV = torch.softmax(logits_NV / on_device([p.temperature for p in params], logits_NV)[:, None], dim=-1)
+def draw(logits_NV: Tensor, best_N: Tensor, params: SequenceOf[SamplingParams], uniforms_N: Uniforms) -> Tensor:
+    """Tokens [N] int64 on the logits' device, for logits of any float dtype. Unusable rows give any token.
+
+    Args:
+        best_N: the greatest logit of each row.
+    """
     if logits_NV.device.type != "cpu":
-        return draw_together(probabilities_NV, params, uniforms_N)
-    rows = zip(probabilities_NV.numpy(), params, uniforms_N.tolist(), strict=True)
-    return torch.tensor([_draw_row(*row) for row in rows])
+        scaled_NV = logits_NV.float() / on_device([p.temperature for p in params], best_N, torch.float32).unsqueeze(1)
+        return draw_together(torch.softmax(scaled_NV, dim=-1), params, uniforms_N)
+    tokens = []
+    # Row by row in float32, so that a row stays in the processor's cache.
+    for row_V, best, each, uniform in zip(logits_NV, best_N.tolist(), params, uniforms_N.tolist(), strict=True):
+        tokens.append(_draw_row(row_V.float().numpy(), best, each, uniform))
+    return torch.tensor(tokens)
 
 
 def on_device(values: SequenceOf[float] | SequenceOf[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -43,49 +52,63 @@ def on_device(values: SequenceOf[float] | SequenceOf[int], like: Tensor, dtype: 
     return torch.tensor(values, dtype=dtype or like.dtype).to(like.device, non_blocking=True)
 
 
-def _draw_row(probabilities_V: Probabilities, params: SamplingParams, uniform: float) -> int:
-    likely, kept = _likely_tokens(probabilities_V, params)
+def _draw_row(logits_V: Row, best: float, params: SamplingParams, uniform: float) -> int:
+    if not math.isfinite(best):
+        return 0
+    likely, weights = _likely_tokens(logits_V, best, params)
     # torch adds up faster than NumPy. float64: rounding in a float32 sum over 10^5 tokens is as large as a rare one.
-    cumulative = torch.from_numpy(kept).cumsum(dim=0, dtype=torch.float64).numpy()
+    cumulative = torch.from_numpy(weights).cumsum(dim=0, dtype=torch.float64).numpy()
     target = min(uniform * cumulative[-1], np.nextafter(cumulative[-1], 0.0))
-    at = min(int(np.searchsorted(cumulative, target, side="right")), len(kept) - 1)
+    at = int(np.searchsorted(cumulative, target, side="right"))
     return at if likely is None else int(likely[at])
 
 
-def _likely_tokens(
-    probabilities_V: Probabilities, params: SamplingParams
-) -> tuple[NDArray[np.int64] | None, Probabilities]:
-    """The tokens that the filters leave, in the order of their ids, None for all; and their probabilities."""
-    if params.top_k <= 0 and params.top_p >= 1.0 and params.min_p <= 0.0:
-        return None, probabilities_V
-    cut = float(probabilities_V.max())
+def _likely_tokens(logits_V: Row, best: float, params: SamplingParams) -> tuple[NDArray[np.int64] | None, Row]:
+    """The tokens that the filters leave, in the order of their ids, None for all; and their weights: probabilities
+    relative to the most likely token's.
+    """
+    is_cut = params.min_p > 0.0 or params.top_k > 0
+    if params.top_p >= 1.0 and not is_cut:
+        return None, _weights(logits_V, best, params)
+    total = None if is_cut else float(_weights(logits_V, best, params).sum())
+    reach = _FIRST_REACH
     while True:
-        cut = cut * _CUT_STEP if cut > _NEGLIGIBLE else 0.0
-        tokens = np.flatnonzero(probabilities_V >= cut)
-        candidates = probabilities_V[tokens]
-        if not len(tokens):  # a row of NaN
-            return None, probabilities_V
-        threshold = _threshold(np.sort(candidates)[::-1], params, is_all=cut == 0.0)
+        is_all = reach > _LAST_REACH
+        tokens = np.flatnonzero(logits_V >= (-math.inf if is_all else best - params.temperature * reach))
+        weights = _weights(logits_V[tokens], best, params)
+        threshold = _threshold(np.sort(weights)[::-1], params, total, is_all=is_all)
         if threshold is not None:
-            is_kept = candidates >= threshold
-            return tokens[is_kept], candidates[is_kept]
+            is_kept = weights >= threshold
+            return tokens[is_kept], weights[is_kept]
+        reach *= 2
 
 
-def _threshold(sorted_C: Probabilities, params: SamplingParams, *, is_all: bool) -> np.float32 | None:
-    """The smallest probability that the filters leave, given the C greatest; None where it takes more to know it."""
+def _weights(logits_C: Row, best: float, params: SamplingParams) -> Row:
+    weights: Row = logits_C - np.float32(best)
+    if params.temperature != 1.0:
+        weights /= np.float32(params.temperature)
+    torch.from_numpy(weights).exp_()  # faster than NumPy's
+    return weights
+
+
+def _threshold(sorted_C: Row, params: SamplingParams, total: float | None, *, is_all: bool) -> np.float32 | None:
+    """The smallest weight that the filters leave, given the C greatest; None where it takes more to know it.
+
+    Args:
+        total: of all weights, where top_p is the only filter; else it is a share of what min_p and top_k leave.
+    """
     num_left = len(sorted_C)
-    mass: float = 1.0  # top_p is a share of what min_p and top_k leave; without them the softmax sums to one
-    if params.min_p > 0.0 or params.top_k > 0:
-        if params.min_p > 0.0:
-            num_left = int(np.count_nonzero(sorted_C >= np.float32(params.min_p) * sorted_C[0]))
-        if params.top_k > 0:
-            num_left = min(num_left, params.top_k)
+    if params.min_p > 0.0:
+        num_left = int(np.count_nonzero(sorted_C >= np.float32(params.min_p)))
+    if params.top_k > 0:
+        num_left = min(num_left, params.top_k)
+    if total is None:
         if num_left == len(sorted_C) and not is_all:
             return None
-        mass = float(sorted_C[:num_left].sum())
+        total = float(sorted_C[:num_left].sum())
     if params.top_p < 1.0:
         before = np.cumsum(sorted_C[:num_left]) - sorted_C[:num_left]
-        num_reached = max(1, int(np.count_nonzero(before < params.top_p * mass)))
+        num_reached = max(1, int(np.count_nonzero(before < params.top_p * total)))
         if num_reached == len(sorted_C) and not is_all:
             return None
         num_left = num_reached
@@ -93,9 +116,7 @@ def _threshold(sorted_C: Probabilities, params: SamplingParams, *, is_all: bool)
     return least
 
 
-def draw_together(
-    probabilities_NV: Tensor, params: SequenceOf[SamplingParams], uniforms_N: NDArray[np.float64]
-) -> Tensor:
+def draw_together(probabilities_NV: Tensor, params: SequenceOf[SamplingParams], uniforms_N: Uniforms) -> Tensor:
     """The same for all rows at once, without a look at any value."""
     if any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params):
         thresholds = _thresholds(probabilities_NV, params)

@@ -270,7 +270,7 @@ class Engine:
                 self._commit(step)
             else:
                 extensions = self._read(flight)
-                self._commit(step, extensions)
+                self._commit(step, extensions if flight.batch.has_drafts else ())
                 outputs += [self._output(extension) for extension in extensions]
             self._num_steps += 1
         else:
@@ -423,7 +423,7 @@ class Engine:
     def _output(self, extension: Extension) -> TokenOutput:
         """Count what a sequence got, end it if that is due, and say so."""
         sequence, num_tokens = extension.sequence, len(extension.token_ids)
-        if num_tokens and sequence.num_output_tokens == num_tokens:
+        if num_tokens and len(sequence.token_ids) - num_tokens == sequence.num_prompt_tokens:
             self._prompt_tokens += sequence.num_prompt_tokens
         self._generation_tokens += num_tokens
         if not extension.is_usable:

@@ -213,6 +213,11 @@ class StateAllocator:
         self._num_usable_slots = num_slots - 1
 
     @property
+    def has_windows(self) -> bool:
+        """Whether `release_unreachable` may have something to do."""
+        return bool(self._windowed)
+
+    @property
     def page_tables(self) -> dict[str, NDArray[np.int32]]:
         """Live page tables `[num_slots, pages]` by group name; a sequence's row is its slot."""
         return {name: table.table for name, table in self.groups.items()}

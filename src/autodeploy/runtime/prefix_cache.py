@@ -82,6 +82,11 @@ class PrefixCache:
         self._is_enabled = is_enabled and bool(self._tables if snapshot_rows is None else snapshot_rows)
         self._seen: OrderedDict[bytes, None] = OrderedDict()
 
+    @property
+    def has_snapshots(self) -> bool:
+        """Whether chunks are cut where snapshots are worth making."""
+        return self._snapshots is not None and self._is_enabled
+
     def can_share(self, sequence: Sequence) -> bool:
         """Whether a sequence could start behind a prefix if all of its prompt were known."""
         return self._is_enabled and self._most_tokens(sequence) >= self._page_size
@@ -122,7 +127,7 @@ class PrefixCache:
 
     def limit_chunk(self, sequence: Sequence, num_tokens: int) -> int:
         """At most `num_tokens` tokens, 1 at least: a chunk that ends where a snapshot is worth making."""
-        if self._snapshots is None or not self._is_enabled:
+        if not self.has_snapshots:
             return num_tokens
         start, total = sequence.num_computed_tokens, sequence.num_tokens
         end = start + num_tokens

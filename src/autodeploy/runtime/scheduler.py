@@ -107,21 +107,21 @@ class Scheduler:
     def _fill(self, step: ScheduledStep, *, may_preempt: bool) -> bool:
         """Schedule what there is to run. Returns False, with nobody admitted, when it would have to preempt."""
         budget = self._max_num_batched_tokens
-        for sequence in self._in_service_order():
+        for sequence, wanted in self._in_service_order():
             if budget == 0:
                 break
-            granted = self._grant(sequence, budget, step)
+            granted = self._grant(sequence, wanted, budget, step)
             while not granted and sequence.status is Status.RUNNING:
                 if not may_preempt:
                     return False
                 budget += self._make_room(sequence, step)
-                granted = self._grant(sequence, budget, step)
+                granted = self._grant(sequence, wanted, budget, step)
             budget -= granted
         while budget > 0 and self._waiting and not step.preempted:
             sequence = self._waiting[0][1]
             if not self._admit(sequence, step):
                 break
-            budget -= self._grant(sequence, budget, step)
+            budget -= self._grant(sequence, len(sequence.token_ids) - sequence.num_computed_tokens, budget, step)
         return True
 
     def commit(self, sequence: Sequence, num_tokens: int) -> int:
@@ -130,10 +130,13 @@ class Scheduler:
         Returns the row that the sequence's slot states are to be copied to before the next step; 0 for none.
         """
         before = sequence.num_computed_tokens
-        sequence.num_computed_tokens += num_tokens
-        row = self._prefixes.publish(sequence, before)
-        self._allocator.release_unreachable(sequence)
-        if sequence.num_computed_tokens >= sequence.num_prompt_tokens:
+        now = sequence.num_computed_tokens = before + num_tokens
+        # Most steps of most sequences fill no page: they cost no calls.
+        page_size = self._allocator.page_size
+        row = self._prefixes.publish(sequence, before) if now // page_size > before // page_size else 0
+        if self._allocator.has_windows:
+            self._allocator.release_unreachable(sequence)
+        if self._held and now >= sequence.num_prompt_tokens:
             self._release_held(sequence)
         return row
 
@@ -162,22 +165,26 @@ class Scheduler:
         step.admitted[sequence] = prefix.snapshot
         return True
 
-    def _in_service_order(self) -> list[Sequence]:
-        decoding: list[Sequence] = []
-        prefilling: list[Sequence] = []
+    def _in_service_order(self) -> list[tuple[Sequence, int]]:
+        """Running sequences, and how many of their tokens are not computed yet."""
+        decoding: list[tuple[Sequence, int]] = []
+        prefilling: list[tuple[Sequence, int]] = []
         for sequence in self.running:
-            if sequence.num_tokens >= sequence.max_length:
+            num_tokens = sequence.num_tokens
+            if num_tokens >= sequence.max_length:
                 continue  # its last token is being sampled
-            is_decoding = sequence.num_tokens - sequence.num_computed_tokens == 1
-            (decoding if is_decoding else prefilling).append(sequence)
+            wanted = num_tokens - sequence.num_computed_tokens
+            (decoding if wanted == 1 else prefilling).append((sequence, wanted))
         return decoding + prefilling
 
-    def _grant(self, sequence: Sequence, budget: int, step: ScheduledStep) -> int:
+    def _grant(self, sequence: Sequence, wanted: int, budget: int, step: ScheduledStep) -> int:
         """Allocate the sequence's next tokens, as many as the budget and the pages allow."""
         if sequence.status is not Status.RUNNING:  # failed, or preempted for an earlier one in this very step
             return 0
-        wanted = min(budget, sequence.num_tokens - sequence.num_computed_tokens)
-        wanted = self._prefixes.limit_chunk(sequence, wanted)
+        if wanted > budget:
+            wanted = budget
+        if self._prefixes.has_snapshots:
+            wanted = self._prefixes.limit_chunk(sequence, wanted)
         granted = self._allocator.allocate(sequence, wanted)
         if granted and sequence.draft_token_ids:
             granted += self._grant_drafts(sequence, budget - granted)

@@ -20,7 +20,7 @@ from autodeploy.runtime.request import Logprob, Sequence
 from autodeploy.runtime.sampler import Choice, Sampler
 
 
-@dataclass
+@dataclass(slots=True)
 class Extension:
     """What one step added to a sequence.
 
@@ -60,14 +60,16 @@ def extend_by_choice(choice: Choice, batch: Batch) -> list[Extension]:
     """Append the tokens chosen for `batch.sampled`, which has no drafts; those sequences excepted that have ended."""
     extensions = []
     samples = choice.read()
-    for row, (sequence, token_id, logprobs) in enumerate(
-        zip(batch.sampled, samples.token_ids, samples.logprobs, strict=True)
-    ):
+    rows = zip(batch.sampled, samples.token_ids, samples.logprobs, strict=True)
+    for row, (sequence, token_id, logprobs) in enumerate(rows):
         sequence.pending_row = None
-        if sequence.finish_reason is None:
-            extension = Extension(sequence, row)
-            extension.append(token_id, logprobs)
-            extensions.append(extension)
+        if sequence.finish_reason is not None:
+            continue
+        if token_id is None:
+            extensions.append(Extension(sequence, row, is_usable=False, goes_on=False))
+            continue
+        sequence.append(token_id)
+        extensions.append(Extension(sequence, row, [token_id], [] if logprobs is None else [logprobs], goes_on=False))
     return extensions
 
 
