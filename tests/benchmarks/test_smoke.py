@@ -110,3 +110,18 @@ def test_quantized_linear(script: Script, tmp_path: Path) -> None:
     for by_rows in record["seconds"].values():
         assert by_rows.keys() == {"1", "4", "16", "64", "256"}
         assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in by_rows.values())
+
+
+def test_host_cost(script: Script, tmp_path: Path) -> None:
+    script("host_cost").main(["--sequences", "1", "3", "--steps", "2", "--vocab", "300", "--output", str(tmp_path)])
+    for by_sequences in _record(tmp_path)["microseconds"].values():
+        assert by_sequences.keys() == {"1", "3"}
+        for parts in by_sequences.values():
+            assert parts.keys() == {"schedule", "metadata", "sample", "rest", "total"}
+            assert all(value > 0 for value in parts.values())
+
+
+def test_http_cost(tmp_path: Path) -> None:
+    _run("http_cost.py", "--streams", "2", "--tokens", "5", "--output", str(tmp_path))
+    for by_streams in _record(tmp_path)["microseconds_per_token"].values():
+        assert by_streams.keys() == {"2"} and by_streams["2"] > 0

@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from torch import Tensor
 
 from autodeploy.config import EngineOptions
 from autodeploy.errors import AutoDeployError, EngineDeadError, EngineOverloadedError, InvalidRequestError
-from autodeploy.runtime.async_engine import AsyncEngine, Delivery
+from autodeploy.runtime.async_engine import AsyncEngine, Delivery, Mailbox
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams
 from tests.runtime.fake_engine import FakeEngine
@@ -223,3 +224,29 @@ def test_a_closed_event_loop_does_not_hurt_the_others() -> None:
         before = len(received)
         wait_until(lambda: len(received) > before + 3)
         assert not any(isinstance(delivery, AutoDeployError) for delivery in received)
+
+
+def test_an_event_loop_is_woken_once_for_all_that_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    woken: list[int] = []
+    received: list[int] = []
+
+    async def use() -> Mailbox:
+        loop = asyncio.get_running_loop()
+        wake = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda call: (woken.append(1), wake(call)))
+        mailbox = Mailbox(loop)
+        for number in range(3):
+            mailbox.put(partial(received.append, number))
+        assert (received, len(woken)) == ([], 1)
+        await asyncio.sleep(0.01)
+        mailbox.put(partial(received.append, 3))
+        await asyncio.sleep(0.01)
+        assert (received, len(woken)) == ([0, 1, 2, 3], 2)
+        mailbox.put(partial(received.append, 4))
+        return mailbox
+
+    mailbox = asyncio.run(use())
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="closed"):
+        mailbox.put(partial(received.append, 5))
+    assert received == [0, 1, 2, 3, 4]

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, Unpack
-from weakref import WeakKeyDictionary
 
 from autodeploy.compile.program import Program
 from autodeploy.errors import AutoDeployError, EngineDeadError, InvalidRequestError
@@ -87,7 +86,7 @@ class AsyncEngine:
         self._engine = engine
         self._inbox: queue.SimpleQueue[_Submit | _Abort | _Stop] = queue.SimpleQueue()
         self._routes: dict[str, _Route] = {}
-        self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = WeakKeyDictionary()
+        self._mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
         self._stats = engine.stats()
         self._step_timeout_seconds = step_timeout_seconds
         self._step_started: float | None = None
@@ -144,9 +143,10 @@ class AsyncEngine:
         """Stop a request, or one of its sequences; no more outputs come. Does nothing when it has ended already."""
         self._inbox.put(_Abort(request_id, index))
 
-    def mailbox(self, loop: asyncio.AbstractEventLoop) -> "_Mailbox":
-        """The one mailbox of an event loop; to be called there."""
-        return self._mailboxes.setdefault(loop, _Mailbox(loop))
+    def mailbox(self, loop: asyncio.AbstractEventLoop) -> "Mailbox":
+        """The mailbox of an event loop that runs; those of closed ones are forgotten."""
+        self._mailboxes = {each: mailbox for each, mailbox in self._mailboxes.items() if not each.is_closed()}
+        return self._mailboxes.setdefault(loop, Mailbox(loop))
 
     def open(self) -> "TokenStream":
         """A stream for one or more requests of the running event loop."""
@@ -281,7 +281,7 @@ class AsyncEngine:
         return error
 
 
-class _Mailbox:
+class Mailbox:
     """Carries deliveries from the engine's thread to an event loop, which is woken once for all that have come."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):

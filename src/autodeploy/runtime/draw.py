@@ -23,9 +23,9 @@ from autodeploy.runtime.request import SamplingParams
 NUM_CANDIDATES = 256
 """Tokens that are ranked where every row's top_k is below that; else all are."""
 
-_FIRST_REACH, _LAST_REACH = 3.5, 90.0
-"""How far below the greatest logit, times the temperature, a row's likely tokens are looked for at first, and how far
-before all its tokens are looked at."""
+_REACH, _LAST_REACH = 3.5, 40.0
+"""By how much, times the temperature, the search for a row's likely tokens goes further below the greatest logit each
+time; and how far before all tokens are looked at."""
 
 Row = NDArray[np.float32]
 Uniforms = NDArray[np.float64]
@@ -71,7 +71,7 @@ def _likely_tokens(logits_V: Row, best: float, params: SamplingParams) -> tuple[
     if params.top_p >= 1.0 and not is_cut:
         return None, _weights(logits_V, best, params)
     total = None if is_cut else float(_weights(logits_V, best, params).sum())
-    reach = _FIRST_REACH
+    reach = _REACH
     while True:
         is_all = reach > _LAST_REACH
         tokens = np.flatnonzero(logits_V >= (-math.inf if is_all else best - params.temperature * reach))
@@ -80,7 +80,7 @@ def _likely_tokens(logits_V: Row, best: float, params: SamplingParams) -> tuple[
         if threshold is not None:
             is_kept = weights >= threshold
             return tokens[is_kept], weights[is_kept]
-        reach *= 2
+        reach += _REACH
 
 
 def _weights(logits_C: Row, best: float, params: SamplingParams) -> Row:
