@@ -142,8 +142,7 @@ class BatchBuilder:
                 value = values[name]
             inputs[name] = self._place(name, value)
         if latest_R is not None and "input_ids" in inputs and values["input_ids"].min() < 0:
-            ids = inputs["input_ids"]
-            inputs["input_ids"] = torch.where(ids < 0, latest_R[(-1 - ids).clamp_(min=0)], ids)
+            inputs["input_ids"] = _filled_in(inputs["input_ids"], latest_R)
         sampled = [sequence for sequence, complete in zip(scheduled, is_complete.tolist(), strict=True) if complete]
         return Batch(inputs, sampled, num_tokens, num_sampled_rows, prompt_rows)
 
@@ -154,6 +153,11 @@ class BatchBuilder:
         buffer = self._pinned[0][name][: value.size]
         buffer.numpy()[:] = value.reshape(-1)
         return buffer.view(value.shape).to(self._device, non_blocking=True)
+
+
+def _filled_in(ids: Tensor, latest_R: Tensor) -> Tensor:
+    """Token ids, with -1 minus a row replaced by the token chosen in that row."""
+    return torch.where(ids < 0, latest_R[(-1 - ids).clamp_(min=0)], ids)
 
 
 def _prompt_rows(scheduled: Mapping[Sequence, int]) -> list[tuple[Sequence, int, int]]:
