@@ -16,7 +16,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save("llama", tmp_path_factory.mktemp("llama"))
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+RAY = {"ray_replicas"}
+"""Examples that start processes of Ray; tests/test_ray.py has an application of the same form."""
+
+
+@pytest.mark.parametrize("path", [path for path in EXAMPLES if path.stem not in RAY], ids=lambda path: path.stem)
 def test_it_runs_and_says_something(path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
     assert spec is not None

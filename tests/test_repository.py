@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "server": (*_SERVING, "runtime"),
     # The text layer: the one place where the compiler's half and the runtime's half are both known.
     "llm": (*_SERVING, "runtime", "instant_on", "models.locate"),
+    "ray": (*_SERVING, "runtime", "server", "llm", "packaged_models"),
     "bench.machine": (),
     "bench": (*_SERVING, "runtime", "build", "models.resolve"),
     "packaged_models": _BASE,

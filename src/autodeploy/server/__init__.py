@@ -10,5 +10,6 @@ routes.py, app.py                            the routes that run the model, and 
 failures.py, limits.py, access.py             everything that is not a success; what is too large; who has no key
 metrics.py, status.py, logs.py,
 tracing.py, request_trace.py                 what operators watch
+in_process.py                                the app without a socket, for replicas
 options.py, run.py, served.py                 how the server listens, runs and ends; what the routes work with
 """
