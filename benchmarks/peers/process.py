@@ -51,6 +51,10 @@ class ProcessGroup:
     def __exit__(self, *_: object) -> None:
         self.end()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def peak_bytes(self) -> int:
         """The most memory that it and its children have held so far, added up."""
         process = psutil.Process(self._process.pid)

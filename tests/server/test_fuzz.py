@@ -1,9 +1,13 @@
 """Requests that nobody would write: the answer is a success or a 4xx in OpenAI's shape, and serving goes on."""
 
 import json
+import re
+import socket
+import threading
 from typing import Any
 
 import hypothesis.strategies as st
+import psutil
 import pytest
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +18,7 @@ from autodeploy.runtime.grammar import GrammarCompiler
 from autodeploy.server import requests
 from autodeploy.server.app import create_app
 from autodeploy.server.served import ServedModel
-from tests.server.running import EOS, MESSAGES, TOKENIZER, VOCAB, random_engine
+from tests.server.running import EOS, MESSAGES, TOKENIZER, VOCAB, Start, random_engine, wait_until
 
 BODIES: dict[str, Any] = {
     "/v1/completions": requests.CompletionRequest,
@@ -135,3 +139,105 @@ def test_odd_bodies(client: Any, path: str, body: bytes) -> None:
 def test_many_odd_fields(client: Any, call: tuple[str, dict[str, Any]]) -> None:
     path, body = call
     check(client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"}), call)
+
+
+METHODS = ["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "TRACE", "post", "BREW", "P\x00ST", ""]
+PATHS = [
+    *sorted(BODIES),
+    "/health",
+    "/v1/models",
+    "/v1/models/tiny",
+    "/metrics",
+    "/",
+    "/..",
+    "//v1//",
+    "/%00%ff",
+    "*",
+    "no",
+]
+HEADERS = [
+    "Content-Type: application/json",
+    "Content-Type: text/plain; charset=\x00",
+    "Content-Type: multipart/form-data; boundary=",
+    "Content-Encoding: gzip",
+    "Accept: nothing/at-all",
+    "Authorization: Bearer " + "k" * 3000,
+    "X-Request-Id: a b\tc",
+    "traceparent: 00-zz-zz-zz",
+    "Expect: 100-continue",
+    "Transfer-Encoding: chunked",
+    "Content-Length: -1",
+    "Content-Length: 99999999999999999999",
+    "Host: a\r\nHost: b",
+    "Upgrade: websocket\r\nConnection: upgrade",
+    "no colon",
+    ": no name",
+    "X: " + "y" * 70_000,
+]
+odd_json = st.sampled_from(
+    [
+        b"[" * 5000,
+        b'{"prompt": ' + b'{"a": ' * 3000 + b"1" + b"}" * 3001,
+        b'{"prompt": "x", "max_tokens": 1' + b"0" * 5000 + b"}",
+        b'{"prompt": "x", "temperature": 1e999}',
+        b'{"prompt": "x", "temperature": NaN, "top_p": -Infinity}',
+        b'{"prompt": "\\ud800", "max_tokens": 1}',
+        b'{"prompt": "a", "prompt": ["b"], "max_tokens": 1}',
+        b'\xef\xbb\xbf{"prompt": "x", "max_tokens": 1}',
+        '{"prompt": "x", "max_tokens": 1}'.encode("utf-16"),
+        b'{"prompt": [' + b"1," * 3000 + b'1], "max_tokens": 1}',
+        b'{"messages": [{"role": "user", "content": "' + "\u202e\u0000😀".encode() * 200 + b'"}], "max_tokens": 1}',
+    ]
+)
+
+
+@st.composite
+def raw_requests(draw: st.DrawFn) -> bytes:
+    """Bytes that are nearly a request: each part is now and then one that nobody would send."""
+    rarely = st.sampled_from([False, False, False, True])
+    path = draw(st.sampled_from(PATHS if draw(rarely) else sorted(BODIES)))
+    method = draw(st.sampled_from(METHODS)) if draw(rarely) else "POST"
+    body = json.dumps(USUAL.get(path, {})).encode()
+    if draw(st.booleans()):
+        body = draw(odd_json | st.binary(max_size=60) | values.map(json.dumps).map(str.encode))
+    if draw(rarely):
+        at = draw(st.integers(0, len(body)))
+        body = body[:at] + draw(st.binary(max_size=3)) + body[at + draw(st.integers(0, 3)) :]
+    headers = draw(st.lists(st.sampled_from(HEADERS), max_size=3)) if draw(rarely) else [HEADERS[0]]
+    length = len(body) + (draw(st.sampled_from([-1, 1, 100])) if draw(rarely) else 0)
+    lines = [f"{method} {path} HTTP/1.1", "Host: x", "Connection: close", *headers, f"Content-Length: {max(0, length)}"]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+def answer_to(port: int, sent: bytes) -> bytes:
+    """All that the server says before it closes the connection. Fails where it does not close."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        try:
+            connection.sendall(sent)
+            connection.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+        except ConnectionError:  # refused while it was being sent
+            return b""
+
+
+def test_odd_bytes_on_the_wire(start: Start, request: pytest.FixtureRequest) -> None:
+    """As many as `--fuzz-requests` says: an answer below 500 or a closed connection, and nothing left behind."""
+    server = start(random_engine())
+    port = int(server.url.rpartition(":")[2])
+    process = psutil.Process()
+
+    @given(raw_requests())
+    @settings(max_examples=request.config.getoption("--fuzz-requests"), suppress_health_check=list(HealthCheck))
+    def send(sent: bytes) -> None:
+        answer = answer_to(port, sent)
+        statuses = [int(status) for status in re.findall(rb"^HTTP/1\.1 (\d+)", answer)]
+        assert all(status < 500 for status in statuses), answer[:1000]
+
+    server.post("/v1/completions", {"prompt": "x", "max_tokens": 3})
+    held, threads = process.num_fds(), threading.active_count()
+    send()
+    assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 3}).status_code == 200
+    wait_until(lambda: server.engine.stats().num_running == server.engine.stats().num_waiting == 0)
+    assert server.engine.stats().state_usage_fraction == 0
+    wait_until(lambda: process.num_fds() <= held + 2)
+    assert threading.active_count() <= threads + 40, "the loop's pool is bounded"
