@@ -46,6 +46,16 @@ def test_generation_gives_the_same_tokens(name: str) -> None:
     assert "replay" not in built.report.facts
 
 
+@pytest.mark.parametrize("name", ["qwen3", "bamba", "qwen3_next", "gpt_oss"])
+def test_decode_steps_are_native_calls_alone(name: str) -> None:
+    built = program(getattr(tiny, name)().bfloat16(), "replay")
+    served(built, tiny.prompts(2))
+    replay = built.graphs["text"].function
+    assert isinstance(replay, Replay)
+    tapes = [step.tape for step in replay._steps.values() if step is not None]
+    assert tapes and all(tape.num_native > 10 and tape.num_python == 0 for tape in tapes)
+
+
 def on(function: Callable[..., Tensor]) -> tuple[Replay, BuildReport]:
     report = BuildReport()
     return Replay(function, ["input_ids", "page_table_full"], report), report
@@ -133,6 +143,56 @@ def test_indexing_by_numbers_is_repeated() -> None:
         ids, table = inputs(step)
         torch.testing.assert_close(replay(ids, table), ids.float())
     assert not report.facts and len(replay._steps) == 1
+
+
+def test_operators_of_torch_between_kernels_are_repeated_natively() -> None:
+    weight, table = torch.randn(8), torch.randn(20, 8)
+
+    def function(ids: Tensor, x: Tensor) -> Tensor:
+        rows = torch.nn.functional.embedding(ids, table)
+        gate = torch.sigmoid(x * 0.5).to(torch.bfloat16)
+        first, second = (torch.cat((rows, x), dim=-1) * torch.cat((gate, gate), dim=-1)).chunk(2, dim=-1)
+        values, chosen = torch.topk(torch.softmax(first - second, dim=-1), 3)
+        return torch.cat((values, torch.gather(x, 1, chosen), (x * weight.exp().neg()).mean(-1, keepdim=True)), dim=1)
+
+    def inputs_of(seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, 20, (5,), generator=generator), torch.randn(5, 8, generator=generator)
+
+    step, _ = record(function, inputs_of(0), (), Memory())
+    assert not step.obstacle and step.tape.num_python == 0 and step.tape.num_native > 10
+    for seed in range(5):
+        torch.testing.assert_close(step.run(inputs_of(seed)), function(*inputs_of(seed)))
+
+
+def test_what_follows_from_weights_alone_is_computed_once() -> None:
+    weight = torch.randn(4, 4)
+    memory = Memory()
+
+    def function(x: Tensor) -> Tensor:
+        return x @ weight.exp().neg()
+
+    for _ in range(2):
+        step, _ = record(function, (torch.ones(2, 4),), (), memory)
+        assert (step.tape.num_native, step.tape.num_python) == (0, 1)
+        torch.testing.assert_close(step.run([torch.full((2, 4), 3.0)]), function(torch.full((2, 4), 3.0)))
+    assert len(memory._constants) == 2
+
+
+def test_what_changes_in_place_is_no_constant() -> None:
+    def function(x: Tensor) -> Tensor:
+        total = torch.zeros(4)
+        total += x
+        return total * 2
+
+    step, _ = record(function, (torch.ones(4),), (), Memory())
+    assert not step.obstacle
+    for number in (2.0, 3.0):
+        torch.testing.assert_close(step.run([torch.full((4,), number)]), torch.full((4,), 2 * number))
+
+    doubled = torch.ones(4)
+    step, _ = record(lambda x: doubled.exp().add_(x), (torch.ones(4),), (), Memory())
+    assert "took for constant" in step.obstacle
 
 
 def test_few_shapes_are_remembered() -> None:

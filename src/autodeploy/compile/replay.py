@@ -24,6 +24,7 @@ from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport
 from autodeploy.kernels.cpu.native import watching
 from autodeploy.kernels.cpu.tape import Tape
+from autodeploy.kernels.cpu.torch_calls import compute_natively
 from autodeploy.ops.batch_inputs import PAGE_TABLE
 
 MAX_TOKENS = 16
@@ -37,6 +38,9 @@ _READS = {
 }
 _DATA_DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _MAKES_MEMORY = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided")
+_MADE_TO_BE_CHANGED = ("aten::clone", "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::new_zeros")
+_MAX_CONSTANT_BYTES = 16 << 20
+"""What follows from weights alone is kept up to this size, and computed anew beyond."""
 
 
 def compile_replay(graph: ModelGraph, report: BuildReport) -> GraphFunction:
@@ -122,34 +126,79 @@ def record(
 ) -> tuple["Step", Tensor]:
     """Run a step on copies of batch inputs, and on states, and write it down; returns it and what it gave."""
     step = Step(tuple(value.clone() for value in batch), memory)
-    with watching(step.tape.add_native), _Observer(step), _ReadsOfValues(step):
+    with watching(step.tape.add_native), _Observer(step, (*step.inputs, *states)), _ReadsOfValues(step):
         step.result = function(*step.inputs, *states)
     step.tape.finish()
     return step, step.result.clone()
 
 
 class _Observer(TorchDispatchMode):
-    """Writes down every operator that computes something; new memory comes from the step's own."""
+    """Writes down every operator that computes something; new memory comes from the step's own.
 
-    def __init__(self, step: Step) -> None:
+    Args:
+        step: where to.
+        varying: what differs from step to step: batch inputs and states.
+    """
+
+    def __init__(self, step: Step, varying: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._step = step
+        self._varying, self._fixed = _storages(varying), set[int]()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs, memory = kwargs or {}, self._step.memory
         if func._schema.name in _MAKES_MEMORY:
-            return self._step.memory.like(func(*args, **kwargs))
+            made = memory.like(func(*args, **kwargs))
+            self._varying |= _storages([made])
+            return made
         given = _tensors((args, kwargs))
         if any(tag in func.tags for tag in _DATA_DEPENDENT) and not _is_plain_index(func, given):
             self._step.obstacle = self._step.obstacle or f"{func} gives what depends on values"
         result = func(*args, **kwargs)
         results = _tensors(result)
-        known = {value.untyped_storage()._cdata for value in given}
-        if func._schema.is_mutable or any(value.untyped_storage()._cdata not in known for value in results):
-            self._step.tape.add_python(_repeat(func, args, kwargs, results))
+        old, new = _storages(given), _storages(results)
+        if func._schema.is_mutable:
+            self._note_change(func, args, kwargs)
+        elif new <= old:
+            return result
+        elif self._is_constant(func, old, results):
+            self._fixed |= old | new
+            return memory.constant((str(func), *map(_identity, tree_leaves(args)), *kwargs), given, result)
+        elif not new & old:
+            own = [memory.like(value) for value in results]
+            self._varying |= _storages(own)
+            if compute_natively(func, args, kwargs, own):
+                return own[0] if isinstance(result, Tensor) else type(result)(own)
+        self._varying |= new
+        self._step.tape.add_python(_repeat(func, args, kwargs, results))
         return result
+
+    def _is_constant(self, func: Any, given: set[int], results: Sequence[Tensor]) -> bool:
+        """Whether results follow from weights alone, and are small enough to be kept."""
+        if not given or given & self._varying or func._schema.name in _MADE_TO_BE_CHANGED:
+            return False
+        return sum(value.untyped_storage().nbytes() for value in results) <= _MAX_CONSTANT_BYTES
+
+    def _note_change(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """What an operator changes in place differs from step to step, and must not have counted as constant."""
+        named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        changed = _storages(
+            _tensors([named.get(argument.name) for argument in func._schema.arguments if argument.is_write])
+        )
+        self._varying |= changed
+        if changed & self._fixed:
+            self._step.obstacle = self._step.obstacle or f"{func} changes what other operators took for constant"
+
+
+def _storages(tensors: Sequence[Tensor]) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
+
+
+def _identity(value: Any) -> Any:
+    """What an argument is told apart by: a tensor by where and how it lies."""
+    return (value.data_ptr(), value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value
 
 
 def _repeat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Sequence[Tensor]) -> Callable[[], None]:
@@ -180,12 +229,14 @@ class _ReadsOfValues(TorchFunctionMode):
 
 
 class Memory:
-    """Buffers for what steps compute on the way. A step repeats its calls in order, so that a buffer that was free at a
-    call when the step was written down is free there whenever it is repeated; and steps do not overlap.
+    """Buffers for what steps compute on the way, and what they all compute alike. A step repeats its calls in order, so
+    that a buffer that was free at a call when the step was written down is free there whenever it is repeated; and
+    steps do not overlap.
     """
 
     def __init__(self) -> None:
         self._buffers: list[torch.UntypedStorage] = []
+        self._constants: dict[Any, tuple[Sequence[Tensor], Any]] = {}
 
     def like(self, wanted: Tensor) -> Tensor:
         """An uninitialised tensor like the given one."""
@@ -199,6 +250,10 @@ class Memory:
             return wanted
         with torch.utils._python_dispatch._disable_current_modes():
             return torch.empty(0, dtype=wanted.dtype).set_(buffer, 0, wanted.shape, wanted.stride())
+
+    def constant(self, key: Any, given: Sequence[Tensor], result: Any) -> Any:
+        """The result of an operator that gives the same in every step; what it was given stays where it is."""
+        return self._constants.setdefault(key, (given, result))[1]
 
 
 def _num_users(storage: torch.UntypedStorage) -> int:

@@ -8,6 +8,7 @@ attention.py   attention over pages read in place
 recurrence.py  convolutions, scans and linear recurrences over slot states
 matrix_memory.py   delta rules and linear attention over slot states
 sequences.py   what both are given
+tape.py torch_calls.py   a step as a few native calls, with the operators of torch between its kernels
 """
 
 from autodeploy.kernels.cpu import (

@@ -64,8 +64,8 @@ _watcher = 0
 """the thread whose calls are watched"""
 
 
-class NativeFunction(dict[torch.dtype, Callable[..., Any]]):
-    """A native function by dtype; the library is loaded when one is first asked for.
+class NativeFunction(dict[torch.dtype | None, Callable[..., Any]]):
+    """A native function by dtype, None for one that takes any; the library is loaded when one is first asked for.
 
     Args:
         name: the C function's name without the dtype it ends in.
@@ -82,8 +82,8 @@ class NativeFunction(dict[torch.dtype, Callable[..., Any]]):
         self._name, self._arguments, self._result = name, arguments, result
         self.instances.append(self)
 
-    def __missing__(self, dtype: torch.dtype) -> Callable[..., Any]:
-        symbol = f"{self._name}_{DTYPES[dtype]}"
+    def __missing__(self, dtype: torch.dtype | None) -> Callable[..., Any]:
+        symbol = self._name if dtype is None else f"{self._name}_{DTYPES[dtype]}"
         function: Any = getattr(library(), symbol)
         function.argtypes, function.restype = self._arguments, self._result
         with _lookup:
