@@ -23,6 +23,8 @@ FACTS: list[dict[str, Any]] = [
     {"sliding_window": 9, "chunk_size": 130},
     {"softcap": 2.0},
     {"has_sinks": True},
+    {"has_slopes": True},
+    {"has_slopes": True, "has_sinks": True, "sliding_window": 150, "softcap": 2.0},
 ]
 
 
@@ -39,6 +41,7 @@ class Case:
         page_size: int = 4,
         dtype: torch.dtype = torch.float32,
         has_sinks: bool = False,
+        has_slopes: bool = False,
         **facts: Any,
     ):
         (num_heads, num_kv_heads), (head_dim, value_dim) = heads, widths
@@ -55,7 +58,7 @@ class Case:
             "sliding_window": None,
             "chunk_size": None,
             "softcap": None,
-            "slopes": None,
+            "slopes": torch.rand(num_heads) / 8 if has_slopes else None,
             "distance_logits": None,
         } | facts
         pages_each = max(-(-length // page_size) for length in lengths)
@@ -121,13 +124,34 @@ def test_every_fact(facts: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_sinks_and_logits_that_depend_on_the_token(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    arguments = Case([1, 129, 300, 40], [1, 1, 3, 30], dtype=dtype).arguments()
+    own = {"sinks": torch.randn(1, 35, 4).to(dtype), "distance_logits": torch.randn(1, 35, 4, 9).to(dtype)}
+    for facts in ({"sinks": own["sinks"]}, {"distance_logits": own["distance_logits"]}, own):
+        given = arguments | facts
+        assert cached_attention.kernels["cpu"].supports(**given) is None
+        expected = cached_attention.reference(
+            **{k: v.float() if isinstance(v, torch.Tensor) and v.dtype == dtype else v for k, v in given.items()}
+        )
+        result = cached_attention_cpu(**given).float()
+        torch.testing.assert_close(result, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_more_partial_results_than_are_kept_at_a_time() -> None:
+    """370 queries of one to three pieces with 32 heads of 1000 values: 24 million partial results."""
+    torch.manual_seed(0)
+    Case([370], [370], heads=(32, 1), widths=(8, 1000), page_size=32, has_slopes=True).check()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("widths", [(16, 16), (64, 64), (80, 80), (128, 128), (256, 256), (24, 40), (7, 5), (192, 128)])
 def test_head_sizes(widths: tuple[int, int], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     Case([140, 9], [1, 2], widths=widths, dtype=dtype).check()
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (2, 1), (3, 3), (5, 1), (6, 2), (7, 1), (8, 1), (9, 3), (9, 1)])
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1), (3, 3), (5, 1), (6, 2), (7, 1), (8, 1), (9, 3), (9, 1), (33, 1)])
 def test_head_counts(heads: tuple[int, int]) -> None:
     torch.manual_seed(0)
     Case([33, 5], [2, 1], heads=heads, has_sinks=True).check()

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from autodeploy.kernels.cpu.mlp import gated_activation_cpu
-from autodeploy.kernels.cpu.norm import add_rms_norm_cpu, rms_norm_cpu
+from autodeploy.kernels.cpu.norm import add_rms_norm_cpu, layer_norm_cpu, rms_norm_cpu
 from autodeploy.kernels.cpu.rope import rope_cpu
-from autodeploy.ops import add_rms_norm, gated_activation, rms_norm, rope
+from autodeploy.ops import add_rms_norm, gated_activation, layer_norm, rms_norm, rope
 from autodeploy.ops.mlp import ACTIVATIONS
 
 INF, NAN = float("inf"), float("nan")
@@ -40,6 +40,22 @@ def test_rms_norm_and_with_residual(
     normed, total = add_rms_norm_cpu(x, residual, *facts)
     assert torch.equal(total, x + residual)
     close(normed, add_rms_norm.reference(x, residual, *facts)[0])
+
+
+@given(
+    rows=st.integers(0, 40),
+    width=st.integers(1, 300),
+    has_weight=st.booleans(),
+    has_bias=st.booleans(),
+    shift=st.sampled_from([0.0, 20.0]),
+    dtype=DTYPES,
+)
+def test_layer_norm(rows: int, width: int, has_weight: bool, has_bias: bool, shift: float, dtype: torch.dtype) -> None:
+    x = (torch.randn(1, rows, width) + shift).to(dtype)
+    weight, bias = (torch.randn(width).to(dtype) if has else None for has in (has_weight, has_bias))
+    mine, expected = layer_norm_cpu(x, weight, bias, 1e-5), layer_norm.reference(x, weight, bias, 1e-5)
+    tolerance = {torch.float32: 2e-4, torch.bfloat16: 3e-2}[dtype]  # a mean of 20 costs bits of what is left
+    torch.testing.assert_close(mine, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_rounding_order_is_the_references() -> None:

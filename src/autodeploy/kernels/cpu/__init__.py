@@ -4,10 +4,11 @@ native.py      compiles and loads csrc/, and says why it cannot
 linear.py moe.py         products with few rows, bound by memory bandwidth
 quantized_linear.py quantized_moe.py   products with weights of 8 or 4 bits
 norm.py rope.py mlp.py   token-wise ops, one call each
-attention.py   attention over pages read in place
+attention.py mla.py   attention over pages read in place
 recurrence.py  convolutions, scans and linear recurrences over slot states
 matrix_memory.py   delta rules and linear attention over slot states
-sequences.py   what both are given
+token_shift.py   the token some places back
+sequences.py   what these are given
 tape.py torch_calls.py   a step as a few native calls, with the operators of torch between its kernels
 """
 
@@ -15,6 +16,7 @@ from autodeploy.kernels.cpu import (
     attention,
     linear,
     matrix_memory,
+    mla,
     mlp,
     moe,
     norm,
@@ -22,6 +24,7 @@ from autodeploy.kernels.cpu import (
     quantized_moe,
     recurrence,
     rope,
+    token_shift,
 )
 from autodeploy.kernels.cpu.native import is_compiled, why_unavailable
 
@@ -33,6 +36,7 @@ __all__ = [
     "is_compiled",
     "linear",
     "matrix_memory",
+    "mla",
     "mlp",
     "moe",
     "norm",
@@ -40,5 +44,6 @@ __all__ = [
     "quantized_moe",
     "recurrence",
     "rope",
+    "token_shift",
     "why_unavailable",
 ]

@@ -1,4 +1,4 @@
-"""rms_norm, add_rms_norm and gated_rms_norm: one call each."""
+"""rms_norm, add_rms_norm, gated_rms_norm and layer_norm: one call each."""
 
 import torch
 from torch import Tensor
@@ -14,13 +14,14 @@ from autodeploy.kernels.cpu.native import (
     pointer,
     why_refused,
 )
-from autodeploy.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
+from autodeploy.ops.norm import add_rms_norm, gated_rms_norm, layer_norm, rms_norm
 
 _MIN_ELEMENTS_FOR_THREADS = 1 << 15
 
 _SIGNATURE = (POINTER, INT64, INT64, *[POINTER] * 4, INT64, INT64, INT64, FLOAT, FLOAT, INT, THREADS)
 _rms_norm = NativeFunction("rms_norm", _SIGNATURE)
 _gated_rms_norm = NativeFunction("gated_rms_norm", (*[POINTER] * 4, INT64, INT64, INT64, FLOAT, INT, INT, INT, THREADS))
+_layer_norm = NativeFunction("layer_norm", (*[POINTER] * 4, INT64, INT64, FLOAT, THREADS))
 
 
 def _supports(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, scale_in_float32: bool) -> str | None:
@@ -130,5 +131,22 @@ def gated_rms_norm_cpu(
         *(x.data_ptr(), gate.data_ptr(), weight.data_ptr(), out.data_ptr()),
         *(x.numel() // (width or 1), groups, width // groups, eps, activation == "silu"),
         *(gate_first, scale_in_float32, num_threads(x.numel(), _MIN_ELEMENTS_FOR_THREADS)),
+    )
+    return out
+
+
+def _layer_supports(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> str | None:
+    return why_refused(x, weight, bias)
+
+
+@layer_norm.kernel("cpu", _layer_supports, fuses_with_neighbours=True)
+def layer_norm_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """`layer_norm` in passes over rows in cache."""
+    x, width = x.contiguous(), x.shape[-1]
+    weight, bias = (None if given is None else given.contiguous() for given in (weight, bias))
+    out = torch.empty_like(x)
+    _layer_norm[x.dtype](
+        *(x.data_ptr(), pointer(weight), pointer(bias), out.data_ptr()),
+        *(x.numel() // (width or 1), width, eps, num_threads(x.numel(), _MIN_ELEMENTS_FOR_THREADS)),
     )
     return out

@@ -25,6 +25,12 @@ struct Call {
     int64_t window, chunk;
     float softcap;
     T* out;
+    int64_t few;           // new tokens of a sequence up to which they are attended one by one
+    int64_t value_stride;  // elements from one kept value to the next
+    int64_t sinks_stride;  // 0 for one sink per head, else from one token's to the next's
+    const float* slopes;
+    const T* distance_logits;
+    int64_t num_distances;
 };
 
 // Positions that the query at `position` of a sequence of `length` tokens may see: `[begin, end)`.

@@ -1,4 +1,5 @@
-// Root-mean-square normalisation of rows, alone or after a residual sum, in float32 with the op's order of rounding.
+// Normalisation of rows in float32: by their root mean square, alone or after a residual sum, with the op's order of
+// rounding; by mean and variance; and with a gate.
 
 #include <cmath>
 
@@ -57,6 +58,32 @@ void rms_norm(const T* x, int64_t outer_stride, int64_t inner_stride, const T* r
         }
         const float mean = sum_of_squares(input, width) / static_cast<float>(width);
         normalise(input, weight, out + row * width, width, 1.0f / std::sqrt(mean + eps), offset, scale_in_float32);
+    }
+}
+
+template <class T>
+void layer_norm(const T* x, const T* weight, const T* bias, T* out, int64_t num_rows, int64_t width, float eps) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < num_rows; ++row) {
+        const T* input = x + row * width;
+        Floats total = {}, squares = {};
+        for (int64_t i = 0; i < width; i += LANES) total = total + load(input + i, width - i);
+        const float mean = sum(total) / static_cast<float>(width);
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES) {
+            const Floats y = load(input + i) - mean;
+            squares = y * y + squares;
+        }
+        float variance = sum(squares);
+        for (; i < width; ++i) variance += (to_float(input[i]) - mean) * (to_float(input[i]) - mean);
+        const float scale = 1.0f / std::sqrt(variance / static_cast<float>(width) + eps);
+        for (i = 0; i < width; i += LANES) {
+            const int64_t count = width - i;
+            Floats y = (load(input + i, count) - mean) * scale;
+            if (weight != nullptr) y = y * load(weight + i, count);
+            if (bias != nullptr) y = y + load(bias + i, count);
+            store(out + row * width + i, y, count);
+        }
     }
 }
 
@@ -125,3 +152,15 @@ DEFINE_RMS_NORM(rms_norm_bfloat16, autodeploy::bf16)
 
 DEFINE_GATED_RMS_NORM(gated_rms_norm_float32, float)
 DEFINE_GATED_RMS_NORM(gated_rms_norm_bfloat16, autodeploy::bf16)
+
+// x, out: `[num_rows, width]`, contiguous. weight, bias: `[width]` or null.
+#define DEFINE_LAYER_NORM(NAME, T)                                                                                   \
+    extern "C" void NAME(const T* x, const T* weight, const T* bias, T* out, int64_t num_rows, int64_t width,        \
+                         float eps, int threads) {                                                                   \
+        autodeploy::with_team(                                                                                       \
+            threads, [&] { autodeploy::layer_norm<T>(x, weight, bias, out, num_rows, width, eps); });                \
+    }                                                                                                                \
+    RECORDABLE(NAME)
+
+DEFINE_LAYER_NORM(layer_norm_float32, float)
+DEFINE_LAYER_NORM(layer_norm_bfloat16, autodeploy::bf16)

@@ -1,0 +1,300 @@
+// Attention of single query tokens to a paged cache: pages are read in place, and each key and value once for all query
+// heads that share it.
+//
+// A query's context is cut at multiples of PIECE positions. Pieces are attended independently, by any thread, and then
+// combined by their softmax weights, so that a result depends neither on the number of threads nor on the batch.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "attention.h"
+
+namespace autodeploy {
+namespace {
+
+constexpr int64_t PIECE = 128;             // positions; a multiple of LANES
+constexpr int GROUP = 4;                   // query heads attended at once
+constexpr int64_t HEADS = 16;              // query heads in a work item, a multiple of GROUP
+constexpr int64_t PARTIALS = 16 << 20;     // floats of partial results that are kept at a time, if one query allows it
+
+// A stretch of one query token's context: positions `[begin, end)`, which do not cross a multiple of PIECE.
+struct Piece {
+    int64_t token, position;
+    const int32_t* pages;
+    int64_t begin, end;
+};
+
+// What is kept of a piece for one query head: the greatest score, the sum of weights, and (behind it) weighted values.
+struct Partial {
+    float greatest, total;
+};
+
+// Calls `visit(token, position, pages, range)` for every query token of sequences that bring few tokens: its position in
+// its sequence, and those that it may see.
+template <class T, class Visit>
+Status for_each_query(const Call<T>& c, Visit visit) {
+    for (int64_t s = 0; s < c.num_sequences; ++s) {
+        const int64_t first = c.cu_seqlens[s], count = c.cu_seqlens[s + 1] - first, length = c.seq_lens[s];
+        if (count == 0) continue;
+        const bool is_inside = first >= 0 && count > 0 && first + count <= c.num_tokens && count <= length;
+        if (!is_inside || length > c.page_table_width * c.page_size) return BAD_BORDERS;
+        if (count > c.few) continue;
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t position = length - count + i;
+            visit(first + i, position, c.page_table + s * c.page_table_width, visible(c, position, length));
+        }
+    }
+    return DONE;
+}
+
+template <class T, int G, int W>
+void add_weighted_values(const T* const* values, const float weights[GROUP][PIECE], int64_t count, int64_t at,
+                         float* const* out, int64_t lanes) {
+    Floats totals[G][W] = {};
+    for (int64_t j = 0; j < count; ++j) {
+        for (int w = 0; w < W; ++w) {
+            const Floats value = W > 1 ? load(values[j] + at + w * LANES) : load(values[j] + at, lanes);
+            for (int g = 0; g < G; ++g) totals[g][w] = value * weights[g][j] + totals[g][w];
+        }
+    }
+    for (int g = 0; g < G; ++g)
+        for (int w = 0; w < W; ++w) store(out[g] + at + w * LANES, totals[g][w], W > 1 ? LANES : lanes);
+}
+
+// Adds to a head's scores of one piece, scaled and capped, what the distance of keys from their query adds.
+template <class T>
+void add_bias(const Call<T>& c, const Piece& piece, int64_t head, float* scores) {
+    const int64_t count = piece.end - piece.begin, farthest = piece.position - piece.begin;
+    if (c.slopes != nullptr)
+        for (int64_t j = 0; j < count; ++j) scores[j] -= c.slopes[head] * static_cast<float>(farthest - j);
+    if (c.distance_logits != nullptr) {
+        const T* logits = c.distance_logits + (piece.token * c.num_heads + head) * c.num_distances;
+        for (int64_t j = 0; j < count; ++j)
+            scores[j] += to_float(logits[std::clamp<int64_t>(farthest - j, 0, c.num_distances - 1)]);
+    }
+}
+
+inline void scale_and_cap(float* scores, int64_t count, float scale, float softcap) {
+    for (int64_t j = 0; j < count; j += LANES) {
+        Floats score = load(scores + j) * scale;
+        if (softcap > 0.0f) score = tanh(score / softcap) * softcap;
+        store(scores + j, score);
+    }
+}
+
+// Turns scores into weights, e^(score - greatest). When all are -inf the weights are 0, and NaN once divided.
+inline Partial to_weights(float* scores, int64_t count) {
+    float greatest = -__builtin_inff();
+    for (int64_t j = count; j % LANES != 0; ++j) scores[j] = -__builtin_inff();
+    for (int64_t j = 0; j < count; j += LANES) greatest = max(load(scores + j), greatest);
+    const float shift = greatest == -__builtin_inff() ? 0.0f : greatest;
+    Floats total = {};
+    for (int64_t j = 0; j < count; j += LANES) {
+        const Floats weight = exp(load(scores + j) - shift);
+        store(scores + j, weight);
+        total = total + weight;
+    }
+    return {greatest, sum(total)};
+}
+
+template <class T, int G, class X>
+void multiply_keys(const T* const* keys, int64_t count, const X* const* queries, int64_t head_dim,
+                   float weights[GROUP][PIECE]) {
+    for (int64_t j = 0; j < count; ++j) {
+        float products[G];
+        dot_products<T, G>(keys[j], queries, head_dim, products);
+        for (int g = 0; g < G; ++g) weights[g][j] = products[g];
+    }
+}
+
+// G query heads over one piece. `partials` and the values behind them are the heads' places in the scratch memory.
+template <class T, int G>
+void attend(const Call<T>& c, const Piece& piece, int64_t head, const T* const* keys, const T* const* values,
+            float* partials, int64_t partial_size) {
+    using X = typename Product<T>::Operand;
+    const T* query = c.query + piece.token * c.query_token_stride + head * c.query_head_stride;
+    const int64_t count = piece.end - piece.begin;
+    const X* queries[G];
+    float weights[GROUP][PIECE];
+    float* out[G];
+    if constexpr (!std::is_same_v<X, T>) {
+        X* own = own_memory<X>(G * c.head_dim);
+        for (int g = 0; g < G; ++g, own += c.head_dim) {
+            to_operands(query + g * c.query_head_stride, c.head_dim, own);
+            queries[g] = own;
+        }
+    } else {
+        for (int g = 0; g < G; ++g) queries[g] = query + g * c.query_head_stride;
+    }
+    multiply_keys<T, G>(keys, count, queries, c.head_dim, weights);
+    for (int g = 0; g < G; ++g) {
+        for (int64_t tail = count; tail % LANES != 0; ++tail) weights[g][tail] = 0.0f;
+        scale_and_cap(weights[g], count, c.scale, c.softcap);
+        add_bias(c, piece, head + g, weights[g]);
+        const Partial partial = to_weights(weights[g], count);
+        partials[g * partial_size] = partial.greatest;
+        partials[g * partial_size + 1] = partial.total;
+        out[g] = partials + g * partial_size + 2;
+    }
+    int64_t at = 0;
+    for (; at + 4 * LANES <= c.value_dim; at += 4 * LANES)
+        add_weighted_values<T, G, 4>(values, weights, count, at, out, LANES);
+    for (; at < c.value_dim; at += LANES)
+        add_weighted_values<T, G, 1>(values, weights, count, at, out, c.value_dim - at);
+}
+
+// Query heads `[head, last)`, which share a key-value head, over one piece.
+template <class T>
+Status attend_piece(const Call<T>& c, const Piece& piece, int64_t head, int64_t last, float* partials,
+                    int64_t partial_size) {
+    const T *keys[PIECE], *values[PIECE];
+    const int64_t count = piece.end - piece.begin, kv_head = head / (c.num_heads / c.num_kv_heads);
+    const int32_t* page = piece.pages + piece.begin / c.page_size;
+    int64_t offset = piece.begin % c.page_size;
+    for (int64_t j = 0; j < count; ++page, offset = 0) {
+        if (*page < 0 || *page >= c.num_pages) return BAD_PAGE;
+        for (; j < count && offset < c.page_size; ++j, ++offset) {
+            const int64_t entry = (*page * c.page_size + offset) * c.num_kv_heads + kv_head;
+            keys[j] = c.key_cache + entry * c.head_dim;
+            values[j] = c.value_cache + entry * c.value_stride;
+        }
+    }
+    for (; head < last; head += GROUP) {
+        float* place = partials + head * partial_size;
+        switch (last - head) {
+            case 1: attend<T, 1>(c, piece, head, keys, values, place, partial_size); break;
+            case 2: attend<T, 2>(c, piece, head, keys, values, place, partial_size); break;
+            case 3: attend<T, 3>(c, piece, head, keys, values, place, partial_size); break;
+            default: attend<T, 4>(c, piece, head, keys, values, place, partial_size);
+        }
+    }
+    return DONE;
+}
+
+// One query head's result from its pieces' partial ones, whose greatest scores become the factors they are scaled by.
+template <class T>
+void combine(const Call<T>& c, int64_t token, int64_t head, float* partials, int64_t num_pieces, int64_t piece_size) {
+    const float* sink = c.sinks == nullptr ? nullptr : c.sinks + token * c.sinks_stride + head;
+    float greatest = sink == nullptr ? -__builtin_inff() : *sink;
+    for (int64_t p = 0; p < num_pieces; ++p) {
+        const float other = partials[p * piece_size];
+        greatest = other > greatest ? other : greatest;
+    }
+    const float shift = greatest == -__builtin_inff() ? 0.0f : greatest;
+    float total = sink == nullptr ? 0.0f : exp(splat(*sink - shift))[0];
+    for (int64_t p = 0; p < num_pieces; ++p) {
+        float* partial = partials + p * piece_size;
+        partial[0] = exp(splat(partial[0] - shift))[0];
+        total += partial[1] * partial[0];
+    }
+    T* out = c.out + (token * c.num_heads + head) * c.value_dim;
+    for (int64_t at = 0; at < c.value_dim; at += LANES) {
+        Floats result = {};
+        for (int64_t p = 0; p < num_pieces; ++p)
+            result = load(partials + p * piece_size + 2 + at, c.value_dim - at) * partials[p * piece_size] + result;
+        store(out + at, result / total, c.value_dim - at);
+    }
+}
+
+// What a team shares while it attends: the pieces of all query tokens, and partial results of some.
+struct Shared {
+    Piece* pieces;
+    int64_t* starts;  // where each query token's pieces begin
+    float* partials;
+    Status* fault;
+    void* memory;
+
+    static Shared allocate(int64_t num_pieces, int64_t num_queries, int64_t num_partials) {
+        const size_t piece_bytes = static_cast<size_t>(num_pieces) * sizeof(Piece);
+        const size_t start_bytes = static_cast<size_t>(num_queries + 1) * sizeof(int64_t);
+        const size_t partial_bytes = static_cast<size_t>(num_partials) * sizeof(float);
+        char* memory = static_cast<char*>(std::malloc(piece_bytes + start_bytes + partial_bytes + sizeof(Status)));
+        return {reinterpret_cast<Piece*>(memory), reinterpret_cast<int64_t*>(memory + piece_bytes),
+                reinterpret_cast<float*>(memory + piece_bytes + start_bytes),
+                reinterpret_cast<Status*>(memory + piece_bytes + start_bytes + partial_bytes), memory};
+    }
+};
+
+template <class T>
+void fill(const Call<T>& c, const Shared& shared) {
+    int64_t piece = 0, query = 0;
+    for_each_query(c, [&](int64_t token, int64_t position, const int32_t* pages, Range range) {
+        shared.starts[query++] = piece;
+        for (int64_t at = range.begin; at < range.end; at = (at / PIECE + 1) * PIECE) {
+            const int64_t border = at / PIECE * PIECE + PIECE;
+            shared.pieces[piece++] = {token, position, pages, at, border < range.end ? border : range.end};
+        }
+    });
+    shared.starts[query] = piece;
+    *shared.fault = DONE;
+}
+
+// Query tokens `[first, last)`, of those that are attended one by one.
+template <class T>
+void attend_queries(const Call<T>& c, const Shared& shared, int64_t first, int64_t last, int64_t partial_size) {
+    const int64_t piece_size = partial_size * c.num_heads, heads_each = c.num_heads / c.num_kv_heads;
+    const int64_t parts_each = (heads_each + HEADS - 1) / HEADS, parts = c.num_kv_heads * parts_each;
+    const int64_t begin = shared.starts[first], end = shared.starts[last];
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < (end - begin) * parts; ++item) {
+        const int64_t p = item / parts, part = item % parts, kv_head = part / parts_each;
+        const int64_t head = kv_head * heads_each + part % parts_each * HEADS;
+        const Status found = attend_piece(c, shared.pieces[begin + p], head,
+                                          std::min(head + HEADS, (kv_head + 1) * heads_each),
+                                          shared.partials + p * piece_size, partial_size);
+        if (found != DONE) {
+#pragma omp atomic write
+            *shared.fault = found;
+        }
+    }
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < (last - first) * c.num_heads; ++item) {
+        const int64_t q = first + item / c.num_heads, head = item % c.num_heads, start = shared.starts[q];
+        combine(c, shared.pieces[start].token, head,
+                shared.partials + (start - begin) * piece_size + head * partial_size, shared.starts[q + 1] - start,
+                piece_size);
+    }
+}
+
+template <class T>
+Status attend_all(const Call<T>& c) {
+    int64_t num_pieces = 0, num_queries = 0, most = 0;
+    const Status checked = for_each_query(c, [&](int64_t, int64_t, const int32_t*, Range range) {
+        const int64_t pieces = (range.end - 1) / PIECE - range.begin / PIECE + 1;
+        ++num_queries;
+        num_pieces += pieces;
+        most = std::max(most, pieces);
+    });
+    if (checked != DONE || num_queries == 0) return checked;
+    const int64_t partial_size = (2 + c.value_dim + LANES - 1) / LANES * LANES;
+    const int64_t limit = std::min(num_pieces, std::max(most, PARTIALS / (partial_size * c.num_heads)));
+    Shared shared;
+#pragma omp single copyprivate(shared)
+    {
+        shared = Shared::allocate(num_pieces, num_queries, limit * partial_size * c.num_heads);
+        if (shared.memory != nullptr) fill(c, shared);
+    }
+    if (shared.memory == nullptr) return OUT_OF_MEMORY;
+    for (int64_t first = 0, last; first < num_queries; first = last) {
+        for (last = first + 1; last < num_queries && shared.starts[last + 1] - shared.starts[first] <= limit;) ++last;
+        attend_queries(c, shared, first, last, partial_size);
+    }
+    const Status status = *shared.fault;
+#pragma omp barrier
+#pragma omp single nowait
+    std::free(shared.memory);
+    return status;
+}
+
+// Whether a team is worth starting.
+template <class T>
+bool is_large(const Call<T>& c) {
+    int64_t num_keys = 0;
+    for (int64_t s = 0; s < c.num_sequences; ++s) num_keys += c.seq_lens[s];
+    return c.num_tokens > 64 || num_keys * c.num_heads * (c.head_dim + c.value_dim) > 32768;
+}
+
+}  // namespace
+}  // namespace autodeploy
