@@ -49,7 +49,7 @@ _elementwise = NativeFunction(
 )
 _REDUCE = (INT, POINTER, POINTER, INT64, INT64, THREADS)
 _reduce, _widening_reduce = NativeFunction("reduce", _REDUCE), NativeFunction("widening_reduce", _REDUCE)
-_largest = NativeFunction("largest", (POINTER, POINTER, POINTER, INT64, INT64, INT64, THREADS))
+_largest = NativeFunction("largest", (POINTER, POINTER, POINTER, INT64, INT64, INT64, INT, THREADS))
 _take = NativeFunction("take", (POINTER, POINTER, INT, INT64, POINTER, *[INT64] * 4, THREADS), INT)
 _scatter = NativeFunction("scatter", (POINTER, POINTER, POINTER, FLOAT, POINTER, *[INT64] * 3, THREADS), INT)
 
@@ -298,10 +298,10 @@ def _reduced(reduction: int, out: Tensor, x: Tensor, width: int) -> Calls | None
 def _topk(
     results: Results, x: Tensor, k: int, dim: int = -1, largest: bool = True, is_sorted: bool = True
 ) -> Calls | None:
-    is_plain = x.dim() > 0 and dim % x.dim() == x.dim() - 1 and largest and is_sorted and 0 < k <= x.shape[-1]
+    is_plain = x.dim() > 0 and dim % x.dim() == x.dim() - 1 and largest and 0 < k <= x.shape[-1]
     if not is_plain or x.dtype not in _FLOATS or not _are_contiguous(x, *results):
         return None
-    sizes = (x.numel() // x.shape[-1], x.shape[-1], k)
+    sizes = (x.numel() // x.shape[-1], x.shape[-1], k, is_sorted)
     return [(_largest, x.dtype, (x.data_ptr(), results[0].data_ptr(), results[1].data_ptr(), *sizes))]
 
 

@@ -43,10 +43,10 @@ void reduce(int reduction, const From* x, To* out, int64_t num_rows, int64_t wid
     }
 }
 
-// The `k` largest of each row in falling order, NaN first. Of equal ones, those that torch chooses: its algorithm and
-// its condition for each.
+// The `k` largest of each row, NaN first, in falling order if they are to be sorted. Of equal ones, those that torch
+// chooses: its algorithm and its condition for each.
 template <class T>
-void largest(const T* x, T* values, int64_t* indices, int64_t num_rows, int64_t width, int64_t k) {
+void largest(const T* x, T* values, int64_t* indices, int64_t num_rows, int64_t width, int64_t k, bool is_sorted) {
     using Element = std::pair<float, int64_t>;
     const auto before = [](const Element& a, const Element& b) {
         return (std::isnan(a.first) && !std::isnan(b.first)) || a.first > b.first;
@@ -59,7 +59,7 @@ void largest(const T* x, T* values, int64_t* indices, int64_t num_rows, int64_t 
             std::partial_sort(row.begin(), row.begin() + k, row.end(), before);
         } else {
             std::nth_element(row.begin(), row.begin() + k - 1, row.end(), before);
-            std::sort(row.begin(), row.begin() + k - 1, before);
+            if (is_sorted) std::sort(row.begin(), row.begin() + k - 1, before);
         }
         for (int64_t i = 0; i < k; ++i) {
             values[r * k + i] = x[r * width + row[i].second];
@@ -121,8 +121,9 @@ DEFINE_REDUCE(widening_reduce_bfloat16, autodeploy::bf16, float)
 // x: `[num_rows, width]`. values, indices: `[num_rows, k]`, 0 < k <= width. All contiguous.
 #define DEFINE_LARGEST(NAME, T)                                                                                      \
     extern "C" void NAME(const T* x, T* values, int64_t* indices, int64_t num_rows, int64_t width, int64_t k,        \
-                         int threads) {                                                                              \
-        autodeploy::with_team(threads, [&] { autodeploy::largest(x, values, indices, num_rows, width, k); });        \
+                         int is_sorted, int threads) {                                                               \
+        autodeploy::with_team(                                                                                       \
+            threads, [&] { autodeploy::largest(x, values, indices, num_rows, width, k, is_sorted != 0); });          \
     }                                                                                                                \
     RECORDABLE(NAME)
 
