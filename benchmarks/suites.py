@@ -27,6 +27,7 @@ from suites.setting import Setting, SuiteError
 from autodeploy.bench import record
 
 NAME = "served"
+REPOSITORY = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ SUITES = {
 
 def run(name: str, suite: Suite, build: Path, is_smoke: bool) -> dict[str, Any]:
     """The record of one suite."""
-    result: dict[str, Any] = {"suite": name, "passed": False, "command": sys.argv}
+    result: dict[str, Any] = {"suite": name, "passed": False, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
     result |= {"machine": record.machine(), "versions": record.versions()}
     try:
         python = environments.python(build, suite.environment)
@@ -76,10 +77,20 @@ def run(name: str, suite: Suite, build: Path, is_smoke: bool) -> dict[str, Any]:
             began = time.perf_counter()
             result |= {"server": command[2:], "model": suite.model} | suite.run(setting)
             result |= {"seconds": time.perf_counter() - began, "commands": setting.commands}
+            result = without_places(result, {checkpoint: "CHECKPOINT", Path(scratch): "SCRATCH", REPOSITORY: "."})
             result["environment"] = environments.versions(build, suite.environment)
     except (environments.NotAvailable, PeerError, SuiteError) as error:
         result["error"] = str(error)
     return result
+
+
+def without_places(result: dict[str, Any], names: dict[Path, str]) -> dict[str, Any]:
+    """The same result, with names for the places of one machine."""
+    text = json.dumps(result)
+    for place, name in names.items():
+        text = text.replace(json.dumps(str(place))[1:-1], name)
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}")
     parser.add_argument("--smoke", action="store_true", help="as little of each as shows that it runs")
-    parser.add_argument("--build", type=Path, default=Path(__file__).parents[1] / "build" / "peers")
+    parser.add_argument("--build", type=Path, default=REPOSITORY / "build" / "peers")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/local"))
     given = parser.parse_args(arguments)
     if unknown := set(given.suites) - SUITES.keys():

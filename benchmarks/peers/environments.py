@@ -87,8 +87,8 @@ def python(build: Path, name: str) -> Path:
 
 
 def versions(build: Path, name: str) -> list[str]:
-    """`name==version` of everything in an environment, as `pip freeze` prints it."""
-    command = [str(build / name / "bin" / "python"), "-m", "pip", "freeze"]
+    """`name==version` of everything in an environment."""
+    command = [str(build / name / "bin" / "python"), "-m", "pip", "list", "--format=freeze"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
 

@@ -50,7 +50,7 @@ def write_tasks(folder: Path, number: int) -> None:
 
 def run(setting: Setting) -> dict[str, Any]:
     """Score the server by completions and by conversations, and the same weights without a server."""
-    write_tasks(setting.scratch, 4 if setting.is_smoke else 50)
+    write_tasks(setting.scratch, 4 if setting.is_smoke else 24)
     remote = f"model={setting.model},tokenizer={setting.checkpoint},tokenizer_backend=huggingface,num_concurrent=8"
     completions = f"{remote},max_length=2048,base_url={setting.url}/v1/completions"
     chat = f"{remote},base_url={setting.url}/v1/chat/completions"

@@ -71,7 +71,9 @@ def aiperf(setting: Setting) -> dict[str, Any]:
     }
     setting.run(["aiperf", "profile"], flags, {"HF_HUB_OFFLINE": ""})  # set to anything, it reads no folder either
     (path,) = folder.rglob("profile_export_aiperf.json")
-    return {"raw": _read(path)}
+    raw = _read(path)
+    got = (raw["completed_request_count"]["avg"], raw["total_usage_completion_tokens"]["avg"])
+    return {"passed": got == (load.requests, load.requests * load.output_tokens), "raw": raw}
 
 
 def vllm_bench(setting: Setting) -> dict[str, Any]:

@@ -116,3 +116,9 @@ def test_a_suite_without_an_environment_is_not_passed(
     assert "NOT PASSED" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         suites.main(["nothing"])
+
+
+def test_records_name_no_place_of_a_machine(script: Script, tmp_path: Path) -> None:
+    result = {"command": f"run {tmp_path}/model --data={tmp_path}/model/x", "raw": [{"id": str(tmp_path)}]}
+    found = script("suites").without_places(result, {tmp_path / "model": "CHECKPOINT", tmp_path: "SCRATCH"})
+    assert found == {"command": "run CHECKPOINT --data=CHECKPOINT/x", "raw": [{"id": "SCRATCH"}]}

@@ -79,6 +79,49 @@ def test_the_official_clients_parser(start: Start) -> None:
     assert isinstance(call.function.parsed_arguments, Colour)
 
 
+def test_the_official_clients_streaming_parser(start: Start) -> None:
+    """It puts chunks together itself, parses as it goes, and refuses what does not fit together."""
+    tokenizer = byte_level(chat_template=TEMPLATE)
+    server = start(random_engine(tokenizer), tokenizer=tokenizer)
+    common: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": 900}
+    with server.client().chat.completions.stream(response_format=Colour, **common) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_completion()
+    assert kinds.count("content.delta") > 1 and kinds[-1] == "content.done"
+    assert isinstance(final.choices[0].message.parsed, Colour)
+
+    async def tools() -> Any:
+        client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=20)
+        tool = openai.pydantic_function_tool(Colour)
+        async with (
+            client,
+            client.chat.completions.stream(
+                tools=[tool], tool_choice="required", parallel_tool_calls=False, **common
+            ) as stream,
+        ):
+            kinds = [event.type async for event in stream]
+            assert "tool_calls.function.arguments.delta" in kinds
+            assert kinds.count("tool_calls.function.arguments.done") == 1
+            return await stream.get_final_completion()
+
+    (call,) = asyncio.run(tools()).choices[0].message.tool_calls
+    assert call.function.name == "Colour" and isinstance(call.function.parsed_arguments, Colour)
+
+
+def test_the_official_async_client_parses_too(start: Start) -> None:
+    server = start(random_engine())
+
+    async def everything() -> Any:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=20) as client:
+            model = await client.models.retrieve("tiny")
+            ask = client.chat.completions.parse
+            asked = (ask(model=model.id, messages=MESSAGES, response_format=Colour, max_tokens=900) for _ in range(4))
+            return await asyncio.gather(*asked)
+
+    for answer in asyncio.run(everything()):
+        assert isinstance(answer.choices[0].message.parsed, Colour)
+
+
 @pytest.mark.parametrize(
     ("fields", "pattern"),
     [
