@@ -9,6 +9,7 @@ machine, and how busy others keep it, are measured in every round.
 """
 
 import argparse
+import os
 import signal
 import statistics
 import sys
@@ -132,6 +133,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--build", type=Path, default=Path(__file__).parents[1] / "build" / "peers")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/local"))
     given = parser.parse_args(arguments)
+    if "OMP_NUM_THREADS" in os.environ and not (given.smoke or given.prepare):
+        parser.error("OMP_NUM_THREADS is set, which servers take for what they are to use: run with `env -u`")
     if given.smoke:
         given.model, given.rounds, given.precision, given.server = "tiny", 1, ["bf16"], ["AutoDeploy"]
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,6 +1,7 @@
 """Which HTTP servers are compared, each as its users start it; and one made ready to be launched.
 
-Nothing is set but the precision, the threads, and room for as many requests as the load sends at once.
+Nothing is set but the precision, the processors that a server would not take by itself, and room for as many requests
+as the load sends at once. OMP_NUM_THREADS must not be set.
 """
 
 import os
@@ -128,7 +129,6 @@ def prepare(name: str, precision: str, model: str, checkpoint: Path, build: Path
         "{length}": str(MAX_MODEL_LEN),
         "{context}": str(MAX_SEQUENCES * MAX_MODEL_LEN),
     }
-    threads = {"OMP_NUM_THREADS": str(_THREADS)}
     return Prepared(
         name=name,
         precision=precision,
@@ -138,6 +138,6 @@ def prepare(name: str, precision: str, model: str, checkpoint: Path, build: Path
             *(words.get(word, word.replace("{here}", str(HERE))) for word in kind.command.split()),
             *flags,
         ],
-        variables=threads | kind.variables if kind.environment else threads | {"PYTHONPATH": SOURCE},
+        variables=kind.variables if kind.environment else {"PYTHONPATH": SOURCE},
         log=build / f"server-{name.lower().replace(' ', '-')}-{precision}.log",
     )
