@@ -203,7 +203,7 @@ def raw_requests(draw: st.DrawFn) -> bytes:
     if draw(rarely):
         at = draw(st.integers(0, len(body)))
         body = body[:at] + draw(st.binary(max_size=3)) + body[at + draw(st.integers(0, 3)) :]
-    headers = draw(st.lists(st.sampled_from(HEADERS), max_size=3)) if draw(rarely) else [HEADERS[0]]
+    headers = draw(st.lists(st.sampled_from(HEADERS), max_size=3, unique=True)) if draw(rarely) else [HEADERS[0]]
     length = len(body) + (draw(st.sampled_from([-1, 1, 100])) if draw(rarely) else 0)
     lines = [f"{method} {path} HTTP/1.1", "Host: x", "Connection: close", *headers, f"Content-Length: {max(0, length)}"]
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
