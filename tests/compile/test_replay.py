@@ -68,8 +68,8 @@ def inputs(seed: int, num_tokens: int = 3, width: int = 2) -> tuple[Tensor, Tens
 
 def count_up(ids: Tensor, table: Tensor, state: Tensor) -> Tensor:
     state.add_(ids.sum())
-    wide = torch.empty(400).fill_(1.0) * state
-    return wide.reshape(20, 20)[:1, : ids.shape[1]] + ids + table.sum()
+    wide = torch.empty(4 * MAX_TOKENS).fill_(1.0) * state
+    return wide.reshape(2, -1)[:1, : ids.shape[1]] + ids + table.sum()
 
 
 def test_steps_are_repeated_from_the_third_of_a_shape_on() -> None:

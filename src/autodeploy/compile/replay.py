@@ -27,9 +27,9 @@ from autodeploy.kernels.cpu.tape import Tape
 from autodeploy.kernels.cpu.torch_calls import compute_natively
 from autodeploy.ops.batch_inputs import PAGE_TABLE
 
-MAX_TOKENS = 16
+MAX_TOKENS = 64
 """Tokens of a step up to which it is worth repeating; what larger steps compute hides what Python costs."""
-MAX_SHAPES = 32
+MAX_SHAPES = 96
 """Shapes of steps that are remembered; those longest unused go first."""
 
 _READS = {

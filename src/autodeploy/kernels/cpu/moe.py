@@ -1,4 +1,4 @@
-"""moe for few tokens per expert: the time is that of reading the chosen experts, once; more tokens go to torch."""
+"""moe for any number of tokens per expert: bound by reading the chosen experts, once, or by multiplying."""
 
 import math
 
@@ -19,9 +19,6 @@ from autodeploy.kernels.cpu.native import (
     why_refused,
 )
 from autodeploy.ops.moe import moe
-
-MAX_ROWS = 8
-"""Tokens of an expert, on average, up to which reading its weights takes longer than multiplying."""
 
 _moe = NativeFunction("moe", (*[POINTER] * 8, *[INT64] * 5, INT, INT, FLOAT, FLOAT, THREADS, *[POINTER] * 5))
 
@@ -64,8 +61,7 @@ def moe_cpu(
     num_tokens, num_choices = indices.shape
     num_experts, size, width = down.shape
     choices = num_tokens * num_choices
-    is_few = num_tokens <= MAX_ROWS or choices <= MAX_ROWS * num_experts
-    if not is_few or not (gate_up.is_contiguous() and down.is_contiguous()):
+    if not (gate_up.is_contiguous() and down.is_contiguous()):
         result: Tensor = moe.reference(
             x, indices, weights, gate_up, down, gate_up_bias, down_bias, activation, gated, limit, up_offset
         )

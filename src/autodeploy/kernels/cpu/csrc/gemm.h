@@ -4,7 +4,6 @@
 
 #pragma once
 
-#include "team.h"
 #include "tiles.h"
 
 namespace autodeploy {
@@ -14,7 +13,6 @@ constexpr int64_t DEPTH = 256;                      // inputs of a block
 constexpr int64_t OUTPUTS = 4 * LANES;              // outputs of a block
 constexpr int64_t PANEL_OUTPUTS = COLUMNS * LANES;  // outputs of a tile
 constexpr int64_t SLAB = 84 * TILE_ROWS;            // rows that a block is multiplied with, at most
-constexpr int64_t ITEMS_PER_THREAD = 4;             // so that threads end together
 
 // Sixteen outputs of INPUTS inputs are laid out at a time, as `[INPUTS / STEP][16][STEP]` with `step` elements from one to
 // the next: a transposition, whose cost the product of few rows pays too.
@@ -103,6 +101,7 @@ void pack_outputs(const T* weight, int64_t stride, int64_t count, int64_t depth,
 template <class T>
 struct Workspace {
     alignas(64) typename Lane<T>::Element weight[OUTPUTS * DEPTH];
+    alignas(64) typename Lane<T>::Element rows[TILE_ROWS * DEPTH];
     alignas(64) float totals[SLAB * OUTPUTS];
 };
 
@@ -115,55 +114,56 @@ inline void multiply_rows(int64_t rows, const typename Lane<T>::Element* x, int6
         multiply_rows<T, R - 1>(rows, x, stride, panel, depth, totals);
 }
 
-// What is multiplied: x `[num_rows, num_inputs]`, weight `[num_outputs, num_inputs]`, bias `[num_outputs]` or null.
+// Rows of x as tiles read them, one after the other in memory.
 template <class T>
-struct Gemm {
-    const typename Lane<T>::Element* x;
-    const T *weight, *bias;
-    T* out;
-    int64_t num_rows, num_inputs, num_outputs;
+struct Consecutive {
+    using E = typename Lane<T>::Element;
+    const E* x;
+    int64_t stride;
+    const E* operator()(int64_t row, int64_t, int64_t input, int64_t, E*) const { return x + row * stride + input; }
 };
 
-// Rows `[begin, end)`, at most SLAB, of the block of outputs from `first` on.
+// Rows `order[row] / each` of x, copied where they are to be multiplied.
 template <class T>
-void multiply_block(const Gemm<T>& g, int64_t begin, int64_t end, int64_t first) {
+struct Gathered {
+    using E = typename Lane<T>::Element;
+    const T* x;
+    int64_t num_inputs;
+    const int64_t* order;
+    int64_t each;
+    static constexpr int64_t stride = DEPTH;
+    const E* operator()(int64_t row, int64_t count, int64_t input, int64_t depth, E* own) const {
+        for (int64_t r = 0; r < count; ++r)
+            to_operands(x + order[row + r] / each * num_inputs + input, depth, own + r * DEPTH);
+        return own;
+    }
+};
+
+// A block of outputs of `weight` `[count, num_inputs]`, for rows `[begin, end)`, at most SLAB:
+// emit(row, output, sums, how many of them exist).
+template <class T, class Rows, class Emit>
+void multiply_block(const Rows& rows, int64_t begin, int64_t end, const T* weight, int64_t count, int64_t num_inputs,
+                    const Emit& emit) {
     static thread_local Workspace<T> mine;
-    const int64_t count = g.num_outputs - first < OUTPUTS ? g.num_outputs - first : OUTPUTS;
+    count = count < OUTPUTS ? count : OUTPUTS;
     std::memset(mine.totals, 0, sizeof(float) * static_cast<size_t>((end - begin) * OUTPUTS));
-    for (int64_t input = 0; input < g.num_inputs; input += DEPTH) {
-        const int64_t depth = g.num_inputs - input < DEPTH ? g.num_inputs - input : DEPTH;
-        const T* weight = g.weight + first * g.num_inputs + input;
+    for (int64_t input = 0; input < num_inputs; input += DEPTH) {
+        const int64_t depth = num_inputs - input < DEPTH ? num_inputs - input : DEPTH;
         for (int64_t o = 0; o < OUTPUTS; o += LANES)
-            pack_outputs<T>(weight + o * g.num_inputs, g.num_inputs, count - o, depth,
+            pack_outputs<T>(weight + o * num_inputs + input, num_inputs, count - o, depth,
                             mine.weight + o / PANEL_OUTPUTS * PANEL_OUTPUTS * DEPTH + o % PANEL_OUTPUTS * Lane<T>::STEP,
                             PANEL_OUTPUTS * Lane<T>::STEP);
-        for (int64_t row = begin; row < end; row += TILE_ROWS)
+        for (int64_t row = begin; row < end; row += TILE_ROWS) {
+            const int64_t tile = end - row < TILE_ROWS ? end - row : TILE_ROWS;
+            const auto* x = rows(row, tile, input, depth, mine.rows);
             for (int64_t o = 0; o < count; o += PANEL_OUTPUTS)
-                multiply_rows<T, TILE_ROWS>(end - row < TILE_ROWS ? end - row : TILE_ROWS,
-                                            g.x + row * g.num_inputs + input, g.num_inputs, mine.weight + o * DEPTH,
-                                            depth, mine.totals + (row - begin) * OUTPUTS + o);
+                multiply_rows<T, TILE_ROWS>(tile, x, rows.stride, mine.weight + o * DEPTH, depth,
+                                            mine.totals + (row - begin) * OUTPUTS + o);
+        }
     }
-    for (int64_t o = 0; o < count; o += LANES) {
-        const Floats shift = g.bias == nullptr ? Floats{} : load(g.bias + first + o, count - o);
-        for (int64_t row = begin; row < end; ++row)
-            store(g.out + row * g.num_outputs + first + o,
-                  load(mine.totals + (row - begin) * OUTPUTS + o) + shift, count - o);
-    }
-}
-
-// All of it, shared by the team.
-template <class T>
-void multiply(const Gemm<T>& g) {
-    const int64_t blocks = (g.num_outputs + OUTPUTS - 1) / OUTPUTS, wanted = ITEMS_PER_THREAD * team_size();
-    const int64_t least = (wanted + blocks - 1) / blocks;  // slabs
-    const int64_t tiles = (g.num_rows + least * TILE_ROWS - 1) / (least * TILE_ROWS);
-    const int64_t slab = tiles * TILE_ROWS < SLAB ? tiles * TILE_ROWS : SLAB;
-    const int64_t slabs = (g.num_rows + slab - 1) / slab;
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < blocks * slabs; ++item) {
-        const int64_t begin = item % slabs * slab, end = begin + slab;
-        multiply_block(g, begin, end < g.num_rows ? end : g.num_rows, item / slabs * OUTPUTS);
-    }
+    for (int64_t row = begin; row < end; ++row)
+        for (int64_t o = 0; o < count; o += LANES)
+            emit(row, o, load(mine.totals + (row - begin) * OUTPUTS + o), count - o < LANES ? count - o : LANES);
 }
 
 }  // namespace

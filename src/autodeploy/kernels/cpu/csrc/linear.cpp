@@ -2,11 +2,13 @@
 // more go by blocks.
 
 #include "gemm.h"
+#include "team.h"
 
 namespace autodeploy {
 namespace {
 
-constexpr int64_t BLOCK = 8;  // weight rows that stay in cache while rows of x go by, a few at a time
+constexpr int64_t BLOCK = 8;             // weight rows that stay in cache while rows of x go by, a few at a time
+constexpr int64_t ITEMS_PER_THREAD = 4;  // so that threads end together
 
 // A block of outputs for rows `row` and later of x, M at a time; the last rows in ever smaller steps.
 template <class T, int M, class X>
@@ -53,14 +55,29 @@ void few_rows(const T* x, const T* weight, const T* bias, T* out, int64_t num_ro
 template <class T>
 void many_rows(const T* x, const T* weight, const T* bias, T* out, int64_t num_rows, int64_t num_inputs,
                int64_t num_outputs, float* elements) {
-    using E = typename Lane<T>::Element;
-    if constexpr (std::is_same_v<E, T>) {
-        multiply(Gemm<T>{x, weight, bias, out, num_rows, num_inputs, num_outputs});
+    Consecutive<T> rows;
+    if constexpr (std::is_same_v<typename Lane<T>::Element, T>) {
+        rows = {x, num_inputs};
     } else {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < num_rows; ++row)
             to_operands(x + row * num_inputs, num_inputs, elements + row * num_inputs);
-        multiply(Gemm<T>{elements, weight, bias, out, num_rows, num_inputs, num_outputs});
+        rows = {elements, num_inputs};
+    }
+    const int64_t blocks = (num_outputs + OUTPUTS - 1) / OUTPUTS, wanted = ITEMS_PER_THREAD * team_size();
+    const int64_t least = (wanted + blocks - 1) / blocks;  // slabs of rows
+    const int64_t tiles = (num_rows + least * TILE_ROWS - 1) / (least * TILE_ROWS);
+    const int64_t slab = tiles * TILE_ROWS < SLAB ? tiles * TILE_ROWS : SLAB;
+    const int64_t slabs = (num_rows + slab - 1) / slab;
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < blocks * slabs; ++item) {
+        const int64_t begin = item % slabs * slab, end = begin + slab < num_rows ? begin + slab : num_rows;
+        const int64_t first = item / slabs * OUTPUTS;
+        multiply_block<T>(rows, begin, end, weight + first * num_inputs, num_outputs - first, num_inputs,
+                          [&](int64_t row, int64_t o, Floats sums, int64_t count) {
+                              const Floats shift = bias == nullptr ? Floats{} : load(bias + first + o, count);
+                              store(out + row * num_outputs + first + o, sums + shift, count);
+                          });
     }
 }
 

@@ -1,15 +1,18 @@
-// A mixture of experts for few tokens: each weight of a chosen expert is read from memory once, for all its tokens.
+// A mixture of experts: each weight of a chosen expert is read from memory once, for all its tokens. An expert's products
+// with few tokens go row by row, with many by blocks.
 //
 // Choices are sorted by expert. First all up products, one work item per expert and block of its rows; then gates; then
 // the down products, one work item per block of outputs, which adds the experts of a token in their order.
 
 #include "experts.h"
+#include "gemm.h"
 #include "team.h"
 
 namespace autodeploy {
 namespace {
 
-constexpr int64_t BLOCK = 8;  // weight rows that stay in cache while tokens go by, a few at a time
+constexpr int64_t FEW_ROWS = 6;  // as for one weight
+constexpr int64_t BLOCK = 8;     // weight rows that stay in cache while tokens go by, a few at a time
 
 template <class T>
 struct Mixture : Choices, Gate {
@@ -43,7 +46,13 @@ void block_products(const T* weight, int64_t count, int64_t length, int64_t begi
     }
 }
 
-// x as operands; converted ones stand where `totals` will.
+// Whether `count` rows of `length` go by blocks; pairs of inputs have no half.
+template <class T>
+inline bool is_many(int64_t count, int64_t length) {
+    return count > FEW_ROWS && length % Lane<T>::STEP == 0;
+}
+
+// x as operands of the experts with few tokens; converted ones stand where `totals` will.
 template <class T>
 const typename Product<T>::Operand* operands(const Mixture<T>& m) {
     if constexpr (std::is_same_v<typename Product<T>::Operand, T>) {
@@ -58,18 +67,32 @@ const typename Product<T>::Operand* operands(const Mixture<T>& m) {
 template <class T>
 void multiply_up(const Mixture<T>& m, int64_t num_groups) {
     const auto* x = operands(m);
-    const int64_t rows = m.rows(), blocks_each = (rows + BLOCK - 1) / BLOCK;
-#pragma omp for schedule(static)
+    const int64_t rows = m.rows(), blocks_each = (rows + OUTPUTS - 1) / OUTPUTS;
+#pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < num_groups * blocks_each; ++item) {
-        const int64_t group = item / blocks_each, first = item % blocks_each * BLOCK;
-        const int64_t count = std::min(BLOCK, rows - first), expert = m.expert(m.groups[group]);
+        const int64_t group = item / blocks_each, first = item % blocks_each * OUTPUTS;
+        const int64_t begin = m.groups[group], end = m.groups[group + 1];
+        const int64_t count = std::min(OUTPUTS, rows - first), expert = m.expert(begin);
+        const T* weight = m.gate_up + (expert * rows + first) * m.size;
         const T* bias = m.gate_up_bias == nullptr ? nullptr : m.gate_up_bias + expert * rows + first;
-        block_products<T, 4>(
-            m.gate_up + (expert * rows + first) * m.size, count, m.size, m.groups[group], m.groups[group + 1],
-            [&](int64_t position) { return x + m.token(position) * m.size; },
-            [&](int64_t position, int64_t o, float product) {
-                m.hidden[position * rows + first + o] = product + (bias == nullptr ? 0.0f : to_float(bias[o]));
-            });
+        if (is_many<T>(end - begin, m.size)) {
+            const Gathered<T> tokens = {m.x, m.size, m.order, m.num_choices};
+            for (int64_t slab = begin; slab < end; slab += SLAB)
+                multiply_block<T>(tokens, slab, std::min(slab + SLAB, end), weight, count, m.size,
+                                  [&](int64_t position, int64_t o, Floats sums, int64_t lanes) {
+                                      const Floats shift = bias == nullptr ? Floats{} : load(bias + o, lanes);
+                                      store(m.hidden + position * rows + first + o, sums + shift, lanes);
+                                  });
+            continue;
+        }
+        for (int64_t at = 0; at < count; at += BLOCK)
+            block_products<T, 4>(
+                weight + at * m.size, std::min(BLOCK, count - at), m.size, begin, end,
+                [&](int64_t position) { return x + m.token(position) * m.size; },
+                [&](int64_t position, int64_t o, float product) {
+                    m.hidden[position * rows + first + at + o] =
+                        product + (bias == nullptr ? 0.0f : to_float(bias[at + o]));
+                });
     }
 }
 
@@ -82,24 +105,39 @@ void gate(const Mixture<T>& m, int64_t count) {
 
 template <class T>
 void multiply_down(const Mixture<T>& m, int64_t num_groups) {
-#pragma omp for schedule(static)
-    for (int64_t first = 0; first < m.size; first += BLOCK) {
-        const int64_t count = std::min(BLOCK, m.size - first);
+#pragma omp for schedule(dynamic)
+    for (int64_t first = 0; first < m.size; first += OUTPUTS) {
+        const int64_t outputs = std::min(OUTPUTS, m.size - first);
         for (int64_t t = 0; t < m.num_tokens; ++t)
-            for (int64_t o = 0; o < count; ++o) m.totals[t * m.size + first + o] = 0.0f;
+            for (int64_t o = 0; o < outputs; ++o) m.totals[t * m.size + first + o] = 0.0f;
         for (int64_t group = 0; group < num_groups; ++group) {
-            const int64_t expert = m.expert(m.groups[group]);
+            const int64_t begin = m.groups[group], end = m.groups[group + 1], expert = m.expert(begin);
+            const T* weight = m.down + (expert * m.size + first) * m.width;
             const T* bias = m.down_bias == nullptr ? nullptr : m.down_bias + expert * m.size + first;
-            block_products<T, 4>(
-                m.down + (expert * m.size + first) * m.width, count, m.width, m.groups[group], m.groups[group + 1],
-                [&](int64_t position) { return m.inner + position * m.width; },
-                [&](int64_t position, int64_t o, float product) {
-                    const float result = product + (bias == nullptr ? 0.0f : to_float(bias[o]));
-                    m.totals[m.token(position) * m.size + first + o] += m.weights[m.order[position]] * result;
-                });
+            if (is_many<T>(end - begin, m.width)) {
+                const Consecutive<T> inner = {m.inner, m.width};
+                for (int64_t slab = begin; slab < end; slab += SLAB)
+                    multiply_block<T>(inner, slab, std::min(slab + SLAB, end), weight, outputs, m.width,
+                                      [&](int64_t position, int64_t o, Floats sums, int64_t lanes) {
+                                          const Floats shift = bias == nullptr ? Floats{} : load(bias + o, lanes);
+                                          float* to = m.totals + m.token(position) * m.size + first + o;
+                                          const float share = m.weights[m.order[position]];
+                                          store(to, load(to, lanes) + (sums + shift) * share, lanes);
+                                      });
+                continue;
+            }
+            for (int64_t at = 0; at < outputs; at += BLOCK)
+                block_products<T, 4>(
+                    weight + at * m.width, std::min(BLOCK, outputs - at), m.width, begin, end,
+                    [&](int64_t position) { return m.inner + position * m.width; },
+                    [&](int64_t position, int64_t o, float product) {
+                        const float result = product + (bias == nullptr ? 0.0f : to_float(bias[at + o]));
+                        m.totals[m.token(position) * m.size + first + at + o] +=
+                            m.weights[m.order[position]] * result;
+                    });
         }
         for (int64_t t = 0; t < m.num_tokens; ++t)
-            for (int64_t o = 0; o < count; ++o) {
+            for (int64_t o = 0; o < outputs; ++o) {
                 const int64_t at = t * m.size + first + o;
                 assign(m.out[at], m.totals[at]);
             }
