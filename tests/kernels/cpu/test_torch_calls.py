@@ -183,9 +183,7 @@ def test_arithmetic_in_bfloat16_rounds_as_torch_does(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("is_sorted", [True, False])
 @pytest.mark.parametrize(("width", "k"), [(8, 2), (8, 8), (64, 1), (128, 2), (130, 2), (256, 8), (160, 6), (512, 8)])
-def test_of_equal_elements_those_that_torch_chooses(
-    width: int, k: int, is_sorted: bool, dtype: torch.dtype
-) -> None:
+def test_of_equal_elements_those_that_torch_chooses(width: int, k: int, is_sorted: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = torch.randint(0, 5, (200, width)).to(dtype)
     x[3, 2] = NAN
