@@ -121,6 +121,7 @@ CASES: dict[str, Callable[[Make], list[Any]]] = {
     "index_select.default": lambda x: [(x(2, 6, 3).contiguous(), 1, indices(x, 6, 4).int())],
     "index.Tensor": lambda x: [
         (x(2, 6, 3).contiguous(), [None, indices(x, 6, 4)]),
+        (x(2, 6, 3).contiguous(), [None, indices(x, 6, 4) - 6]),
         (x(6).contiguous(), [indices(x, 6, 2, 2)]),
     ],
     "gather.default": lambda x: [(x(3, 8).contiguous(), -1, indices(x, 8, 3, 2))],
@@ -220,6 +221,13 @@ def test_an_index_outside_is_an_error(index: int) -> None:
         compute_natively(gather, (x, 1, at), {}, [torch.empty(2, 1)])
     with pytest.raises(IndexError, match="outside"):
         compute_natively(scatter, (x, 1, at, 2.0), {}, [torch.empty(2, 9)])
+
+
+@pytest.mark.parametrize("index", [-10, 9])
+def test_an_index_from_the_end_may_be_outside_too(index: int) -> None:
+    given = (torch.ones(2, 9), [None, torch.tensor([-9, index])])
+    with pytest.raises(IndexError, match="outside"):
+        compute_natively(torch.ops.aten.index.Tensor, given, {}, [torch.empty(2, 2)])
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ _elementwise = NativeFunction(
 _REDUCE = (INT, POINTER, POINTER, INT64, INT64, THREADS)
 _reduce, _widening_reduce = NativeFunction("reduce", _REDUCE), NativeFunction("widening_reduce", _REDUCE)
 _largest = NativeFunction("largest", (POINTER, POINTER, POINTER, INT64, INT64, INT64, INT, THREADS))
-_take = NativeFunction("take", (POINTER, POINTER, INT, INT64, POINTER, *[INT64] * 4, THREADS), INT)
+_take = NativeFunction("take", (POINTER, POINTER, INT, INT, INT64, POINTER, *[INT64] * 4, THREADS), INT)
 _scatter = NativeFunction("scatter", (POINTER, POINTER, POINTER, FLOAT, POINTER, *[INT64] * 3, THREADS), INT)
 
 
@@ -315,23 +315,23 @@ def _index_select(results: Results, x: Tensor, dim: int, indices: Tensor) -> Cal
 
 def _index(results: Results, x: Tensor, indices: Sequence[Tensor | None]) -> Calls | None:
     given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
-    return _taken(results[0], x, *given[0]) if len(given) == 1 else None
+    return _taken(results[0], x, *given[0], from_end=True) if len(given) == 1 else None
 
 
-def _taken(out: Tensor, x: Tensor, dim: int, indices: Tensor) -> Calls | None:
+def _taken(out: Tensor, x: Tensor, dim: int, indices: Tensor, *, from_end: bool = False) -> Calls | None:
     if indices.dtype not in (torch.int64, torch.int32) or not _are_contiguous(out, x, indices):
         return None
     size = x.shape[dim + 1 :].numel() * x.element_size()
     sizes = (x.shape[:dim].numel(), x.shape[dim], indices.numel(), size)
     is_int64 = indices.dtype == torch.int64
-    return [(_take, None, (x.data_ptr(), indices.data_ptr(), is_int64, 0, out.data_ptr(), *sizes))]
+    return [(_take, None, (x.data_ptr(), indices.data_ptr(), is_int64, from_end, 0, out.data_ptr(), *sizes))]
 
 
 def _gather(results: Results, x: Tensor, dim: int, indices: Tensor, **_: Any) -> Calls | None:
     if not _are_rows(x, dim, indices) or not _are_contiguous(results[0], x, indices):
         return None
     sizes = (x.shape[:-1].numel(), x.shape[-1], indices.shape[-1], x.element_size())
-    given = (x.data_ptr(), indices.data_ptr(), True, indices.shape[-1], results[0].data_ptr())
+    given = (x.data_ptr(), indices.data_ptr(), True, False, indices.shape[-1], results[0].data_ptr())
     return [(_take, None, (*given, *sizes))]
 
 

@@ -88,14 +88,14 @@ Status scatter(const T* x, const int64_t* indices, const T* values, float value,
 }
 
 // A piece is `size` bytes.
-Status take(const char* x, const void* indices, bool is_int64, int64_t index_stride, char* out, int64_t num_outer,
-            int64_t num_pieces, int64_t num_indices, int64_t size) {
+Status take(const char* x, const void* indices, bool is_int64, bool from_end, int64_t index_stride, char* out,
+            int64_t num_outer, int64_t num_pieces, int64_t num_indices, int64_t size) {
     Status status = DONE;
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < num_outer * num_indices; ++item) {
         const int64_t outer = item / num_indices, at = outer * index_stride + item % num_indices;
-        const int64_t piece =
-            is_int64 ? static_cast<const int64_t*>(indices)[at] : static_cast<const int32_t*>(indices)[at];
+        int64_t piece = is_int64 ? static_cast<const int64_t*>(indices)[at] : static_cast<const int32_t*>(indices)[at];
+        if (from_end && piece < 0) piece += num_pieces;
         if (piece < 0 || piece >= num_pieces)
             status = BAD_INDEX;
         else
@@ -131,14 +131,14 @@ DEFINE_LARGEST(largest_float32, float)
 DEFINE_LARGEST(largest_bfloat16, autodeploy::bf16)
 
 // out[o, i] = x[o, indices[o · index_stride + i]], pieces of `size` bytes: x `[num_outer, num_pieces]` of them, out
-// `[num_outer, num_indices]`. An index_stride of 0 is one set of indices for all. Returns BAD_INDEX for a number that is
-// not in 0 .. num_pieces; nothing is read there.
-extern "C" int take(const char* x, const void* indices, int is_int64, int64_t index_stride, char* out,
+// `[num_outer, num_indices]`. An index_stride of 0 is one set of indices for all. With from_end, negative numbers count
+// from the end. Returns BAD_INDEX for a number that is not in 0 .. num_pieces; nothing is read there.
+extern "C" int take(const char* x, const void* indices, int is_int64, int from_end, int64_t index_stride, char* out,
                     int64_t num_outer, int64_t num_pieces, int64_t num_indices, int64_t size, int threads) {
     int status = autodeploy::DONE;
     autodeploy::with_team(threads, [&] {
-        const int found = autodeploy::take(x, indices, is_int64 != 0, index_stride, out, num_outer, num_pieces,
-                                           num_indices, size);
+        const int found = autodeploy::take(x, indices, is_int64 != 0, from_end != 0, index_stride, out, num_outer,
+                                           num_pieces, num_indices, size);
         if (found != autodeploy::DONE) {
 #pragma omp atomic write
             status = found;
