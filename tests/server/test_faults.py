@@ -123,15 +123,15 @@ def test_out_of_pages_is_slower_and_otherwise_the_same(start: Start) -> None:
 
 def test_a_kernel_that_raises_ends_everything_and_says_so(start: Start) -> None:
     engine = random_engine()
-    run, calls = engine.program.run, iter(range(10**6))
+    run, calls_of_both = engine.program.run, iter(range(10**6))
 
     def failing(*arguments: Any) -> Any:
-        if next(calls) == 40:
+        if engine.stats().num_running == 2 and next(calls_of_both) == 20:
             raise RuntimeError("secret: illegal address 0x7f00")
         return run(*arguments)
 
     object.__setattr__(engine.program, "run", failing)
-    server = start(engine)
+    server = start(slowed(engine, 0.002))
     body = {"prompt": "x", "max_tokens": 2000, **GREEDY}
     with ThreadPoolExecutor(2) as pool:
         stream = pool.submit(lambda: server.post("/v1/completions", {**body, "stream": True}))
