@@ -115,7 +115,10 @@ def check(response: Any, shown: object) -> None:
     if response.status_code != 200:
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
     elif response.headers["content-type"].startswith("text/event-stream"):
-        assert response.text.endswith("data: [DONE]\n\n") and '"error"' not in response.text, (shown, response.text)
+        assert response.text.endswith("data: [DONE]\n\n") and '"server_error"' not in response.text, (
+            shown,
+            response.text,
+        )
     else:
         response.json()
 
@@ -125,6 +128,18 @@ def check(response: Any, shown: object) -> None:
 def test_odd_fields(client: Any, call: tuple[str, dict[str, Any]]) -> None:
     path, body = call
     check(client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"}), call)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_constraints_that_contradict_each_other_are_the_requests_fault(client: Any, stream: bool) -> None:
+    for fields in (
+        {"guided_choice": ["0"]},
+        {"guided_choice": ["00", "zero"], "allowed_token_ids": [TOKENIZER.encode("z")[0]]},
+    ):
+        body = {"prompt": "x", "max_tokens": 3, "allowed_token_ids": [0], "stream": stream, **fields}
+        response = client.post("/v1/completions", json=body)
+        assert "rules out every token" in response.text and "invalid_request_error" in response.text
+        assert response.status_code == (200 if stream else 400)
 
 
 @given(st.sampled_from(sorted(BODIES)), st.binary(max_size=40) | values.map(json.dumps).map(str.encode))

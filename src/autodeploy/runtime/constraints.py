@@ -14,6 +14,9 @@ from autodeploy.runtime.grammar import GrammarCompiler, Matcher
 from autodeploy.runtime.request import SamplingParams, Sequence
 from autodeploy.runtime.structured_outputs import PARAMETER
 
+RULED_OUT = "what the request asks of its output rules out every token; let some of it go"
+"""The problem of constraints that contradict each other, which may show only after some tokens."""
+
 
 class Constraints:
     """Biases, allowed tokens, bad words, minimum length, grammars. Keeps a matcher per guided sequence.
@@ -50,10 +53,13 @@ class Constraints:
                 self._follow_grammar(result_RV[row], sequence)
         return result_RV
 
-    def problem(self, sequence: Sequence) -> str | None:
-        """Why the sequence's grammar allows nothing, if that is an error."""
+    def problem(self, sequence: Sequence, vocab_size: int) -> str | None:
+        """Why the sequence may say nothing next, whatever its logits are; None where that is not so."""
         matcher = self._matchers.get(sequence)
-        return None if matcher is None else matcher.problem
+        if matcher is not None and matcher.problem is not None:
+            return matcher.problem
+        is_open = self.apply(torch.zeros(1, vocab_size), [sequence]).isfinite().any()
+        return None if is_open else RULED_OUT
 
     def release(self, sequence: Sequence) -> None:
         """Forget a finished sequence. A preempted one keeps its place in its grammar."""

@@ -108,7 +108,8 @@ class DemoEngine:
         sequence.num_computed_tokens = len(sequence.token_ids)
         token_id, logprobs = samples.token_ids[0], samples.logprobs[0]
         if token_id is None:
-            sequence.finish_reason, sequence.stop_reason = "error", UNUSABLE_LOGITS
+            why = self._sampler.constraints.problem(sequence, self._limits.vocab_size)
+            sequence.finish_reason, sequence.stop_reason = "error", why or UNUSABLE_LOGITS
         else:
             self._prompt_tokens += 0 if sequence.num_output_tokens else sequence.num_prompt_tokens
             self._generation_tokens += 1

@@ -48,10 +48,7 @@ from autodeploy.runtime.verify import Extension, extend_by_choice, extend_sequen
 
 logger = logging.getLogger(__name__)
 
-UNUSABLE_LOGITS = (
-    "no token can be sampled: the model returned logits that are not numbers (check dtype and weights), or the request "
-    "rules out every token"
-)
+UNUSABLE_LOGITS = "no token can be sampled: the model returned logits that are not numbers; check dtype and weights"
 
 
 @dataclass(frozen=True)
@@ -428,7 +425,8 @@ class Engine:
         self._generation_tokens += num_tokens
         if not extension.is_usable:
             sequence.finish_reason = "error"
-            sequence.stop_reason = self._sampler.constraints.problem(sequence) or UNUSABLE_LOGITS
+            why = self._sampler.constraints.problem(sequence, self._limits.vocab_size)
+            sequence.stop_reason = why or UNUSABLE_LOGITS
         if sequence.finish_reason is not None:
             self._release(sequence)
         return sequence.output(extension.token_ids, extension.logprobs or None)

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 
-from autodeploy.errors import AutoDeployError
+from autodeploy.errors import AutoDeployError, InvalidRequestError
 from autodeploy.outputs import CompletionOutput, OutputCollector, OutputDelta
 from autodeploy.runtime.async_engine import TokenStream
+from autodeploy.runtime.constraints import RULED_OUT
 from autodeploy.server.answer_reader import AnswerPlan
 from autodeploy.server.answers import (
     CompletionChoice,
@@ -83,6 +84,7 @@ class Generation:
         """(choice index, what is new) until all have ended.
 
         Raises:
+            InvalidRequestError: the request asks for what cannot be, which may show only now.
             RequestFailedError: the engine gave up on one of the requests.
             EngineDeadError: the engine stopped.
         """
@@ -92,6 +94,8 @@ class Generation:
                 continue
             if self._watch is not None:
                 self._watch.see(output.request_id, delta)
+            if delta.stop_reason == RULED_OUT:
+                raise InvalidRequestError(RULED_OUT)
             if delta.finish_reason == "error":
                 raise RequestFailedError(str(delta.stop_reason or "the request failed"))
             yield self._first_choice[output.request_id] + delta.index, delta
@@ -189,7 +193,10 @@ async def server_sent_events(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[
         async for chunk in chunks:
             yield f"data: {chunk.model_dump_json()}\n\n"
     except AutoDeployError as error:
-        note_failure(public_message(error))
-        detail = {"message": public_message(error), "type": "server_error", "param": None, "code": None}
+        message, kind = public_message(error), "server_error"
+        if isinstance(error, InvalidRequestError):
+            message, kind = str(error), "invalid_request_error"
+        note_failure(message)
+        detail = {"message": message, "type": kind, "param": None, "code": None}
         yield f"data: {json.dumps({'error': detail})}\n\n"
     yield "data: [DONE]\n\n"
