@@ -119,3 +119,11 @@ def test_an_unknown_name_like_no_other_lists_all() -> None:
 def test_values_out_of_range_name_option_and_value(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=name):
         parse_options({name: value})
+
+
+@pytest.mark.parametrize(
+    "options", [{"compile_backend": "torch-compile"}, {"compile_backend": "replay"}, {"attn_backend": "torch"}]
+)
+def test_what_cannot_keep_batch_invariance_is_refused_beside_it(options: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="cannot keep batch_invariant"):
+        parse_options({"batch_invariant": True, **options})

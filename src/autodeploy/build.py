@@ -325,7 +325,7 @@ def _finish(
     graphs = [graph] if head is None else [graph, head]
     with clock.stage("load", "reading weights"):
         total_bytes = _load(graphs, subject.read, device)
-    backend = resolve_backend(options.compile_backend, device)
+    backend = "torch-simple" if options.batch_invariant else resolve_backend(options.compile_backend, device)
     (logits,) = graph.graph.output_node().args
     (flops, head_flops), unread_bytes = _count_flops(graph), _unread_bytes(graph)
     text_bytes = sum(weight_bytes(recipe) for recipe in graph.weights.values())

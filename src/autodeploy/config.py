@@ -59,6 +59,8 @@ class CompileOptions:
         quantization: `int8` or `int4` rounds the weights of products while they are read; default: as `dtype` says.
         quantization_group_size: inputs of a weight that share a scale, a multiple of 32; default: a row for `int8`, 32
             for `int4`.
+        batch_invariant: a request's tokens and log-probabilities have the same bits whatever runs beside it, however
+            its prompt is cut, and whatever of it was cached; slower. A model for which that cannot be kept is refused.
         transforms: overrides by transform name, e.g. `{"fuse_qkv": {"enabled": False}}`.
         strict: fail when a transform leaves a site it expected to rewrite.
         check_isolation: pack two sequences and compare with each alone, once after loading.
@@ -71,6 +73,7 @@ class CompileOptions:
     attn_backend: str = "auto"
     quantization: str | None = None
     quantization_group_size: int | None = None
+    batch_invariant: bool = False
     transforms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     strict: bool = False
     check_isolation: bool = True
@@ -237,6 +240,11 @@ def check_options(options: Options) -> None:
         raise ConfigError(f"quantization_group_size must be a multiple of 32, got {group_size!r}")
     if group_size is not None and options.compile.quantization is None:
         raise ConfigError("quantization_group_size is given without quantization; choose int8 or int4 too")
+    if options.compile.batch_invariant:
+        # Steps that are repeated, or compiled by Inductor, may round exponentials and sums in another way than others.
+        for name, kept in (("compile_backend", ("auto", "torch-simple")), ("attn_backend", ("auto",))):
+            if (value := getattr(options.compile, name)) not in kept:
+                raise ConfigError(f"{name}={value!r} cannot keep batch_invariant; leave one of them out")
     _one_of("runtime", options.engine.runtime, RUNTIMES)
     for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "max_queued_requests"):
         _at_least_one(name, getattr(options.engine, name))

@@ -67,6 +67,8 @@ def _is_worthwhile(model: LocatedModel, options: Options) -> bool:
     speculation = SpeculativeOptions.of(options.engine.speculative_config)
     if speculation is not None and speculation.uses_head:
         return False  # a head reads what only the graph keeps
+    if options.compile.batch_invariant:
+        return False  # the model's own code adds up as it likes
     device = resolve_device(options.compile.device)
     num_bytes = sum(path.stat().st_size for path in model.weight_files)
     asked_for = options.compile.instant_on and not options.compile.strict and options.model.load_format == "auto"

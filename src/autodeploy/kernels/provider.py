@@ -17,6 +17,11 @@ def priority(device: torch.device) -> tuple[str, ...]:
     return PROVIDERS.get(device.type, ())
 
 
+def invariant_priority(device: torch.device) -> tuple[str, ...]:
+    """Providers to ask for batch-invariant kernels on a device, in order."""
+    return (*priority(device), cpu.batch_invariant.PROVIDER) if device.type == "cpu" else priority(device)
+
+
 def mixer_priority(device: torch.device, attn_backend: str) -> tuple[str, ...]:
     """Providers to ask for attention kernels: `auto` asks them all, a provider's name that one, `torch` none.
 

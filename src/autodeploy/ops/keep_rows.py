@@ -9,13 +9,13 @@ from autodeploy.ops.op import op
 from autodeploy.ops.state import PagedState, StateSpec
 
 
-@op()
+@op(batch_invariant=True)
 def keep_rows(x: Tensor) -> Tensor:
     """`x` itself, `[1, T, H]`; its cached twin remembers every token's row."""
     return x.clone()
 
 
-@op(mutates=("rows",))
+@op(mutates=("rows",), batch_invariant=True)
 def cached_keep_rows(x: Tensor, slot_mapping: Tensor, rows: Tensor) -> Tensor:
     """`x` itself, `[1, T, H]`, after each token's row was written to `rows`, `[pages, page_size, H]`.
 

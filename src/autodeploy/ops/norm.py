@@ -71,7 +71,7 @@ def gated_rms_norm(
     return gated.to(x.dtype)
 
 
-@op(tolerance=_TOLERANCE)
+@op(tolerance=_TOLERANCE, batch_invariant=True)
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) · weight + bias over the last dimension (arXiv 1607.06450). x: `[..., D]`."""
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)

@@ -54,12 +54,15 @@ class Kernel:
         supports: given the op's arguments (fake tensors), a reason to refuse or None. Never reads batch sizes.
         fuses_with_neighbours: a compiler fuses the reference with what stands around it, which is worth more than this
             kernel, an opaque call to the compiler.
+        batch_invariant: a token's result has the same bits whatever else the step computes, and however its sequence is
+            cut into steps.
     """
 
     provider: str
     function: Callable[..., Any]
     supports: SupportFunction
     fuses_with_neighbours: bool = False
+    batch_invariant: bool = False
 
 
 @dataclass(eq=False)
@@ -72,6 +75,7 @@ class Op:
         overload: the registered torch operator that stands for it in graphs.
         opaque: the reference looks at tensor values (sequence boundaries), so a compiler must not trace into it.
         mutates: names of the parameters updated in place.
+        batch_invariant: of the reference, as for a kernel.
         tolerance: absolute and relative tolerance of kernels against the reference, by dtype.
         cached: the twin over state, when the op mixes tokens.
         states: for a token mixer, `states(**arguments) -> {state parameter of the cached twin: spec}`.
@@ -85,6 +89,7 @@ class Op:
     overload: OpOverload
     opaque: bool = False
     mutates: tuple[str, ...] = ()
+    batch_invariant: bool = False
     tolerance: Mapping[torch.dtype, float] = field(default_factory=dict)
     cached: "Op | None" = None
     states: StateFunction | None = None
@@ -120,14 +125,19 @@ class Op:
         return dict(bound.arguments)
 
     def kernel(
-        self, provider: str, supports: SupportFunction = lambda **_: None, *, fuses_with_neighbours: bool = False
+        self,
+        provider: str,
+        supports: SupportFunction = lambda **_: None,
+        *,
+        fuses_with_neighbours: bool = False,
+        batch_invariant: bool = False,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register an implementation; its signature must be the op's own."""
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             if tuple(inspect.signature(function).parameters) != self.parameters:
                 raise TypeError(f"kernel {provider!r} of op {self.name!r} must take exactly {self.parameters}")
-            self.kernels[provider] = Kernel(provider, function, supports, fuses_with_neighbours)
+            self.kernels[provider] = Kernel(provider, function, supports, fuses_with_neighbours, batch_invariant)
             return function
 
         return register
@@ -161,6 +171,7 @@ def op(
     tolerance: Mapping[torch.dtype, float] | None = None,
     opaque: bool = False,
     mutates: tuple[str, ...] = (),
+    batch_invariant: bool = False,
     fake: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Declare an op from its reference function.
@@ -169,6 +180,7 @@ def op(
         tolerance: by dtype, how far a kernel may be from the reference; exact where not given.
         opaque: a compiler must not trace into the reference.
         mutates: parameters updated in place.
+        batch_invariant: the reference promises what `Kernel.batch_invariant` says.
         fake: shapes and dtypes of the result, needed when the reference looks at values; default: the reference.
     """
 
@@ -179,7 +191,8 @@ def op(
         _library.impl(name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake or reference, lib=_library)
         overload = getattr(torch.ops.autodeploy, name).default
-        declared = Op(name, reference, overload, opaque=opaque, mutates=mutates, tolerance=dict(tolerance or {}))
+        traits: dict[str, Any] = {"opaque": opaque, "mutates": mutates, "batch_invariant": batch_invariant}
+        declared = Op(name, reference, overload, **traits, tolerance=dict(tolerance or {}))
         OPS[name] = declared
         return declared
 

@@ -53,7 +53,7 @@ def _cached_fake(
     return torch.empty_like(x)
 
 
-@op(opaque=True, fake=_cached_fake, mutates=("recent",))
+@op(opaque=True, fake=_cached_fake, mutates=("recent",), batch_invariant=True)
 def cached_token_shift(
     x: Tensor,
     distance: int,

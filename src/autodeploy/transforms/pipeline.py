@@ -10,7 +10,7 @@ from autodeploy.config import CompileOptions
 from autodeploy.errors import ConfigError
 from autodeploy.graph.levels import Level
 from autodeploy.graph.transform import Pipeline, Stage, Transform
-from autodeploy.kernels.provider import mixer_priority, priority
+from autodeploy.kernels.provider import invariant_priority, mixer_priority, priority
 from autodeploy.transforms.cache.gather_logits import GatherLogits
 from autodeploy.transforms.cache.insert_cached_ops import InsertCachedOps
 from autodeploy.transforms.cache.keep_hidden_states import KeepHiddenStates
@@ -118,6 +118,8 @@ def kernel_choice(device: torch.device, options: CompileOptions) -> SelectKernel
     Raises:
         ConfigError: an attention backend that there is not.
     """
+    if options.batch_invariant:
+        return SelectKernels(priority=invariant_priority(device), batch_invariant=True)
     return SelectKernels(
         priority=priority(device),
         mixer_priority=mixer_priority(device, options.attn_backend),

@@ -10,10 +10,12 @@ matrix_memory.py   delta rules and linear attention over slot states
 token_shift.py   the token some places back
 sequences.py   what these are given
 tape.py torch_calls.py   a step as a few native calls, with the operators of torch between its kernels
+batch_invariant.py   the same for rows that must not depend on other rows
 """
 
 from autodeploy.kernels.cpu import (
     attention,
+    batch_invariant,
     linear,
     matrix_memory,
     mla,
@@ -33,6 +35,7 @@ PROVIDER = "cpu"
 __all__ = [
     "PROVIDER",
     "attention",
+    "batch_invariant",
     "is_compiled",
     "linear",
     "matrix_memory",

@@ -23,7 +23,7 @@ FEW_ROWS = 6
 MAX_ROWS_BESIDE_ONEDNN = 64
 """Rows of bfloat16 up to which blocks are ours on processors that multiply bfloat16; oneDNN's are as good beyond."""
 
-_linear = NativeFunction("linear", (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT64, POINTER, THREADS))
+native_linear = NativeFunction("linear", (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT64, POINTER, THREADS))
 
 
 @functools.cache
@@ -55,7 +55,7 @@ def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty(*x.shape[:-1], num_outputs)
     elements = x.new_empty(num_rows * num_inputs, dtype=torch.float32) if num_rows > FEW_ROWS else None
-    _linear[x.dtype](
+    native_linear[x.dtype](
         x.data_ptr(),
         weight.data_ptr(),
         pointer(bias),

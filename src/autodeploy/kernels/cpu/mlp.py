@@ -21,7 +21,7 @@ def _supports(gate_up: Tensor, activation: str) -> str | None:
     return why_refused(gate_up)
 
 
-@gated_activation.kernel("cpu", _supports, fuses_with_neighbours=True)
+@gated_activation.kernel("cpu", _supports, fuses_with_neighbours=True, batch_invariant=True)
 def gated_activation_cpu(gate_up: Tensor, activation: str) -> Tensor:
     """`gated_activation`, rounded once at the end."""
     gate_up = gate_up.contiguous()

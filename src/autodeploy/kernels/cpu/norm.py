@@ -39,7 +39,7 @@ def _add_supports(
     return why_refused(x, residual, weight) if same else "x and residual differ in shape"
 
 
-@rms_norm.kernel("cpu", _supports, fuses_with_neighbours=True)
+@rms_norm.kernel("cpu", _supports, fuses_with_neighbours=True, batch_invariant=True)
 def rms_norm_cpu(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, scale_in_float32: bool) -> Tensor:
     """`rms_norm` in one pass over rows, which may lie apart (columns of a wider product)."""
     width = x.shape[-1]
@@ -70,7 +70,7 @@ def rms_norm_cpu(x: Tensor, weight: Tensor | None, eps: float, weight_offset: fl
     return out
 
 
-@add_rms_norm.kernel("cpu", _add_supports, fuses_with_neighbours=True)
+@add_rms_norm.kernel("cpu", _add_supports, fuses_with_neighbours=True, batch_invariant=True)
 def add_rms_norm_cpu(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, scale_in_float32: bool
 ) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ def _gated_supports(
     return why_refused(x, gate, weight)
 
 
-@gated_rms_norm.kernel("cpu", _gated_supports, fuses_with_neighbours=True)
+@gated_rms_norm.kernel("cpu", _gated_supports, fuses_with_neighbours=True, batch_invariant=True)
 def gated_rms_norm_cpu(
     x: Tensor,
     gate: Tensor,

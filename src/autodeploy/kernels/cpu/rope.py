@@ -19,7 +19,7 @@ def _supports(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> str | Non
     return why_refused(query, key, cos, sin)
 
 
-@rope.kernel("cpu", _supports, fuses_with_neighbours=True)
+@rope.kernel("cpu", _supports, fuses_with_neighbours=True, batch_invariant=True)
 def rope_cpu(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`rope` with each rotated dimension read and written once."""
     if query.stride(-1) != 1 or key.stride(-1) != 1:

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from autodeploy.errors import ConfigError
+from autodeploy.errors import ConfigError, UnsupportedModelError
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.transform import Transform, TransformResult
 from autodeploy.ops.op import OPS, REFERENCE, Op
+from autodeploy.transforms.lower.invariant_operators import require_invariant_operators
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class SelectKernels(Transform):
         priority: providers in order of preference.
         mixer_priority: the same for ops that mix tokens (attention); None means as for every op.
         without: names of ops that keep the reference, which shows what their kernels are worth.
+        batch_invariant: only kernels that promise it, see `Kernel`, and of other operators only those that keep it.
         compiled: a compiler takes the graph afterwards, so ops that it fuses with their neighbours are left to it.
         chosen: filled with op name -> provider -> number of nodes.
         reasons: filled with op name -> why a provider of that op was passed over.
@@ -34,6 +36,7 @@ class SelectKernels(Transform):
     mixer_priority: tuple[str, ...] | None = None
     without: tuple[str, ...] = ()
     compiled: bool = False
+    batch_invariant: bool = False
     chosen: dict[str, Counter[str]] = field(default_factory=dict, compare=False)
     reasons: dict[str, set[str]] = field(default_factory=dict, compare=False)
 
@@ -42,6 +45,8 @@ class SelectKernels(Transform):
             raise ConfigError(
                 f"select_kernels: no op is called {', '.join(unknown)}; there are {', '.join(sorted(OPS))}"
             )
+        if self.batch_invariant:
+            require_invariant_operators(graph)
         found = 0
         for node, op in graph.op_nodes():
             found += 1
@@ -57,11 +62,17 @@ class SelectKernels(Transform):
         is_mixer = op.mixes_tokens and self.mixer_priority is not None
         for provider in (self.mixer_priority or ()) if is_mixer else self.priority:
             kernel = op.kernels.get(provider)
-            if kernel is None:
+            if kernel is None or (self.batch_invariant and not kernel.batch_invariant):
                 continue
             left = self.compiled and kernel.fuses_with_neighbours
             reason = "left to the compiler, which fuses it" if left else kernel.supports(**arguments)
             if reason is None:
                 return provider
             self.reasons.setdefault(op.name, set()).add(f"{provider}: {reason}")
+        if self.batch_invariant and not op.batch_invariant:
+            why = "; ".join(sorted(self.reasons.get(op.name, {"there is none"})))
+            raise UnsupportedModelError(
+                f"batch_invariant: no kernel of {op.name} promises the same bits in every batch here ({why}); leave "
+                "batch_invariant out for this model"
+            )
         return REFERENCE
