@@ -269,7 +269,7 @@ def _body_of_last_layer(causal: PreTrainedModel, *, has_norms: bool) -> PreTrain
         )
     body.layers = nn.ModuleList([last])
     body.config.num_hidden_layers = 1
-    if "layer_types" in body.config.to_dict():
+    if body.config.to_dict().get("layer_types"):
         body.config.layer_types = body.config.layer_types[-1:]
     if not has_norms:
         last.input_layernorm = nn.Identity()
