@@ -1,5 +1,6 @@
 """Replicas behind one address: they answer as one server does, prefixes find their replica, and one may be killed."""
 
+import json
 import os
 import socket
 import subprocess
@@ -26,7 +27,8 @@ from ray import serve
 import autodeploy.ray
 ray.init(num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False)
 serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
-serve.run(autodeploy.ray.app({"model": sys.argv[1], "num_replicas": 2, "served_model_name": "tiny"}))
+application = {"model": sys.argv[1], "num_replicas": 2, "served_model_name": "tiny", "routing": sys.argv[3]}
+serve.run(autodeploy.ray.app(application))
 print("ready", flush=True)
 sys.stdin.read()
 serve.shutdown()
@@ -36,8 +38,13 @@ PROMPTS = [[at + 1] * 70 for at in range(8)]
 """Longer than two pages each, so that a replica that has seen one finds it again."""
 
 
+@pytest.fixture(scope="module", params=["hash", "prefix_tree"])
+def routing(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, psutil.Process]]:
+def cluster(routing: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, psutil.Process]]:
     """The address of two replicas on this machine, and the process that owns all others."""
     pytest.importorskip("ray", reason="needs Ray Serve: pip install 'autodeploy[ray]'")
     model = tiny.save("llama", tmp_path_factory.mktemp("model"))
@@ -48,7 +55,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, psu
     log = tmp_path_factory.mktemp("log") / "log"
     with log.open("w") as said:
         process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(model), str(port)],
+            [sys.executable, "-c", SCRIPT, str(model), str(port), routing],
             stdin=subprocess.PIPE,
             stdout=said,
             stderr=said,
@@ -67,11 +74,15 @@ def replicas(driver: psutil.Process) -> list[psutil.Process]:
     return [child for child in driver.children(recursive=True) if "ServeReplica:default:Replica" in child.name()]
 
 
-def complete(url: str, prompt: list[int], **fields: Any) -> dict[str, Any]:
+def post(url: str, prompt: list[int], **fields: Any) -> httpx.Response:
     body = {"prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True, **fields}
     response = httpx.post(f"{url}/v1/completions", json=body, timeout=300)
     assert response.status_code == 200, response.text
-    return dict(response.json())
+    return response
+
+
+def complete(url: str, prompt: list[int]) -> dict[str, Any]:
+    return dict(post(url, prompt).json())
 
 
 @pytest.mark.slow
@@ -92,12 +103,17 @@ def test_replicas_answer_as_one_server(cluster: tuple[str, psutil.Process]) -> N
 
 
 @pytest.mark.slow
-def test_a_prefix_goes_where_it_is_known(cluster: tuple[str, psutil.Process]) -> None:
-    url, _ = cluster
-    for prompt in PROMPTS:
-        complete(url, prompt, cache_salt="affinity")
-    again = [complete(url, prompt, cache_salt="affinity") for prompt in PROMPTS]
-    assert all(answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= 32 for answer in again)
+def test_a_prefix_goes_where_it_is_known(routing: str, cluster: tuple[str, psutil.Process]) -> None:
+    url, driver = cluster
+    wait_until(lambda: len(replicas(driver)) == 2, seconds=300)
+    first = [post(url, prompt, cache_salt="affinity") for prompt in PROMPTS]
+    # A hash is of the whole beginning; a tree knows what a prompt has in common with an earlier one.
+    more = [] if routing == "hash" else [90] * 20
+    again = [post(url, prompt + more, cache_salt="affinity") for prompt in PROMPTS]
+    served_by = [answer.headers["x-replica-id"] for answer in first]
+    assert len(set(served_by)) == 2, "both replicas have something to do"
+    assert [answer.headers["x-replica-id"] for answer in again] == served_by
+    assert all(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] >= 32 for answer in again)
 
 
 @pytest.mark.slow
@@ -138,19 +154,26 @@ def test_requests_go_on_when_a_replica_is_killed(cluster: tuple[str, psutil.Proc
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # Ray 2.60's own models
 def test_what_an_application_cannot_be_told() -> None:
     pytest.importorskip("ray", reason="needs Ray Serve: pip install 'autodeploy[ray]'")
-    from autodeploy.ray import app, prefix_key
+    from autodeploy.ray import app, prefix_key, prompt_of, prompt_text
 
     for arguments, message in (
         ({}, "needs a model"),
         ({"model": "m", "port": 1}, "port is Ray Serve's business"),
         ({"model": "m", "max_num_sequences": 3}, "max_num_sequences"),
         ({"model": "m", "max_body_bytes": 0}, "max_body_bytes"),
+        ({"model": "m", "routing": "random"}, "'hash' or 'prefix_tree'"),
     ):
         with pytest.raises(ConfigError, match=message):
             app(arguments)
-    assert prefix_key(b"{") is prefix_key(b"[1]") is prefix_key(b'{"prompt": ""}') is None
-    begun = b'{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}'
-    assert prefix_key(begun + b"]}") == prefix_key(begun + b', {"role": "assistant", "content": "a"}], "n": 2}')
-    assert prefix_key(b'{"prompt": "a"}') != prefix_key(b'{"prompt": "b"}')
+    assert prompt_of(b"{") is prompt_of(b"[1]") is None
+    assert prefix_key(None) is prefix_key("") is prefix_key([]) is None
+    begun = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    further = [*begun, {"role": "assistant", "content": "a"}]
+    assert prompt_of(json.dumps({"messages": begun, "n": 2}).encode()) == begun
+    assert prefix_key(begun) == prefix_key(further) != prefix_key(begun[:1])
+    assert prefix_key("a") != prefix_key("b")
+    assert prompt_text(further) == "s u a" and prompt_text([7, 8]) == "7 8" and prompt_text("x") == "x"
+    assert prompt_text(None) == ""
