@@ -18,8 +18,10 @@ from autodeploy.server.answers import (
     FunctionCallDelta,
     ToolCall,
     ToolCallDelta,
+    Usage,
 )
-from autodeploy.server.streaming import AnswerForm, Generation
+from autodeploy.server.streaming import AnswerForm, Chunk, Generation
+from autodeploy.server.text_chunks import TextChunks
 
 _ID_CHARACTERS = string.ascii_letters + string.digits
 
@@ -43,6 +45,7 @@ def chat_response(
     (collector,) = generation.collectors
     return ChatCompletionResponse(
         id=form.answer_id,
+        created=form.created,
         model=form.model,
         choices=choices,
         usage=generation.usage(form),
@@ -51,16 +54,23 @@ def chat_response(
     )
 
 
-async def chat_chunks(form: AnswerForm, generation: Generation) -> AsyncIterator[ChatCompletionChunk]:
+async def chat_chunks(form: AnswerForm, generation: Generation) -> AsyncIterator[Chunk]:
     """A chat answer piece by piece; the first chunk of every choice says who speaks."""
     readers = [form.plan.reader() for _ in range(generation.num_choices)]
+    writers = {
+        Text: TextChunks(lambda index, text: _delta_chunk(form, index, AnswerDelta(content=text))),
+        Thought: TextChunks(lambda index, text: _delta_chunk(form, index, AnswerDelta(reasoning_content=text))),
+    }
     for index in range(generation.num_choices):
-        first = ChatChunkChoice(index=index, delta=AnswerDelta(role="assistant", content=""))
-        yield ChatCompletionChunk(id=form.answer_id, model=form.model, choices=[first])
+        yield _delta_chunk(form, index, AnswerDelta(role="assistant", content=""))
     async for index, delta in generation.deltas():
         logprobs = _logprobs(form, delta)
         parts = readers[index].push(delta.text, is_last=delta.finish_reason is not None)
-        if parts or delta.finish_reason or logprobs is not None or form.token_ids:
+        plain = [part for part in parts if isinstance(part, Text | Thought)]
+        if form.has_only_text(delta) and len(plain) == len(parts):
+            for part in plain:
+                yield writers[type(part)].json(index, part.text)
+        elif parts or delta.finish_reason or logprobs is not None or form.token_ids:
             choice = ChatChunkChoice(
                 index=index,
                 delta=_delta(parts),
@@ -70,9 +80,17 @@ async def chat_chunks(form: AnswerForm, generation: Generation) -> AsyncIterator
                 token_ids=delta.token_ids if form.token_ids else None,
             )
             usage = generation.usage(form) if form.usage_in_every_chunk else None
-            yield ChatCompletionChunk(id=form.answer_id, model=form.model, choices=[choice], usage=usage)
+            yield _chunk(form, [choice], usage)
     if form.usage:
-        yield ChatCompletionChunk(id=form.answer_id, model=form.model, choices=[], usage=generation.usage(form))
+        yield _chunk(form, [], generation.usage(form))
+
+
+def _chunk(form: AnswerForm, choices: list[ChatChunkChoice], usage: Usage | None) -> ChatCompletionChunk:
+    return ChatCompletionChunk(id=form.answer_id, created=form.created, model=form.model, choices=choices, usage=usage)
+
+
+def _delta_chunk(form: AnswerForm, index: int, delta: AnswerDelta) -> ChatCompletionChunk:
+    return _chunk(form, [ChatChunkChoice(index=index, delta=delta)], None)
 
 
 def _message(parts: Iterable[Part]) -> AnswerMessage:

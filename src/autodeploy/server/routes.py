@@ -31,7 +31,7 @@ from autodeploy.server.prompts import PromptReader
 from autodeploy.server.request_trace import note_collectors, note_request
 from autodeploy.server.requests import ChatCompletionRequest, CompletionRequest, SamplingRequest
 from autodeploy.server.served import ServedModel
-from autodeploy.server.streaming import AnswerForm, Generation
+from autodeploy.server.streaming import AnswerForm, Chunk, Generation
 from autodeploy.server.tool_calls import tool_format
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 Whole = Callable[[AnswerForm, Generation, Sequence[CompletionOutput]], BaseModel]
-Chunks = Callable[[AnswerForm, Generation], AsyncIterator[BaseModel]]
+Chunks = Callable[[AnswerForm, Generation], AsyncIterator[Chunk]]
 
 
 class GenerationRoutes:

@@ -5,6 +5,7 @@ all, prompt by prompt.
 """
 
 import json
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,10 @@ from autodeploy.server.failures import RequestFailedError, public_message
 from autodeploy.server.logprobs import Entries, TokenNames
 from autodeploy.server.metrics import RequestWatch
 from autodeploy.server.request_trace import note_failure
+from autodeploy.server.text_chunks import TextChunks
+
+Chunk = BaseModel | str
+"""A piece of a stream, as a typed model or as its JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,7 @@ class AnswerForm:
     """What one call's answer looks like.
 
     Attributes:
+        created: seconds since 1970; of all chunks of a stream.
         usage, usage_in_every_chunk: whether a stream tells the tokens used, at its end or all along.
         token_ids: answers carry token ids besides text.
         prompt_logprobs: answers carry the prompt's log-probabilities, in vLLM's form.
@@ -45,6 +51,7 @@ class AnswerForm:
     answer_id: str
     model: str
     names: TokenNames
+    created: int = field(default_factory=lambda: int(time.time()))
     usage: bool = False
     usage_in_every_chunk: bool = False
     token_ids: bool = False
@@ -53,6 +60,11 @@ class AnswerForm:
     echoes: Sequence[str] | None = None
     only_scores: bool = False
     plan: AnswerPlan = field(default_factory=AnswerPlan)
+
+    def has_only_text(self, delta: OutputDelta) -> bool:
+        """Whether the chunk of this output says nothing but its text."""
+        told_besides = self.token_ids or self.usage_in_every_chunk or self.only_scores or delta.logprobs is not None
+        return not (told_besides or delta.finish_reason or delta.stop_reason is not None)
 
 
 class Generation:
@@ -140,14 +152,23 @@ def completion_response(
             prompt_token_ids=collector.prompt_token_ids if form.token_ids else None,
         )
         choices.append(choice)
-    return CompletionResponse(id=form.answer_id, model=form.model, choices=choices, usage=generation.usage(form))
+    return _completion(form, choices, generation.usage(form))
 
 
-async def completion_chunks(form: AnswerForm, generation: Generation) -> AsyncIterator[CompletionResponse]:
+def _completion(form: AnswerForm, choices: list[CompletionChoice], usage: Usage | None) -> CompletionResponse:
+    return CompletionResponse(id=form.answer_id, created=form.created, model=form.model, choices=choices, usage=usage)
+
+
+async def completion_chunks(form: AnswerForm, generation: Generation) -> AsyncIterator[Chunk]:
     """A completion piece by piece; where prompts are repeated, they come with each choice's first piece."""
+    texts = TextChunks(lambda index, text: _completion(form, [CompletionChoice(index=index, text=text)], None))
     is_begun = [form.echoes is None] * generation.num_choices
     offsets = [0] * generation.num_choices
     async for index, delta in generation.deltas():
+        if is_begun[index] and form.has_only_text(delta):
+            if delta.text:
+                yield texts.json(index, delta.text)
+            continue
         position = generation.prompt_of[index]
         echo = None if is_begun[index] or form.echoes is None else form.echoes[position]
         is_begun[index] = True
@@ -165,9 +186,9 @@ async def completion_chunks(form: AnswerForm, generation: Generation) -> AsyncIt
                 token_ids=delta.token_ids if form.token_ids else None,
             )
             usage = generation.usage(form) if form.usage_in_every_chunk else None
-            yield CompletionResponse(id=form.answer_id, model=form.model, choices=[choice], usage=usage)
+            yield _completion(form, [choice], usage)
     if form.usage:
-        yield CompletionResponse(id=form.answer_id, model=form.model, choices=[], usage=generation.usage(form))
+        yield _completion(form, [], generation.usage(form))
 
 
 def _completion_piece(
@@ -187,11 +208,11 @@ def _completion_piece(
     return text, None if entries is None else form.names.completion_logprobs(token_ids, entries, offset)
 
 
-async def server_sent_events(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[str]:
+async def server_sent_events(chunks: AsyncIterator[Chunk]) -> AsyncIterator[str]:
     """Chunks as `data:` lines, `[DONE]` at the end. An error after the start can only be told as an event."""
     try:
         async for chunk in chunks:
-            yield f"data: {chunk.model_dump_json()}\n\n"
+            yield f"data: {chunk if isinstance(chunk, str) else chunk.model_dump_json()}\n\n"
     except AutoDeployError as error:
         message, kind = public_message(error), "server_error"
         if isinstance(error, InvalidRequestError):
