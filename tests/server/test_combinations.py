@@ -32,7 +32,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 def rows(heading: str) -> list[list[str]]:
-    section = PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    section = PAGE.partition(f"\n## {heading}\n")[2].partition("\n##")[0]
     return [re.findall(r"`([a-z_]+)`", line) for line in section.splitlines() if line.startswith("| `")]
 
 
