@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 
+import httpx
 import pytest
 from pydantic import BaseModel
 
@@ -14,6 +15,7 @@ from autodeploy.server.answers import (
     CompletionResponse,
 )
 from autodeploy.server.text_chunks import TextChunks
+from tests.server.running import MESSAGES, Start
 
 TEXTS = ["a", '"', "\\", "\n\r\t\b\f", "\0", '"\\u0000"', "\x1f\x7f\u2028", "é漢😀", "</script>", "data: [DONE]\n\n"]
 
@@ -42,3 +44,20 @@ def test_they_are_written_as_the_models_themselves_are(make: Callable[[int, str]
             assert written == expected.model_dump_json()
             assert type(expected).model_validate_json(written) == expected
             assert "\n" not in written and json.loads(written)["choices"][0]["index"] == index
+
+
+def test_a_stream_is_chunks_of_the_documented_type_and_of_one_moment(start: Start) -> None:
+    server = start()
+    kinds: list[tuple[str, dict[str, object], type[CompletionResponse | ChatCompletionChunk]]] = [
+        ("completions", {"prompt": "hello"}, CompletionResponse),
+        ("chat/completions", {"messages": MESSAGES}, ChatCompletionChunk),
+    ]
+    for path, prompt, model in kinds:
+        body = {**prompt, "stream": True, "n": 2, "max_tokens": 100, "stream_options": {"include_usage": True}}
+        events = httpx.post(f"{server.url}/v1/{path}", json=body).text.split("\n\n")
+        assert events[-2:] == ["data: [DONE]", ""]
+        chunks = [model.model_validate_json(event.removeprefix("data: ")) for event in events[:-2]]
+        assert len(chunks) > 6 and {(chunk.id, chunk.created, chunk.model) for chunk in chunks} == {
+            (chunks[0].id, chunks[0].created, "tiny")
+        }
+        assert chunks[-1].usage is not None and not any(chunk.usage for chunk in chunks[:-1])
