@@ -18,10 +18,8 @@ from autodeploy.kernels.cpu.native import (
 )
 from autodeploy.ops.linear import linear
 
-FEW_ROWS = 6
-"""Rows up to which they are multiplied with one weight row after the other; more go by blocks."""
-MAX_ROWS_BESIDE_ONEDNN = 64
-"""Rows of bfloat16 up to which blocks are ours on processors that multiply bfloat16; oneDNN's are as good beyond."""
+FEW_ROWS = 64
+"""Rows up to which they are multiplied with one pair of weight rows after the other; more go by blocks."""
 
 native_linear = NativeFunction("linear", (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT64, POINTER, THREADS))
 
@@ -32,10 +30,10 @@ def _has_bfloat16_products() -> bool:
 
 
 def _is_for_torch(x: Tensor, num_rows: int, num_inputs: int) -> bool:
-    """Whether torch's product is the better one, or the only one: blocks of bfloat16 take inputs in pairs."""
+    """Whether torch's product is as good (oneDNN's with bfloat16), or the only one: our blocks take inputs in pairs."""
     if x.dtype != torch.bfloat16 or num_rows <= FEW_ROWS:
         return False
-    return num_inputs % 2 == 1 or (num_rows > MAX_ROWS_BESIDE_ONEDNN and _has_bfloat16_products())
+    return num_inputs % 2 == 1 or _has_bfloat16_products()
 
 
 def _supports(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:

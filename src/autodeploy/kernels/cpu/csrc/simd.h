@@ -191,29 +191,89 @@ inline void to_operands(const bf16* from, int64_t length, bf16* to) {
 // HAS_TAIL. (With the tail out of sight, the compiler keeps the partial sums in registers.)
 //
 // One row of `a` at a time, so that a weight is read as one unbroken stream, which the hardware prefetches best; two
-// sets of partial sums, so that additions do not wait for each other.
+// sets of partial sums where registers allow, so that additions do not wait for each other.
 template <class T, int M, bool HAS_TAIL, class X>
 inline void dot_products(const T* a, const X* const* b, int64_t length, float products[M]) {
     using P = Product<T>;
-    Floats even[M] = {}, odd[M] = {};
+    constexpr int SETS = M * static_cast<int>(sizeof(Floats)) / REGISTER_BYTES <= 4 ? 2 : 1;
+    Floats sums[SETS][M] = {};
     const int64_t whole = length / P::WIDTH * P::WIDTH;
     int64_t i = 0;
-    for (; i + 2 * P::WIDTH <= whole; i += 2 * P::WIDTH) {
-        const typename P::Packed first = P::pack(a + i), second = P::pack(a + i + P::WIDTH);
-        for (int m = 0; m < M; ++m) {
-            even[m] = P::multiply_add(even[m], first, P::pack(b[m] + i));
-            odd[m] = P::multiply_add(odd[m], second, P::pack(b[m] + i + P::WIDTH));
+    for (; i + SETS * P::WIDTH <= whole; i += SETS * P::WIDTH) {
+        for (int set = 0; set < SETS; ++set) {
+            const typename P::Packed packed = P::pack(a + i + set * P::WIDTH);
+            for (int m = 0; m < M; ++m)
+                sums[set][m] = P::multiply_add(sums[set][m], packed, P::pack(b[m] + i + set * P::WIDTH));
         }
     }
-    if (i < whole) {
+    if (SETS > 1 && i < whole) {
         const typename P::Packed last = P::pack(a + i);
-        for (int m = 0; m < M; ++m) even[m] = P::multiply_add(even[m], last, P::pack(b[m] + i));
+        for (int m = 0; m < M; ++m) sums[0][m] = P::multiply_add(sums[0][m], last, P::pack(b[m] + i));
     }
     if constexpr (HAS_TAIL) {
         const typename P::Packed tail = P::pack(a + whole, length - whole);
-        for (int m = 0; m < M; ++m) odd[m] = P::multiply_add(odd[m], tail, P::pack(b[m] + whole, length - whole));
+        for (int m = 0; m < M; ++m)
+            sums[SETS - 1][m] = P::multiply_add(sums[SETS - 1][m], tail, P::pack(b[m] + whole, length - whole));
     }
-    for (int m = 0; m < M; ++m) products[m] = sum(even[m] + odd[m]);
+    for (int m = 0; m < M; ++m) products[m] = sum(SETS > 1 ? sums[0][m] + sums[1][m] : sums[0][m]);
+}
+
+// Keeps compilers from reading a register's content from memory again at each use.
+template <class V>
+inline void keep_in_register([[maybe_unused]] V& x) {
+#if defined(__AVX2__)
+    asm("" : "+v"(x));
+#endif
+}
+
+// As many products as fill a register: what they are added to, and elements as they are multiplied.
+template <class T>
+struct Register {
+    static constexpr int WIDTH = REGISTER_BYTES / static_cast<int>(sizeof(float));
+    using Sums = Vector<float, WIDTH>;
+    using Packed = Sums;
+    static Packed pack(const float* from) { return load_vector<Sums>(from); }
+    static Packed pack(const bf16* from) {
+        return bit_cast<Sums>(load_converted<Vector<uint32_t, WIDTH>>(reinterpret_cast<const uint16_t*>(from)) << 16);
+    }
+    static Sums multiply_add(Sums total, Packed a, Packed b) { return a * b + total; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Register<bf16> : Product<bf16> {
+    using Sums = Floats;
+};
+#endif
+
+// products[o][m] = the dot product of row o of `a` with row m of `b`; rows are `length` apart. Sums stay in registers,
+// of which W = 2 and M up to 6 need 15. A product has the same bits whatever W and M are. By itself, as compilers spill
+// sums in larger functions.
+template <class T, int W, int M, class X>
+__attribute__((noinline)) void multiply_rows_of(const T* a, const X* b, int64_t length, float products[W][M]) {
+    using R = Register<T>;
+    typename R::Sums sums[W][M] = {};
+    const int64_t whole = length / R::WIDTH * R::WIDTH;
+    const auto add = [&](const T* from_a, int64_t stride_a, const X* from_b, int64_t stride_b) {
+        typename R::Packed packed[W];
+        for (int w = 0; w < W; ++w) packed[w] = R::pack(from_a + w * stride_a);
+        for (int m = 0; m < M; ++m) {
+            typename R::Packed x = R::pack(from_b + m * stride_b);
+            keep_in_register(x);
+            for (int w = 0; w < W; ++w) sums[w][m] = R::multiply_add(sums[w][m], packed[w], x);
+        }
+    };
+    for (int64_t i = 0; i < whole; i += R::WIDTH) add(a + i, length, b + i, length);
+    if (whole < length) {
+        T padded_a[W][R::WIDTH] = {};
+        X padded_b[M][R::WIDTH] = {};
+        const size_t count = static_cast<size_t>(length - whole);
+        for (int w = 0; w < W; ++w) std::memcpy(padded_a[w], a + w * length + whole, count * sizeof(T));
+        for (int m = 0; m < M; ++m) std::memcpy(padded_b[m], b + m * length + whole, count * sizeof(X));
+        add(padded_a[0], R::WIDTH, padded_b[0], R::WIDTH);
+    }
+    for (int w = 0; w < W; ++w)
+        for (int m = 0; m < M; ++m) products[w][m] = sum(sums[w][m]);
 }
 
 template <class T, int M, class X>

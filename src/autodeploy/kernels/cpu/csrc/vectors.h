@@ -150,6 +150,10 @@ template <class V, class E>
 inline V load_converted(const E* from) {
     if constexpr (is_pair<V>::value)
         return {load_converted<decltype(V::low)>(from), load_converted<decltype(V::high)>(from + SIZE<V> / 2)};
+#if defined(__AVX2__)
+    else if constexpr (std::is_same_v<E, uint16_t> && std::is_same_v<V, Vector<uint32_t, 8>>)  // left alone, in halves
+        return bit_cast<V>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#endif
     else
         return convert<V>(load_vector<Vector<E, SIZE<V>>>(from));
 }
