@@ -37,23 +37,25 @@ def _base_supports(op: Op, **arguments: Any) -> str | None:
 
 @linear.kernel(PROVIDER, functools.partial(_base_supports, linear), batch_invariant=True)
 def linear_row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear` without blocks: every row is summed as one row alone is."""
+    """`linear` without blocks. A row alone would be summed in another order, and goes beside itself."""
     num_outputs, num_inputs = weight.shape
-    x, weight = x.contiguous(), weight.contiguous()
+    weight = weight.contiguous()
+    rows = x.reshape(-1, num_inputs).contiguous()
+    rows = rows.expand(2, -1).contiguous() if len(rows) == 1 else rows
     bias = None if bias is None else bias.contiguous()
-    out = x.new_empty(*x.shape[:-1], num_outputs)
+    out = x.new_empty(len(rows), num_outputs)
     native_linear[x.dtype](
-        x.data_ptr(),
+        rows.data_ptr(),
         weight.data_ptr(),
         pointer(bias),
         out.data_ptr(),
-        x.numel() // num_inputs,
+        len(rows),
         num_inputs,
         num_outputs,
         None,
         num_threads(num_outputs * num_inputs, MIN_WEIGHTS_FOR_THREADS),
     )
-    return out
+    return out[: x.numel() // num_inputs].view(*x.shape[:-1], num_outputs)
 
 
 def _attention_supports(**arguments: Any) -> str | None:
