@@ -141,6 +141,22 @@ def test_nobody_overtakes_a_long_prompt_that_waits_for_pages() -> None:
     assert list(loop.step().scheduled) == [long, short]
 
 
+def test_a_stream_of_long_prompts_starves_nobody() -> None:
+    """More long prompts come than can be computed: who decodes goes on, and who came first goes first."""
+    loop = Loop.make(num_pages=400, num_slots=40, budget=16)
+    decoding = loop.add(2, arrival=0, max_tokens=60)
+    loop.step()
+    earlier = [loop.add(40, arrival=1 + at, max_tokens=1) for at in range(4)]
+    short = loop.add(3, arrival=5, max_tokens=1)
+    later = []
+    while short.status is not Status.FINISHED:
+        later.append(loop.add(40, arrival=6 + len(later), max_tokens=1))
+        assert loop.step().scheduled[decoding] == 1
+    # 4 · 40 + 3 tokens at 15 a step beside the one that decodes.
+    assert len(later) == 11 and all(sequence.status is Status.FINISHED for sequence in earlier)
+    assert not any(sequence.finish_reason for sequence in later)
+
+
 def test_a_sequence_that_can_never_fit_fails_and_the_next_one_runs() -> None:
     loop = Loop.make(num_pages=4, budget=64)
     too_long, fits = loop.add(13, arrival=0), loop.add(12, arrival=1, max_tokens=1)
