@@ -23,9 +23,14 @@ else:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Builds of one test session never see what an earlier session or a user left in the cache."""
+    """Builds of one test session never see what an earlier session or a user left in the cache.
+
+    Where several processes run the tests, all have one cache, so that the kernels are compiled once.
+    """
+    is_shared = "PYTEST_XDIST_WORKER" in os.environ
+    folder = tmp_path_factory.getbasetemp().parent / "cache" if is_shared else tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AUTODEPLOY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("AUTODEPLOY_CACHE", str(folder))
         yield
 
 
