@@ -17,6 +17,8 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from autodeploy import LLM, SamplingParams
+from autodeploy.bench import record
+from autodeploy.packaged_models import model_path
 
 LENGTH = 48
 """tokens of a prompt that does not repeat itself"""
@@ -61,16 +63,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="write the figures there, as JSON")
     args = parser.parse_args(arguments)
     options = {"instant_on": False, "enable_prefix_caching": False}
-    llms = {name: LLM(args.model, speculative_config=config, **options) for name, config in ways(args).items()}
-    prompts = prompts_of(llms["none"], args.prompts)
-    rounds: dict[tuple[str, str], list[tuple[float, float]]] = {(kind, name): [] for kind in prompts for name in llms}
-    for _ in range(1 + args.rounds):  # the first one warms up
-        for (kind, name), results in rounds.items():
-            results.append(measure(llms[name], prompts[kind], args.tokens))
+    rounds: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for _ in range(args.rounds):
+        for name, config in ways(args).items():  # one at a time: teams of threads of two would be in each other's way
+            llm = LLM(model_path(args.model), speculative_config=config, **options)
+            for kind, prompts in prompts_of(llm, args.prompts).items():
+                measure(llm, prompts, args.tokens)  # warms up
+                rounds.setdefault((kind, name), []).append(measure(llm, prompts, args.tokens))
+            llm.shutdown()
     rows = []
-    for (kind, name), results in rounds.items():
-        seconds = statistics.median(seconds for seconds, _ in results[1:])
-        alone = statistics.median(seconds for seconds, _ in rounds[kind, "none"][1:])
+    for (kind, name), results in sorted(rounds.items(), key=lambda item: item[0][0]):
+        seconds = statistics.median(seconds for seconds, _ in results)
+        alone = statistics.median(seconds for seconds, _ in rounds[kind, "none"])
         speed = args.prompts * args.tokens / seconds
         rows.append({"prompts": kind, "drafts": name, "accepted": results[-1][1], "tokens_per_second": speed})
         rows[-1]["speedup"] = alone / seconds
@@ -79,9 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         accepted, speed, speedup = row["accepted"], row["tokens_per_second"], row["speedup"]
         print(f"| {row['prompts']} | {row['drafts']} | {accepted:.2f} | {speed:.1f} | {speedup:.2f} |")
     if args.output:
-        args.output.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    for llm in llms.values():
-        llm.shutdown()
+        found = {"benchmark": "speculation", "model": args.model, "rows": rows}
+        found |= {"machine": record.machine(), "versions": record.versions()}
+        args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def test_speculation(script: Script, tmp_path: Path) -> None:
     folder, output = tiny.save("llama", tmp_path / "model"), tmp_path / "record.json"
     sizes = ["--rounds", "1", "--prompts", "1", "--tokens", "8"]
     script("speculation").main([str(folder), "--draft-model", str(folder), *sizes, "--output", str(output)])
-    rows = {(row["prompts"], row["drafts"]): row for row in json.loads(output.read_text())}
+    rows = {(row["prompts"], row["drafts"]): row for row in json.loads(output.read_text())["rows"]}
     assert rows.keys() == {(kind, way) for kind in ("plain", "repetitive") for way in ("none", "ngram", "draft_model")}
     assert all(row["tokens_per_second"] > 0 and row["speedup"] > 0 for row in rows.values())
     assert rows["plain", "none"]["accepted"] == 1 and rows["plain", "draft_model"]["accepted"] > 3
