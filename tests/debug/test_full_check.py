@@ -19,6 +19,7 @@ from autodeploy.debug.full_check import full_check
 from autodeploy.debug.texts import PROMPTS, zen_of_python
 from autodeploy.errors import ConfigError, InvalidRequestError, OutOfMemoryError, UnsupportedModelError
 from tests import tiny
+from tests.threads import torch_threads
 
 TEXT = ("a note", "Simple is better than complex.")
 PROMPTS_HERE = ["a tiny model", [5, 6, 7]]
@@ -26,10 +27,8 @@ PROMPTS_HERE = ["a tiny model", [5, 6, 7]]
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")

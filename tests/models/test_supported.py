@@ -13,6 +13,7 @@ from tests.sweep.architectures import ENCODER, SEQ2SEQ, config_of, names, same_a
 from tests.sweep.reference import Greedy, generated, greedy, logits_of
 from tests.sweep.runner import state_of_the_code, sweep
 from tests.sweep.stages import STAGES, examine
+from tests.threads import torch_threads
 
 WITHOUT_COMPILE = tuple(stage for stage in STAGES if stage != "compile")
 
@@ -20,10 +21,8 @@ WITHOUT_COMPILE = tuple(stage for stage in STAGES if stage != "compile")
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Matrices of 64 columns gain nothing from a second thread, and on a busy machine wait for it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(1):
+        yield
 
 
 def one_of_each_mixture() -> list[str]:

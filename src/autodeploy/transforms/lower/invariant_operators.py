@@ -14,60 +14,23 @@ from autodeploy.graph.model_graph import ModelGraph, module_path, source_line
 from autodeploy.ops.op import find_op
 
 MOVES = {
-    *("sym_size", "embedding", "index_select", "gather", "index", "slice", "select", "narrow", "unbind", "unsqueeze"),
-    *("squeeze", "reshape", "view", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "t", "expand"),
-    *(
-        "expand_as",
-        "cat",
-        "stack",
-        "chunk",
-        "split",
-        "split_with_sizes",
-        "contiguous",
-        "clone",
-        "alias",
-        "detach",
-        "to",
-    ),
-    *("to", "_to_copy", "type_as", "repeat", "repeat_interleave", "pad", "constant_pad_nd", "flip"),
+    *("sym_size", "embedding", "index_select", "gather", "index", "slice", "select", "narrow"),
+    *("unbind", "unsqueeze", "squeeze", "reshape", "view", "_unsafe_view", "flatten", "unflatten"),
+    *("transpose", "permute", "t", "expand", "expand_as", "cat", "stack", "chunk", "split"),
+    *("split_with_sizes", "contiguous", "clone", "alias", "detach", "to", "_to_copy", "type_as"),
+    *("repeat", "repeat_interleave", "pad", "constant_pad_nd", "flip"),
 }
 """What moves or converts elements."""
 MAKES = {
-    *("arange", "full", "zeros", "ones", "full_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "new_full"),
+    *("arange", "full", "zeros", "ones", "full_like", "zeros_like", "ones_like", "new_zeros"),
+    *("new_ones", "new_full"),
 }
 """What makes tensors of constants."""
 EXACT = {
-    *(
-        "add",
-        "sub",
-        "rsub",
-        "mul",
-        "div",
-        "neg",
-        "abs",
-        "sqrt",
-        "reciprocal",
-        "minimum",
-        "maximum",
-        "clamp",
-        "clamp_min",
-    ),
-    *(
-        "clamp_min",
-        "clamp_max",
-        "relu",
-        "where",
-        "masked_fill",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "logical_and",
-        "logical_or",
-    ),
-    *("logical_not", "bitwise_and", "bitwise_or", "bitwise_not", "floor", "ceil", "round", "sign"),
+    *("add", "sub", "rsub", "mul", "div", "neg", "abs", "sqrt", "reciprocal", "minimum", "maximum"),
+    *("clamp", "clamp_min", "clamp_max", "relu", "where", "masked_fill", "eq", "ne", "lt", "le", "gt"),
+    *("ge", "logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not"),
+    *("floor", "ceil", "round", "sign"),
 }
 """What is rounded once, or not at all, in any version."""
 SAME_EVERYWHERE = {"exp", "log", "cos", "sin", "tanh", "erf"}
