@@ -1,15 +1,19 @@
-"""What every test gets: a cache of its own, no network, GPU tests skipped where there is no GPU."""
+"""What every test gets: a cache of its own and no network; without a GPU, no GPU tests and an interpreter of Triton."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 # Read by Hugging Face libraries when they are imported, so set before any test module is.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Read by Triton when a kernel is declared: without a device, kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 try:
     from hypothesis import settings
@@ -70,10 +74,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where there is no CUDA device."""
     gpu_tests = [item for item in items if "gpu" in item.keywords]
-    if not gpu_tests:
-        return
-    import torch
-
     if not torch.cuda.is_available():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="torch finds no CUDA device"))

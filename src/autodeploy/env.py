@@ -6,6 +6,7 @@ AUTODEPLOY_DEBUG         1: tracebacks instead of one-line errors on the command
 AUTODEPLOY_NATIVE        0: the reference functions instead of the native CPU kernels
 AUTODEPLOY_NATIVE_FLAGS  compiler flags after our own, e.g. for sanitizers
 CXX                      the C++ compiler to try first
+TRITON_INTERPRET         1: Triton kernels run on CPU tensors, for tests; read by Triton when kernels are imported
 
 Where traces are asked for, OpenTelemetry's SDK reads its own, OTEL_*; the protocol they name is checked here.
 """
@@ -34,6 +35,11 @@ def is_debugging() -> bool:
 def is_native_enabled() -> bool:
     """AUTODEPLOY_NATIVE."""
     return os.environ.get("AUTODEPLOY_NATIVE", "1") != "0"
+
+
+def is_triton_interpreted() -> bool:
+    """TRITON_INTERPRET, as Triton reads it."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def native_flags() -> list[str]:

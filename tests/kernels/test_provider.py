@@ -11,7 +11,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 def test_priority_by_device() -> None:
     assert provider.priority(CPU) == ("cpu",)
-    assert provider.priority(CUDA) == ()
+    assert provider.priority(CUDA) == ("triton",)
 
 
 def test_attention_backends() -> None:
@@ -39,6 +39,15 @@ def test_compiling_is_announced_once() -> None:
     assert all("compiling" in line for line in said)
 
 
+def test_a_provider_that_cannot_be_used_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(provider.triton, "why_unavailable", lambda: "torch finds no CUDA device")
+    assert provider.unavailable(CUDA) == {"triton": "torch finds no CUDA device"}
+    provider.prepare(CUDA, said.append)
+    assert said == ["no triton kernels, the reference functions run: torch finds no CUDA device"]
+
+
 def test_other_devices_compile_nothing_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provider.cpu, "why_unavailable", lambda: pytest.fail("asked for the CPU kernels"))
+    monkeypatch.setattr(provider.triton, "why_unavailable", lambda: None)
     provider.prepare(CUDA, pytest.fail)

@@ -5,16 +5,22 @@ from collections.abc import Callable
 import torch
 
 from autodeploy.errors import ConfigError
-from autodeploy.kernels import cpu
+from autodeploy.kernels import cpu, triton
 from autodeploy.ops.op import REFERENCE
 
-PROVIDERS: dict[str, tuple[str, ...]] = {"cpu": (cpu.PROVIDER,)}
+PROVIDERS: dict[str, tuple[str, ...]] = {"cpu": (cpu.PROVIDER,), "cuda": (triton.PROVIDER,)}
 """Device type -> providers of kernels for it, in order of preference; the reference comes last and is not listed."""
 
 
 def priority(device: torch.device) -> tuple[str, ...]:
-    """Providers to ask for kernels on a device, in order. One that cannot run here refuses each op with the reason."""
-    return PROVIDERS.get(device.type, ())
+    """Providers to ask for kernels on a device, in order.
+
+    One that cannot run here refuses each op with the reason, or has no kernels; see `unavailable`.
+    """
+    names = PROVIDERS.get(device.type, ())
+    if triton.PROVIDER in names:
+        triton.load()
+    return names
 
 
 def invariant_priority(device: torch.device) -> tuple[str, ...]:
@@ -44,13 +50,18 @@ def is_prepared(device: torch.device) -> bool:
 
 
 def prepare(device: torch.device, progress: Callable[[str], None]) -> None:
-    """Compile what providers compile on first use, and say so when that takes a while."""
+    """Compile what providers compile on first use, and say so; say too who cannot be used, and why."""
     if not is_prepared(device):
         progress("compiling the CPU kernels (once per machine)")
-        cpu.why_unavailable()
+    for name, reason in unavailable(device).items():
+        progress(f"no {name} kernels, the reference functions run: {reason}")
 
 
 def unavailable(device: torch.device) -> dict[str, str]:
     """Providers of a device that cannot run here, with the reason."""
-    reasons = {cpu.PROVIDER: cpu.why_unavailable()} if cpu.PROVIDER in priority(device) else {}
+    asked: dict[str, Callable[[], str | None]] = {
+        cpu.PROVIDER: cpu.why_unavailable,
+        triton.PROVIDER: triton.why_unavailable,
+    }
+    reasons = {name: asked[name]() for name in priority(device)}
     return {name: reason for name, reason in reasons.items() if reason is not None}

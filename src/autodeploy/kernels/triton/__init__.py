@@ -1,0 +1,48 @@
+"""The Triton provider: kernels for CUDA devices, compiled where they run, and tested by Triton's interpreter elsewhere.
+
+launch.py      how a kernel is launched, tuned, refused, and written down for tests
+arithmetic.py  what several kernels compute with
+norm.py        norms, one row of tokens per program
+
+Nothing of Triton is imported before `load`, so that a program for the CPU does not pay for it.
+"""
+
+import functools
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from autodeploy import env
+
+PROVIDER = "triton"
+
+MODULES = ("norm",)
+"""Modules that hold kernels."""
+
+_OLDEST = (3, 6)
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """The reason that Triton kernels cannot be used here, or None."""
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return "the package triton is not installed; install autodeploy[cuda]"
+    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST:
+        return f"triton {found} is installed; the kernels need {'.'.join(map(str, _OLDEST))} or newer"
+    if not (torch.cuda.is_available() or env.is_triton_interpreted()):
+        return "torch finds no CUDA device"
+    return None
+
+
+@functools.cache
+def load() -> None:
+    """Register the kernels; none where they cannot be used."""
+    if why_unavailable() is None:
+        for name in MODULES:
+            importlib.import_module(f"{__name__}.{name}")
+
+
+__all__ = ["PROVIDER", "load", "why_unavailable"]

@@ -1,0 +1,82 @@
+"""Compiles every launch of every Triton kernel for CUDA devices that are not there; prints what each takes, as JSON.
+
+Run as a process of its own, without Triton's interpreter: what is declared for one cannot go to the other. Kernels are
+called with the arguments in `sizes.py`, which have no data: one that waited for a value on the device would fail here,
+as it would while a CUDA graph is captured.
+"""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from autodeploy.kernels import triton as provider
+from autodeploy.kernels.triton.launch import Launch, written_down
+from autodeploy.ops import OPS
+from tests.kernels.triton.sizes import SIZES
+
+CAPABILITIES = (80, 90)
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def launches(name: str) -> list[Launch]:
+    """What a kernel launches for the arguments in `SIZES`."""
+    with written_down() as found:
+        for arguments in SIZES[name]():
+            OPS[name].kernels[provider.PROVIDER].function(**arguments)
+    return found
+
+
+def driver(capability: int) -> Any:
+    """Stands in for the driver of a device. Triton keeps compiled kernels by device, so each capability is one."""
+    return SimpleNamespace(
+        get_current_device=lambda: capability,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+    )
+
+
+def resources(launch: Launch, configuration: Any, capability: int) -> dict[str, Any]:
+    """Compile for the device that the driver stands for: bytes of shared memory, registers, bytes of local memory."""
+    values = launch.kernel.options(configuration, launch.values)
+    kernel = launch.kernel.function.warmup(*launch.arguments, grid=(1,), **values)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([_CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout))
+    return {
+        "function": launch.kernel.function.__name__,
+        "configuration": str({k: v for k, v in values.items() if isinstance(v, int)}),
+        "is_default": configuration is launch.kernel.configurations[0],
+        "capability": capability,
+        "shared_bytes": kernel.metadata.shared,
+        "registers": int(found["REG"]),
+        "local_bytes": int(found["STACK"]) + int(found["LOCAL"]),
+    }
+
+
+def compiled(name: str) -> Iterator[dict[str, Any]]:
+    """The first configuration of each launch for each capability, and the others for the last one."""
+    for capability in CAPABILITIES:
+        triton.runtime.driver.set_active(driver(capability))
+        for launch in launches(name):
+            every = launch.kernel.configurations
+            for configuration in every if capability == CAPABILITIES[-1] else every[:1]:
+                yield resources(launch, configuration, capability)
+
+
+if __name__ == "__main__":
+    for module in provider.MODULES:
+        importlib.import_module(f"{provider.__name__}.{module}")
+    names = sys.argv[1:] or [name for name, op in OPS.items() if provider.PROVIDER in op.kernels]
+    print(json.dumps({name: list(compiled(name)) for name in names}))
