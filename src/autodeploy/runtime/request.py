@@ -23,6 +23,26 @@ MAX_TEMPERATURE = 1e6
 GREEDY_TEMPERATURE = 1e-5
 """Below this temperature sampling is greedy: dividing by it would only overflow."""
 
+REAL_RANGES: dict[str, tuple[float, float]] = {
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (1e-3, 1e3),
+    "temperature": (0.0, MAX_TEMPERATURE),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+}
+WHOLE_RANGES: dict[str, tuple[int, int | None]] = {
+    "n": (1, MAX_SEQUENCES_PER_REQUEST),
+    "top_k": (-1, None),
+    "seed": (-(2**63), 2**63 - 1),
+    "max_tokens": (1, None),
+    "min_tokens": (0, None),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+}
+"""Least and greatest value of the numeric fields of `SamplingParams`; `top_p` is above 0 besides."""
+_MAY_BE_NONE = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
+
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 
 
@@ -85,7 +105,6 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._check_numbers()
-        self._check_lengths()
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise _invalid(name, getattr(self, name), "must be true or false")
@@ -100,28 +119,15 @@ class SamplingParams:
         object.__setattr__(self, "bad_token_sequences", _checked_bad_sequences(self.bad_token_sequences))
 
     def _check_numbers(self) -> None:
-        _check_real("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
-        _check_real("top_p", self.top_p, 0.0, 1.0)
+        for name, (lowest, highest) in REAL_RANGES.items():
+            _check_real(name, getattr(self, name), lowest, highest)
+        for name, (least, most) in WHOLE_RANGES.items():
+            if not (name in _MAY_BE_NONE and getattr(self, name) is None):
+                _check_int(name, getattr(self, name), least, most)
         if self.top_p == 0:
             raise _invalid("top_p", self.top_p, "must be above 0; for greedy decoding set temperature=0")
-        _check_int("top_k", self.top_k, -1, None)
-        _check_real("min_p", self.min_p, 0.0, 1.0)
-        _check_real("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_real("repetition_penalty", self.repetition_penalty, 1e-3, 1e3)
-        if self.seed is not None:
-            _check_int("seed", self.seed, -(2**63), 2**63 - 1)
-
-    def _check_lengths(self) -> None:
-        _check_int("n", self.n, 1, MAX_SEQUENCES_PER_REQUEST)
-        if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, None)
-        _check_int("min_tokens", self.min_tokens, 0, None)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _invalid("min_tokens", self.min_tokens, f"must be at most max_tokens, which is {self.max_tokens}")
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
 
     def _check_structured_outputs(self) -> None:
         if self.structured_outputs is None:

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from autodeploy.errors import InvalidRequestError
-from autodeploy.runtime.request import RequestOptions, SamplingParams
+from autodeploy.runtime.request import REAL_RANGES, WHOLE_RANGES, RequestOptions, SamplingParams
 from autodeploy.server.fields import StrictModel
 from autodeploy.server.output_requests import (
     MAX_CALLS,
@@ -64,8 +64,27 @@ class CallerFields(StrictModel):
     prompt_cache_retention: Any = None
 
 
+def _tell_ranges(schema: dict[str, Any]) -> None:
+    """The ranges that `SamplingParams` checks, for the OpenAPI document."""
+    for name, (least, most) in (REAL_RANGES | WHOLE_RANGES).items():
+        if name in SAMPLING_FIELDS and name != "seed":
+            number = schema["properties"][name]["anyOf"][0]
+            number |= {"minimum": least} | ({} if most is None else {"maximum": most})
+    schema["properties"]["seed"]["anyOf"][0]["format"] = "int64"  # its ends are no exact numbers in JSON
+    top_p = schema["properties"]["top_p"]["anyOf"][0]
+    top_p["exclusiveMinimum"] = top_p.pop("minimum")
+
+
+# These tell the OpenAPI document what is checked where the values are used.
+TokenId = Annotated[int, Field(json_schema_extra={"minimum": 0})]
+Text = Annotated[str, Field(json_schema_extra={"minLength": 1})]
+TokenIds = Annotated[list[TokenId], Field(json_schema_extra={"minItems": 1})]
+
+
 class SamplingRequest(CallerFields, OutputFields):
     """The fields that completions and chat completions share."""
+
+    model_config = ConfigDict(json_schema_extra=_tell_ranges)
 
     model: str | None = None
     stream: bool | None = None
@@ -79,13 +98,13 @@ class SamplingRequest(CallerFields, OutputFields):
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | list[Text] | None = None
+    stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    allowed_token_ids: TokenIds | None = None
+    bad_words: list[Text] | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -136,7 +155,7 @@ def _token_id(key: str) -> int:
 class CompletionRequest(SamplingRequest):
     """Body of POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Text | Annotated[list[Text], Field(json_schema_extra={"minItems": 1})] | TokenIds | list[TokenIds]
     max_tokens: int | None = None
     logprobs: int | None = None
     add_special_tokens: bool = True
@@ -344,4 +363,4 @@ class DetokenizeRequest(StrictModel):
     """Body of POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: list[TokenId]
