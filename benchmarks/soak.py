@@ -45,9 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     flags = ["--dtype", "float32", "--max-num-seqs", "64", "--max-queued-requests", str(2 * given.clients)]
     command = [sys.executable, "-m", "autodeploy", "serve", model_path(given.model), "--port", "{port}", *flags]
-    with tempfile.TemporaryDirectory() as scratch, Server(command, {}, Path(scratch) / "log") as server:
-        server.wait_until_ready("/ready", 600)
-        results = asyncio.run(soak(server, given))
+    with tempfile.TemporaryDirectory() as scratch:
+        log = Path(scratch) / "log"
+        with Server(command, {}, log) as server:
+            server.wait_until_ready("/ready", 600)
+            results = asyncio.run(soak(server, given))
+        if results["lost"]:
+            print(log.read_text(encoding="utf-8"))
     passed = results["wrong"] == results["lost"] == results["left_in_engine"] == 0 and results["answers"] > 0
     if given.seconds >= LONG_RUN_SECONDS:
         passed = passed and results["memory_bytes_per_minute"] <= MOST_GROWTH_BYTES_PER_MINUTE
@@ -69,6 +73,7 @@ async def soak(server: Server, given: Any) -> dict[str, Any]:
         alone = {text: await answer(client, text, given.max_tokens) for text in texts}
         sure = [text for text in texts if alone[text]["margin"] > CLOSE_CALL]
         counts = {"answers": 0, "tokens": 0, "wrong": 0, "lost": 0}
+        why_lost: list[str] = []
         memory: list[tuple[float, int]] = []
         began = time.monotonic()
         watcher = asyncio.create_task(watch(server.pid, memory, began))
@@ -81,7 +86,8 @@ async def soak(server: Server, given: Any) -> dict[str, Any]:
                     got = await answer(client, text, given.max_tokens)
                 except (httpx.HTTPError, ValueError) as error:
                     counts["lost"] += 1
-                    print(f"lost: {error!r}", flush=True)
+                    why_lost.append(f"after {time.monotonic() - began:.1f} s: {error!r} from {error.__cause__!r}")
+                    print(f"lost {why_lost[-1]}", flush=True)
                     continue
                 counts["answers"] += 1
                 counts["tokens"] += len(got["token_ids"])
@@ -95,7 +101,7 @@ async def soak(server: Server, given: Any) -> dict[str, Any]:
     slope = float(np.polyfit(seconds, held, 1)[0]) if len(seconds) > 1 else 0.0
     left = status["running"] + status["waiting"] + int(status["state_usage_fraction"] > 0)
     result = {"clients": given.clients, "seconds": time.monotonic() - began, "close_calls": len(texts) - len(sure)}
-    result |= counts | {"left_in_engine": left, "preemptions": status["preemptions"]}
+    result |= counts | {"why_lost": why_lost, "left_in_engine": left, "preemptions": status["preemptions"]}
     return result | {"memory_bytes_per_minute": 60 * slope, "memory_bytes": [size for _, size in memory]}
 
 

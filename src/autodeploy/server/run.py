@@ -18,6 +18,10 @@ GRACE_SECONDS = 10
 """After requests were cut off, for their errors to be sent."""
 
 
+KEEP_ALIVE_SECONDS = 75
+"""A connection stays open so long between two requests: longer than clients keep one to use again (httpx, and with it
+the `openai` package, 5 s, aiohttp 15 s, proxies 60 s), so that it is they who close it and no request meets a close."""
+
 STALLED_READER_SECONDS = 60
 """A client that takes nothing of its answer for so long has gone, as far as the server is concerned."""
 
@@ -71,6 +75,7 @@ def make_server(app: FastAPI, served: ServedModel, options: ServerOptions, **mor
         log_config=log_config(options.log_format),
         ssl_keyfile=options.ssl_keyfile,
         ssl_certfile=options.ssl_certfile,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(options.drain_timeout_seconds) + GRACE_SECONDS,
         **more,
     )
