@@ -185,11 +185,10 @@ class OutputCollector:
         )
 
     def _note_times(self, delta: OutputDelta) -> None:
-        now = time.monotonic()
         if delta.token_ids and self.metrics.first_token_time is None:
-            self.metrics.first_token_time = now
-        if self.finished:
-            self.metrics.finished_time = now
+            self.metrics.first_token_time = time.monotonic()
+        if delta.finish_reason is not None and self.finished:
+            self.metrics.finished_time = time.monotonic()
 
 
 def _empty_output(index: int, params: SamplingParams) -> CompletionOutput:

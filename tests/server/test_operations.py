@@ -286,7 +286,7 @@ def test_the_log_config_is_one_that_logging_takes(capsys: pytest.CaptureFixture[
 
 
 def test_idle_connections_are_left_for_clients_to_close(serve: Serve) -> None:
-    _, server, _ = serve(FakeEngine(ANSWER_IDS, EOS))
+    _, server, _ = serve(FakeEngine(ANSWER_IDS, eos_id=EOS))
     longest = httpx.Limits().keepalive_expiry
     assert longest is not None
     assert server.config.timeout_keep_alive > 2 * max(longest, 15)  # the latter is aiohttp's

@@ -244,7 +244,7 @@ class IncrementalDetokenizer:
         if token_id in self._skip:
             return ""
         self._window.append(token_id)
-        if self._ends_inside_character():
+        if self._tokenizer.byte_of and self._ends_inside_character():
             return ""  # its next byte decides how the whole run of bytes reads
         text = self._decode(self._window)
         overdue = len(self._window) - self._clean > 2 * UNDECIDED_TOKENS

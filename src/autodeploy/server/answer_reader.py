@@ -55,6 +55,8 @@ class AnswerReader:
             self.num_calls = 1
             return [*begins, *([CallArguments(0, text)] if text else [])]
         parts: list[Part] = [Text(text)] if text else []
+        if self._thoughts is None and self._calls is None:
+            return parts
         if self._thoughts is not None:
             parts = self._thoughts.push(text) + (self._thoughts.finish() if is_last else [])
         if self._calls is not None:
