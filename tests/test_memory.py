@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autodeploy.memory import available_bytes, container_bytes, huge_pages
+from autodeploy.memory import available_bytes, container_bytes, forget_pages, huge_pages
 
 
 def test_available_memory_is_plausible() -> None:
@@ -36,3 +36,16 @@ def test_huge_pages_are_memory_like_any_other() -> None:
         block = huge_pages(num_bytes)
         assert block.shape == (num_bytes,) and block.dtype == torch.uint8
         assert bool((block.fill_(7) == 7).all())
+
+
+def test_only_mappings_of_the_named_file_are_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 64)
+    mapped = torch.from_file(str(tmp_path / "file"), size=256 * 64, dtype=torch.uint8)
+    memory = torch.full((256 * 64,), 7, dtype=torch.uint8)
+    for tensor in (mapped, memory):
+        begin = tensor.data_ptr()
+        tensor[-1] = 9  # a change of our own is lost with its page
+        forget_pages(begin, begin + tensor.nbytes, tmp_path / "other")
+        assert tensor[-1] == 9
+        forget_pages(begin, begin + tensor.nbytes, tmp_path / "file")
+    assert memory[-1] == 9 and mapped[-1] == 255

@@ -7,6 +7,7 @@ import psutil
 import torch
 from torch import Tensor
 
+_MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
 _PAGE_BYTES = 4096
 
@@ -45,9 +46,27 @@ def huge_pages(num_bytes: int) -> Tensor:
     Where the system has none, or does not know the request, it is ordinary memory.
     """
     block = torch.empty(num_bytes, dtype=torch.uint8)
-    begin = -(-block.data_ptr() // _PAGE_BYTES) * _PAGE_BYTES
-    length = block.data_ptr() + num_bytes - begin
+    _advise(block.data_ptr(), block.data_ptr() + num_bytes, _MADV_HUGEPAGE)
+    return block
+
+
+def forget_pages(begin: int, end: int, path: Path) -> None:
+    """Give back the memory behind these addresses, if they are a mapping of the file, which is read again when needed.
+
+    For mappings that nobody has written to: what was written to a private one is lost.
+    """
+    maps = Path("/proc/self/maps")
+    for line in maps.read_text(encoding="utf-8").splitlines() if maps.exists() else ():
+        addresses, _, rest = line.partition(" ")
+        first, last = (int(address, 16) for address in addresses.split("-"))
+        if first <= begin and end <= last and rest.endswith(f" {path.resolve()}"):
+            _advise(begin, end, _MADV_DONTNEED)
+
+
+def _advise(begin: int, end: int, advice: int) -> None:
+    """Tell the system what becomes of the whole pages between two addresses, where it can be told."""
+    begin = -(-begin // _PAGE_BYTES) * _PAGE_BYTES
+    length = end // _PAGE_BYTES * _PAGE_BYTES - begin
     madvise = getattr(ctypes.CDLL(None), "madvise", None)
     if madvise is not None and length > 0:
-        madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _MADV_HUGEPAGE)
-    return block
+        madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), advice)

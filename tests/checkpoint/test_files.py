@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from autodeploy.checkpoint import files
 from autodeploy.checkpoint.files import SAFETENSORS_DTYPES, find_weight_files, open_weight_file
 from autodeploy.errors import CheckpointError
 
@@ -48,6 +49,33 @@ def test_safetensors_are_mapped_and_not_read(tmp_path: Path) -> None:
     big = open_weight_file(path).read("big")
     assert big[-1, -1] == 1
     assert _private_bytes() - before < 32 * 2**20, "64 MiB were copied into memory"
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="tells mapped memory from /proc")
+def test_memory_of_what_was_read_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MOST_MAPPED_BYTES", 2**20)
+    path = tmp_path / "model.safetensors"
+    save_file({f"part{index}": torch.full((2**18,), float(index)) for index in range(8)}, path)  # a megabyte each
+    file = open_weight_file(path)
+    parts, most = [], 0
+    for index in range(8):
+        parts.append(file.read(f"part{index}"))
+        assert (parts[-1] == index).all()
+        most = max(most, _mapped_bytes(path))
+    assert 2**20 <= most <= 3 * 2**20
+    file.close()
+    assert all((part == index).all() for index, part in enumerate(parts)), "read again when needed"
+
+
+def _mapped_bytes(path: Path) -> int:
+    """Memory of this process that holds pages of a file."""
+    held, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            counts = line.endswith(str(path))
+        elif line.startswith("Rss:") and counts:
+            held += 1024 * int(line.split()[1])
+    return held
 
 
 @pytest.mark.parametrize("cut_bytes", [1, 6, 20])

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from autodeploy.errors import CheckpointError
+from autodeploy.memory import forget_pages
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -43,6 +44,9 @@ PYTORCH_INDEX_FILE = f"{PYTORCH_WEIGHTS_NAME}.index.json"
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 
+MOST_MAPPED_BYTES = 64 * 2**20
+"""Pages of a mapped file count as memory of the process: after so many bytes they are given back."""
+
 
 NAMES = ((SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE), (PYTORCH_INDEX_FILE, PYTORCH_WEIGHTS_NAME))
 """(index of several files, single file), in the order they are looked for"""
@@ -60,7 +64,7 @@ class WeightFile(Protocol):
     tensors: dict[str, Tensor]
 
     def read(self, name: str) -> Tensor:
-        """The tensor's data on the CPU; may be a view of the mapped file."""
+        """The tensor's data on the CPU, to be read only; may be a view of the mapped file."""
 
     def close(self) -> None:
         """Let go of the file; a later `read` opens it again. Tensors already handed out stay valid."""
@@ -86,6 +90,7 @@ class SafetensorsFile:
         self.path = path
         self.tensors: dict[str, Tensor] = {}
         self._handle: Any = None  # safetensors ships no types
+        self._read: list[tuple[int, int]] = []  # where tensors lie that were read since pages were last given back
         handle = self._open()
         for name in handle.keys():  # noqa: SIM118  (a file handle, not a dict)
             stored = handle.get_slice(name)
@@ -97,11 +102,17 @@ class SafetensorsFile:
     def read(self, name: str) -> Tensor:
         if self._handle is None:
             self._handle = self._open()
+        if sum(end - begin for begin, end in self._read) > MOST_MAPPED_BYTES:
+            for begin, end in self._read:
+                forget_pages(begin, end, self.path)
+            self._read.clear()
         tensor: Tensor = self._handle.get_tensor(name)
+        self._read.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes))
         return tensor
 
     def close(self) -> None:
         self._handle = None
+        self._read.clear()
 
     def _open(self) -> Any:
         try:
