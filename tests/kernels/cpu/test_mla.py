@@ -1,6 +1,5 @@
 """cached_mla over pages of latents: against the reference, odd sizes, many heads, long contexts, bad batches."""
 
-import random
 from typing import Any
 
 import pytest
@@ -9,46 +8,9 @@ import torch
 from autodeploy.compile.replay import Memory, record
 from autodeploy.kernels.cpu import mla
 from autodeploy.ops import cached_mla
+from tests.kernels.paged_cases import mla_arguments as arguments
 
 TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 3e-2}
-
-
-def arguments(
-    lengths: list[int],
-    counts: list[int],
-    *,
-    heads: int = 4,
-    widths: tuple[int, int, int, int] = (16, 8, 24, 12),
-    page_size: int = 4,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Any]:
-    """Sequences with latents in shuffled pages; `widths` of a head's own key, the shared key, the latent, a value."""
-    own, shared, latent, value = widths
-    tokens = sum(counts)
-    pages_each = max(-(-length // page_size) for length in lengths)
-    numbers = list(range(1, len(lengths) * pages_each + 1))
-    random.Random(0).shuffle(numbers)
-    page_table = torch.tensor(numbers, dtype=torch.int32).view(len(lengths), pages_each)
-    slots = [
-        int(table[at // page_size]) * page_size + at % page_size
-        for table, length, count in zip(page_table, lengths, counts, strict=True)
-        for at in range(length - count, length)
-    ]
-    # As the projections leave them: columns of wider rows.
-    query = torch.randn(1, tokens, heads, own + shared + 3).to(dtype)[..., : own + shared]
-    row = torch.randn(1, tokens, latent + shared).to(dtype)
-    return {
-        "query": query,
-        "latent": row[..., :latent],
-        "shared_key": row[..., latent:],
-        "up": (torch.randn(heads * (own + value), latent) * latent**-0.5).to(dtype),
-        "cu_seqlens": torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
-        "scale": (own + shared) ** -0.5,
-        "seq_lens": torch.tensor(lengths, dtype=torch.int32),
-        "page_table": page_table,
-        "slot_mapping": torch.tensor(slots),
-        "latent_cache": torch.randn(len(numbers) + 1, page_size, 1, latent + shared).to(dtype),
-    }
 
 
 def check(given: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:

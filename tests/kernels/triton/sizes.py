@@ -1,5 +1,6 @@
 """Arguments of real sizes for each op with a Triton kernel, without data: what the kernels are compiled for."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,38 @@ def layer_norm() -> list[Arguments]:
     return [{"x": empty(1, 64, 2560), "weight": empty(2560), "bias": empty(2560), "eps": 1e-5}]
 
 
+def paged(num_tokens: int, num_sequences: int) -> Arguments:
+    """Batch inputs with room for 2048 tokens of each sequence in pages of 32."""
+    numbers = functools.partial(empty, dtype=torch.int32)
+    tables = {"seq_lens": numbers(num_sequences), "page_table": numbers(num_sequences, 64)}
+    return {"cu_seqlens": numbers(num_sequences + 1), **tables, "slot_mapping": empty(num_tokens, dtype=torch.int64)}
+
+
+def cached_attention() -> list[Arguments]:
+    def step(num_tokens: int, num_sequences: int) -> Arguments:
+        query, key, value = empty(1, num_tokens, 48, 128).split([32, 8, 8], dim=2)
+        cache = empty(4096, 32, 8, 128)
+        facts = {"sinks": None, "scale": 0.1, "causal": True, "sliding_window": None, "chunk_size": None}
+        facts |= {"softcap": None, "slopes": None, "distance_logits": None, "key_cache": cache, "value_cache": cache}
+        return {"query": query, "key": key, "value": value, **facts, **paged(num_tokens, num_sequences)}
+
+    everything = {"sliding_window": 512, "softcap": 50.0, "sinks": empty(32), "slopes": empty(32)}
+    return [step(1, 1), step(2048, 2) | everything]
+
+
+def cached_mla() -> list[Arguments]:
+    def step(num_tokens: int, num_sequences: int) -> Arguments:
+        latent, shared_key = empty(1, num_tokens, 576).split([512, 64], dim=2)
+        given = {"query": empty(1, num_tokens, 128, 192), "latent": latent, "shared_key": shared_key}
+        given |= {"up": empty(128 * 256, 512), "latent_cache": empty(4096, 32, 1, 576), "scale": 0.1}
+        return given | paged(num_tokens, num_sequences)
+
+    return [step(4, 4)]
+
+
 SIZES: dict[str, Callable[[], list[Arguments]]] = {
+    "cached_attention": cached_attention,
+    "cached_mla": cached_mla,
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
     "gated_rms_norm": gated_rms_norm,

@@ -16,7 +16,8 @@ from tests.kernels.triton.sizes import SIZES
 
 ROOT = Path(__file__).parents[3]
 CUDA = torch.device("cuda")
-NAMES = [name for name, op in OPS.items() for kernel in op.kernels if kernel in provider.priority(CUDA)]
+PRIORITY = provider.priority(CUDA)
+NAMES = [name for name, op in OPS.items() for kernel in op.kernels if kernel in PRIORITY]
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
 """Of a thread block, by compute capability (CUDA programming guide, technical specifications)."""
 

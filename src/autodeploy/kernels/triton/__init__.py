@@ -3,6 +3,8 @@
 launch.py      how a kernel is launched, tuned, refused, and written down for tests
 arithmetic.py  what several kernels compute with
 norm.py        norms, one row of tokens per program
+paged.py       what kernels over pages share
+attention.py mla.py   attention over pages read in place
 
 Nothing of Triton is imported before `load`, so that a program for the CPU does not pay for it.
 """
@@ -17,7 +19,7 @@ from autodeploy import env
 
 PROVIDER = "triton"
 
-MODULES = ("norm",)
+MODULES = ("attention", "mla", "norm")
 """Modules that hold kernels."""
 
 _OLDEST = (3, 6)
