@@ -1,20 +1,25 @@
 """replay: a small step is written down as it runs, and the next one of the same shape repeats what was written down.
 
 Decoding runs the same few hundred calls every step, with the same sizes at the same addresses but for the batch
-inputs. So the second step of a shape runs under observation: every native kernel and every torch operator that
-computes something is put on a tape (`kernels/cpu/tape.py`), with its buffers. From then on the batch inputs are copied
-to where the tape reads them and the tape runs: no Python between kernels, one team of threads for all of them. It is
-what a CUDA graph is on a GPU, and has the same condition: nothing may depend on a tensor's value in Python. Steps of a
-shape that read one are never repeated, and the report says so.
+inputs. So a step runs under observation when a shape is new and every sequence decodes, else when its shape is seen for
+the second time: every native kernel and every torch operator that computes something is put on a tape
+(`kernels/cpu/tape.py`), with its buffers. From then on the batch inputs are copied to where the tape reads them and the
+tape runs: no Python between kernels, one team of threads for all of them. It is what a CUDA graph is on a GPU, and has
+the same condition: nothing may depend on a tensor's value in Python. Steps of a shape that read one are never repeated,
+and the report says so.
 """
 
+import contextlib
+import functools
+import threading
+from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,17 +30,17 @@ from autodeploy.graph.report import BuildReport
 from autodeploy.kernels.cpu.native import watching
 from autodeploy.kernels.cpu.tape import Tape
 from autodeploy.kernels.cpu.torch_calls import compute_natively
-from autodeploy.ops.batch_inputs import PAGE_TABLE
+from autodeploy.ops.batch_inputs import PAGE_TABLE, lookup
 
 MAX_TOKENS = 64
 """Tokens of a step up to which it is worth repeating; what larger steps compute hides what Python costs."""
 MAX_SHAPES = 96
 """Shapes of steps that are remembered; those longest unused go first."""
+LEAST_PAGES = 16
+"""Least width of page tables, so that short sequences bring no shapes of their own."""
 
-_READS = {
-    getattr(Tensor, name)
-    for name in ("tolist", "item", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "nonzero")
-}
+_READS = ("tolist", "numpy", "__array__")
+"""Methods of a tensor that look at values behind operators' backs; others call an operator that says so."""
 _DATA_DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _MAKES_MEMORY = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided")
 _MADE_TO_BE_CHANGED = ("aten::clone", "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::new_zeros")
@@ -61,6 +66,7 @@ class Replay:
     def __init__(self, function: GraphFunction, batch_inputs: Sequence[str], report: BuildReport) -> None:
         self._function, self._batch_inputs, self._report = function, batch_inputs, report
         self._num_tokens_of = batch_inputs.index("input_ids")
+        self._by_sequence = next((i for i, name in enumerate(batch_inputs) if _is_by_sequence(name)), None)
         self._steps: OrderedDict[tuple[Any, ...], Step | None] = OrderedDict()
         """by the shapes of inputs; None for shapes seen once"""
         self._states: list[int] = []
@@ -80,7 +86,7 @@ class Replay:
         if step is not None:
             self._steps.move_to_end(shapes)
             return self._function(*batch, *states) if step.obstacle else step.run(batch)
-        if shapes not in self._steps:
+        if shapes not in self._steps and not self._decodes(batch):
             self._remember(shapes, None)
             return self._function(*batch, *states)
         step, result = record(self._function, batch, states, self._memory)
@@ -89,6 +95,12 @@ class Replay:
             num_tokens = batch[self._num_tokens_of].numel()
             self._report.facts["replay"] = f"not for steps of {num_tokens} tokens: {step.obstacle}"
         return result
+
+    def _decodes(self, batch: Sequence[Tensor]) -> bool:
+        """Whether every sequence has one token: such a shape comes again, as that of a prompt seldom does."""
+        if self._by_sequence is None:
+            return False
+        return batch[self._num_tokens_of].numel() == batch[self._by_sequence].shape[0]
 
     def _remember(self, shapes: tuple[Any, ...], step: "Step | None") -> None:
         self._steps[shapes] = step
@@ -126,7 +138,7 @@ def record(
 ) -> tuple["Step", Tensor]:
     """Run a step on copies of batch inputs, and on states, and write it down; returns it and what it gave."""
     step = Step(tuple(value.clone() for value in batch), memory)
-    with watching(step.tape.add_native), _Observer(step, (*step.inputs, *states)), _ReadsOfValues(step):
+    with watching(step.tape.add_native), _noticing_reads(step), _Observer(step, (*step.inputs, *states)):
         step.result = function(*step.inputs, *states)
     step.tape.finish()
     return step, step.result.clone()
@@ -155,22 +167,23 @@ class _Observer(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs, memory = kwargs or {}, self._step.memory
-        if func._schema.name in _MAKES_MEMORY:
+        kwargs, memory, facts = kwargs or {}, self._step.memory, _facts(func)
+        if facts.makes_memory:
             made = memory.like(func(*args, **kwargs))
             self._varying |= _storages([made])
             return made
-        given = _tensors((args, kwargs))
-        if any(tag in func.tags for tag in _DATA_DEPENDENT) and not _is_plain_index(func, given):
-            self._step.obstacle = self._step.obstacle or f"{func} gives what depends on values"
         result = func(*args, **kwargs)
-        results = _tensors(result)
+        if facts.is_view and _shares_memory(result, args[0]):
+            return result
+        given, results = _tensors((args, kwargs)), _tensors(result)
+        if facts.depends_on_values and not _is_plain_index(func, given):
+            self._step.obstacle = self._step.obstacle or f"{func} gives what depends on values"
         old, new = _storages(given), _storages(results)
-        if func._schema.is_mutable:
+        if facts.is_mutable:
             self._note_change(func, args, kwargs)
         elif new <= old:
             return result
-        elif self._is_constant(func, old, results):
+        elif self._is_constant(facts, old, results):
             self._fixed |= old | new
             return memory.constant((str(func), *map(_identity, tree_leaves(args)), *kwargs), given, result)
         elif not new & old:
@@ -182,9 +195,9 @@ class _Observer(TorchDispatchMode):
         self._step.tape.add_python(_repeat(func, args, kwargs, results))
         return result
 
-    def _is_constant(self, func: Any, given: set[int], results: Sequence[Tensor]) -> bool:
+    def _is_constant(self, facts: "_Facts", given: set[int], results: Sequence[Tensor]) -> bool:
         """Whether results follow from weights alone, and are small enough to be kept."""
-        if not given or given & self._varying or func._schema.name in _MADE_TO_BE_CHANGED:
+        if not given or given & self._varying or facts.is_made_to_be_changed:
             return False
         return sum(value.untyped_storage().nbytes() for value in results) <= _MAX_CONSTANT_BYTES
 
@@ -197,6 +210,38 @@ class _Observer(TorchDispatchMode):
         self._varying |= changed
         if changed & self._fixed:
             self._step.obstacle = self._step.obstacle or f"{func} changes what other operators took for constant"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """What there is to know of an operator."""
+
+    is_view: bool
+    is_mutable: bool
+    depends_on_values: bool
+    makes_memory: bool
+    is_made_to_be_changed: bool
+
+
+@functools.cache
+def _facts(func: Any) -> _Facts:
+    """Looked up once per operator: a step calls a thousand."""
+    name = func._schema.name
+    return _Facts(
+        is_view=func.is_view,
+        is_mutable=func._schema.is_mutable,
+        depends_on_values=any(tag in func.tags for tag in _DATA_DEPENDENT),
+        makes_memory=name in _MAKES_MEMORY,
+        is_made_to_be_changed=name in _MADE_TO_BE_CHANGED,
+    )
+
+
+def _shares_memory(result: Any, given: Any) -> bool:
+    """Whether what an operator for views gives lies where the tensor that it was given does; else it made a copy."""
+    first = result if isinstance(result, Tensor) else next(iter(result), None)
+    if not isinstance(first, Tensor) or not isinstance(given, Tensor):
+        return False
+    return bool(first.untyped_storage()._cdata == given.untyped_storage()._cdata)
 
 
 def _storages(tensors: Sequence[Tensor]) -> set[int]:
@@ -220,19 +265,33 @@ def _repeat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: S
     return repeat
 
 
-class _ReadsOfValues(TorchFunctionMode):
-    """Notices where Python looks at a tensor's values."""
+@contextlib.contextmanager
+def _noticing_reads(step: Step) -> Iterator[None]:
+    """While this lasts, reads of values by this thread are the step's obstacle.
 
-    def __init__(self, step: Step) -> None:
-        super().__init__()
-        self._step = step
+    The methods themselves are replaced: a torch function mode would see every use of a tensor, a third of the time that
+    a step takes to be written down.
+    """
+    thread, own = threading.get_ident(), {name: vars(Tensor).get(name) for name in _READS}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in _READS:
-            self._step.obstacle = self._step.obstacle or f"a kernel reads values in Python ({func.__name__})"
-        return func(*args, **(kwargs or {}))
+    def noticed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def read(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                step.obstacle = step.obstacle or f"a kernel reads values in Python ({name})"
+            return method(*args, **kwargs)
+
+        return read
+
+    for name in _READS:
+        setattr(Tensor, name, noticed(name, getattr(Tensor, name)))
+    try:
+        yield
+    finally:
+        for name, method in own.items():
+            if method is None:
+                delattr(Tensor, name)
+            else:
+                setattr(Tensor, name, method)
 
 
 class Memory:
@@ -242,21 +301,20 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self._buffers: list[torch.UntypedStorage] = []
+        self._buffers: list[tuple[int, int, torch.UntypedStorage]] = []
+        """size in bytes, number and memory of each; smallest first"""
         self._constants: dict[Any, tuple[Sequence[Tensor], Any]] = {}
 
     def like(self, wanted: Tensor) -> Tensor:
         """An uninitialised tensor like the given one."""
         storage = wanted.untyped_storage()
-        fitting = [
-            buffer for buffer in self._buffers if storage.nbytes() <= buffer.nbytes() and _num_users(buffer) == 1
-        ]
-        buffer = min(fitting, key=lambda other: other.nbytes(), default=storage)
-        if buffer is storage:
-            self._buffers.append(storage)
-            return wanted
-        with torch.utils._python_dispatch._disable_current_modes():
-            return torch.empty(0, dtype=wanted.dtype).set_(buffer, 0, wanted.shape, wanted.stride())
+        size = storage.nbytes()
+        for i in range(bisect_left(self._buffers, (size,)), len(self._buffers)):
+            buffer = self._buffers[i][2]
+            if _num_users(buffer) == 1:
+                return torch.empty(0, dtype=wanted.dtype).set_(buffer, 0, wanted.shape, wanted.stride())
+        insort(self._buffers, (size, len(self._buffers), storage))
+        return wanted
 
     def constant(self, key: Any, given: Sequence[Tensor], result: Any) -> Any:
         """The result of an operator that gives the same in every step; what it was given stays where it is."""
@@ -267,11 +325,16 @@ def _num_users(storage: torch.UntypedStorage) -> int:
     return int(torch._C._storage_Use_Count(storage._cdata))
 
 
+def _is_by_sequence(name: str) -> bool:
+    declared = lookup(name)
+    return declared is not None and declared.dims[0] == "S"
+
+
 def _widened(name: str, value: Tensor) -> Tensor:
     """A page table as wide as the next power of two, so that its shape seldom changes; anything else as it is."""
     if not name.startswith(PAGE_TABLE):
         return value
-    width = 1 << (value.shape[1] - 1).bit_length()
+    width = max(LEAST_PAGES, 1 << (value.shape[1] - 1).bit_length())
     return value if width == value.shape[1] else torch.nn.functional.pad(value, (0, width - value.shape[1]))
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -80,19 +80,20 @@ class NativeFunction(dict[torch.dtype | None, Callable[..., Any]]):
     def __init__(self, name: str, arguments: tuple[type[Any], ...], result: type[Any] | None = None):
         super().__init__()
         self._name, self._arguments, self._result = name, arguments, result
+        self._loaded: dict[torch.dtype | None, NativeCall] = {}
         self.instances.append(self)
 
     def __missing__(self, dtype: torch.dtype | None) -> Callable[..., Any]:
-        symbol = self._name if dtype is None else f"{self._name}_{DTYPES[dtype]}"
-        function: Any = getattr(library(), symbol)
-        function.argtypes, function.restype = self._arguments, self._result
+        called = self._loaded.get(dtype)
+        if called is None:
+            called = self._loaded[dtype] = self._load(dtype)
+        function = called.function
         with _lookup:
             watch = NativeFunction.watch
             if watch is None:
                 self[dtype] = function
         if watch is None or threading.get_ident() != _watcher:
-            return cast(Callable[..., Any], function)
-        called = NativeCall(symbol, self._arguments, function)
+            return function
 
         def call(*arguments: Any) -> Any:
             result = function(*arguments)
@@ -101,19 +102,26 @@ class NativeFunction(dict[torch.dtype | None, Callable[..., Any]]):
 
         return call
 
+    def _load(self, dtype: torch.dtype | None) -> "NativeCall":
+        symbol = self._name if dtype is None else f"{self._name}_{DTYPES[dtype]}"
+        function: Any = getattr(library(), symbol)
+        function.argtypes, function.restype = self._arguments, self._result
+        repeats = getattr(library(), f"{symbol}_recorded", None)
+        address = None if repeats is None else ctypes.cast(repeats, ctypes.c_void_p).value
+        return NativeCall(symbol, self._arguments, function, address)
+
 
 @dataclass(frozen=True)
 class NativeCall:
-    """What a watched call called: the C function's name, its argument types, and itself."""
+    """What a watched call called: the C function's name, its argument types, and itself.
+
+    `recorded` is the address of the function that repeats the call from an array of arguments, None if there is none.
+    """
 
     symbol: str
     arguments: tuple[type[Any], ...]
     function: Callable[..., Any]
-
-    def recorded(self) -> int | None:
-        """Address of the function that repeats the call from an array of arguments, or None if there is none."""
-        repeats = getattr(library(), f"{self.symbol}_recorded", None)
-        return None if repeats is None else ctypes.cast(repeats, ctypes.c_void_p).value
+    recorded: int | None
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ cannot be repeated that way, stays a call from Python in its place.
 """
 
 import ctypes
+import functools
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from autodeploy.kernels.cpu.native import FLOAT, INT64, THREADS, NativeCall, library
 
+_SLOT_BYTES = 8
 FAULT_SHIFT = 256
 """As `run_tape` in csrc/tape.cpp encodes which call failed."""
 
@@ -27,17 +29,16 @@ class Tape:
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], None]] = []
-        self._pending: list[tuple[NativeCall, int, ctypes.Array[Any]]] = []
+        self._pending: list[tuple[NativeCall, bytes]] = []
         self.num_native = self.num_python = 0
 
     def add_native(self, call: NativeCall, arguments: Sequence[Any]) -> None:
         """Append a native call that was just made."""
-        address = call.recorded()
-        if address is None:
+        if call.recorded is None:
             self.add_python(lambda: _check(call, call.function(*arguments)))
             return
         self.num_native += 1
-        self._pending.append((call, address, _slots(call.arguments, arguments)))
+        self._pending.append((call, _slots(call.arguments, arguments)))
 
     def add_python(self, repeat: Callable[[], None]) -> None:
         """Append anything else."""
@@ -50,12 +51,17 @@ class Tape:
         if not self._pending:
             return
         calls, self._pending = self._pending, []
-        entries = (_Entry * len(calls))(*(_Entry(address, ctypes.addressof(slots)) for _, address, slots in calls))
+        count = len(calls)
+        packed = b"".join(slots for _, slots in calls)
+        slots = (INT64 * (len(packed) // _SLOT_BYTES)).from_buffer_copy(packed)
+        entries, at = (_Entry * count)(), ctypes.addressof(slots)
+        for entry, (call, own) in zip(entries, calls, strict=True):
+            entry.function, entry.arguments = call.recorded, at
+            at += len(own)
         run = library().run_tape
         run.argtypes, run.restype = (ctypes.c_void_p, INT64, ctypes.c_int), INT64
-        count = len(calls)
 
-        def repeat() -> None:
+        def repeat(_: object = slots) -> None:
             found = run(entries, count, torch.get_num_threads())
             if found:
                 _check(calls[found // FAULT_SHIFT - 1][0], found % FAULT_SHIFT)
@@ -80,14 +86,13 @@ def _check(call: NativeCall, status: int | None) -> None:
         )
 
 
-def _slots(types: Sequence[type[Any]], arguments: Sequence[Any]) -> "ctypes.Array[Any]":
+def _slots(types: tuple[type[Any], ...], arguments: Sequence[Any]) -> bytes:
     """Arguments as csrc/team.h reads them, eight bytes each; the number of threads is that of the running team."""
-    slots = (ctypes.c_int64 * len(types))()
-    for i, (kind, value) in enumerate(zip(types, arguments, strict=True)):
-        if kind is THREADS or value is None:
-            slots[i] = 0
-        elif kind is FLOAT:
-            slots[i] = struct.unpack("<q", struct.pack("<fxxxx", value))[0]
-        else:
-            slots[i] = int(value)
-    return slots
+    return _layout(types).pack(
+        *(0 if kind is THREADS or value is None else value for kind, value in zip(types, arguments, strict=True))
+    )
+
+
+@functools.cache
+def _layout(types: tuple[type[Any], ...]) -> struct.Struct:
+    return struct.Struct("<" + "".join("fxxxx" if kind is FLOAT else "q" for kind in types))
