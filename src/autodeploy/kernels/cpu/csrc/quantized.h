@@ -145,9 +145,89 @@ struct Tile {
 };
 
 // The whole-number products of a block, 16 outputs of M rows; `weight` is moved on.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+// What blocks of many rows have besides numbers is loaded when it is used, not before, when sums need the registers.
+template <int M>
+inline void forget_memory() {
+    if constexpr (M >= 4) asm("" ::: "memory");
+}
+
+// sum += weights · the four inputs at `inputs`, by pairs, in 16 bits. Spelled out, as compilers load all inputs of a block
+// first, and then have no registers left for sums.
+inline void add_products(__m256i& sum, __m256i weights, const int8_t* inputs) {
+    __m256i products;
+    asm("vpbroadcastd %2, %1\n\tvpmaddubsw %1, %3, %1\n\tvpaddw %1, %0, %0"
+        : "+x"(sum), "=&x"(products)
+        : "m"(*reinterpret_cast<const int32_t*>(inputs)), "x"(weights));
+}
+
+// Eight outputs of M rows. A block's products with 4 bits are summed in 16 bits, where they fit: 16 · 15 · 127.
+template <int M>
+inline void half_products_4(const uint8_t* weight, const Block* block, __m256i totals[M]) {
+    const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    __m256i sums[M];
+    for (int m = 0; m < M; ++m) sums[m] = _mm256_setzero_si256();
+    for (int quad = 0; quad < 8; quad += 2, weight += VECTOR) {
+        __builtin_prefetch(weight + AHEAD);
+        const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight));
+        const __m256i low = _mm256_and_si256(both, mask), high = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+        for (int m = 0; m < M; ++m) {
+            add_products(sums[m], low, block[m].numbers + 4 * quad);
+            add_products(sums[m], high, block[m].numbers + 4 * quad + 4);
+        }
+    }
+    forget_memory<M>();
+    for (int m = 0; m < M; ++m)
+        totals[m] = _mm256_add_epi32(_mm256_madd_epi16(sums[m], ones), _mm256_set1_epi32(block[m].start));
+}
+
+// The same for weights of 8 bits, of which two products fit in 16 once weights count from their middle. One factor must
+// have no sign: the weights' signs go to the inputs.
+inline void add_products(__m256i& sum, __m256i centred, __m256i magnitudes, __m256i ones, const int8_t* inputs) {
+    __m256i products;
+    asm("vpbroadcastd %2, %1\n\tvpsignb %3, %1, %1\n\tvpmaddubsw %1, %4, %1\n\tvpmaddwd %5, %1, %1\n\t"
+        "vpaddd %1, %0, %0"
+        : "+x"(sum), "=&x"(products)
+        : "m"(*reinterpret_cast<const int32_t*>(inputs)), "x"(centred), "x"(magnitudes), "x"(ones));
+}
+
+template <int M>
+inline void half_products_8(const uint8_t* weight, const Block* block, __m256i totals[M]) {
+    const __m256i middle = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
+    __m256i sums[M];
+    for (int m = 0; m < M; ++m) sums[m] = _mm256_set1_epi32(block[m].start + 128 * block[m].total);
+    for (int quad = 0; quad < 8; ++quad, weight += VECTOR) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight));
+        const __m256i centred = _mm256_xor_si256(bytes, middle), magnitudes = _mm256_abs_epi8(centred);
+        for (int m = 0; m < M; ++m)
+            add_products(sums[m], centred, magnitudes, ones, block[m].numbers + 4 * quad);
+    }
+    for (int m = 0; m < M; ++m) totals[m] = sums[m];
+}
+
+// products[m] = or += the products of a block with row m, 16 outputs; `weight` is moved on.
+template <int BITS, bool ADD, int M>
+inline void block_products(const uint8_t*& weight, const Block* block, Floats products[M]) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+        __m256i totals[M];
+        if constexpr (BITS == 4)
+            half_products_4<M>(weight + half * VECTOR / 2, block, totals);
+        else
+            half_products_8<M>(weight + half * VECTOR / 2, block, totals);
+        forget_memory<M>();
+        for (int m = 0; m < M; ++m) {
+            __m256& product = reinterpret_cast<__m256*>(products + m)[half];
+            const __m256 scaled = _mm256_cvtepi32_ps(totals[m]) * _mm256_set1_ps(block[m].scale);
+            product = ADD ? product + scaled : scaled;
+        }
+    }
+    weight += BITS * VECTOR;
+}
+#else
 #if defined(__AVX512VNNI__)
 template <int BITS, int M>
-inline void block_products(const uint8_t*& weight, const Block* block, Ints whole[M]) {
+inline void whole_products(const uint8_t*& weight, const Block* block, Ints whole[M]) {
     // Few rows have registers for several sums that do not wait for each other. One of them may then count sixteenths,
     // so that the upper halves of bytes need no shift.
     constexpr int CHAINS = M == 8 ? 1 : M == 1 && BITS == 8 ? 4 : 2;
@@ -172,66 +252,9 @@ inline void block_products(const uint8_t*& weight, const Block* block, Ints whol
         for (int c = 1; c < CHAINS; ++c) whole[m] += SHIFT_AFTER ? chains[m][c] >> 4 : chains[m][c];
     }
 }
-#elif defined(__AVX2__)
-inline __m256i four_inputs(const int8_t* four) {
-    int32_t bits;
-    std::memcpy(&bits, four, sizeof(bits));
-    return _mm256_set1_epi32(bits);
-}
-
-// Eight outputs of M rows. A block's products of 4 bits are summed in 16 bits, where they fit: 16 · 15 · 127.
-template <int M>
-inline void half_products_4(const uint8_t* weight, const Block* block, __m256i totals[M]) {
-    const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    for (int m = 0; m < M; ++m) totals[m] = _mm256_setzero_si256();
-    for (int quad = 0; quad < 8; quad += 2, weight += VECTOR) {
-        __builtin_prefetch(weight + AHEAD);
-        const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight));
-        const __m256i low = _mm256_and_si256(both, mask), high = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
-        for (int m = 0; m < M; ++m) {
-            const int8_t* numbers = block[m].numbers + 4 * quad;
-            totals[m] = _mm256_add_epi16(totals[m], _mm256_maddubs_epi16(low, four_inputs(numbers)));
-            totals[m] = _mm256_add_epi16(totals[m], _mm256_maddubs_epi16(high, four_inputs(numbers + 4)));
-        }
-    }
-    for (int m = 0; m < M; ++m)
-        totals[m] = _mm256_add_epi32(_mm256_madd_epi16(totals[m], ones), _mm256_set1_epi32(block[m].start));
-}
-
-// Of 8 bits, two products fit in 16 once weights count from their middle. One factor must have no sign: the weights'
-// signs go to the inputs.
-template <int M>
-inline void half_products_8(const uint8_t* weight, const Block* block, __m256i totals[M]) {
-    const __m256i middle = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
-    for (int m = 0; m < M; ++m) totals[m] = _mm256_set1_epi32(block[m].start + 128 * block[m].total);
-    for (int quad = 0; quad < 8; ++quad, weight += VECTOR) {
-        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight));
-        const __m256i centred = _mm256_xor_si256(bytes, middle), magnitudes = _mm256_abs_epi8(centred);
-        for (int m = 0; m < M; ++m) {
-            const __m256i inputs = _mm256_sign_epi8(four_inputs(block[m].numbers + 4 * quad), centred);
-            totals[m] =
-                _mm256_add_epi32(totals[m], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitudes, inputs), ones));
-        }
-    }
-}
-
-template <int BITS, int M>
-inline void block_products(const uint8_t*& weight, const Block* block, Ints whole[M]) {
-    __m256i halves[2][M];
-    for (int half = 0; half < 2; ++half) {
-        if constexpr (BITS == 4)
-            half_products_4<M>(weight + half * VECTOR / 2, block, halves[half]);
-        else
-            half_products_8<M>(weight + half * VECTOR / 2, block, halves[half]);
-    }
-    using Half = Vector<int32_t, LANES / 2>;
-    for (int m = 0; m < M; ++m)
-        whole[m] = bit_cast<Ints>(Pair<Half>{bit_cast<Half>(halves[0][m]), bit_cast<Half>(halves[1][m])});
-    weight += BITS * VECTOR;
-}
 #else
 template <int BITS, int M>
-inline void block_products(const uint8_t*& weight, const Block* block, Ints whole[M]) {
+inline void whole_products(const uint8_t*& weight, const Block* block, Ints whole[M]) {
     int32_t totals[M][LANES];
     for (int m = 0; m < M; ++m)
         for (int o = 0; o < LANES; ++o) totals[m][o] = block[m].start;
@@ -247,6 +270,17 @@ inline void block_products(const uint8_t*& weight, const Block* block, Ints whol
 }
 #endif
 
+template <int BITS, bool ADD, int M>
+inline void block_products(const uint8_t*& weight, const Block* block, Floats products[M]) {
+    Ints whole[M];
+    whole_products<BITS, M>(weight, block, whole);
+    for (int m = 0; m < M; ++m) {
+        const Floats scaled = convert<Floats>(whole[m]) * block[m].scale;
+        products[m] = ADD ? products[m] + scaled : scaled;
+    }
+}
+#endif
+
 // results[m] = the products of a tile with row m from `block`, for 16 outputs. By itself, so that its loops have all
 // registers: in a larger function, compilers spill addresses that every load waits for.
 template <int BITS, bool OFFSETS, int M>
@@ -256,14 +290,14 @@ __attribute__((noinline)) void tile_products(const Tile& tile, const Block* bloc
     const int64_t num_groups = tile.num_groups, blocks_each = tile.blocks_each;
     Floats totals[M] = {};
     for (int64_t group = 0; group < num_groups; ++group) {
-        Floats products[M] = {}, sums[M] = {};
-        for (int64_t b = 0; b < blocks_each; ++b, block += width) {
-            Ints whole[M];
-            block_products<BITS, M>(weight, block, whole);
-            for (int m = 0; m < M; ++m) {
-                products[m] += convert<Floats>(whole[m]) * block[m].scale;
-                if constexpr (OFFSETS) sums[m] += block[m].sum;
-            }
+        Floats products[M];
+        float sums[M];
+        block_products<BITS, false, M>(weight, block, products);
+        for (int m = 0; m < M; ++m) sums[m] = block[m].sum;
+        block += width;
+        for (int64_t b = 1; b < blocks_each; ++b, block += width) {
+            block_products<BITS, true, M>(weight, block, products);
+            for (int m = 0; m < M; ++m) sums[m] += block[m].sum;
         }
         if constexpr (BITS == 4) __builtin_prefetch(scales + group * TILE + SCALES_AHEAD);
         const Floats scale = load(scales + group * TILE);
