@@ -57,7 +57,6 @@ def resources(launch: Launch, configuration: Any, capability: int) -> dict[str, 
     return {
         "function": launch.kernel.function.__name__,
         "configuration": str({k: v for k, v in values.items() if isinstance(v, int)}),
-        "is_default": configuration is launch.kernel.configurations[0],
         "capability": capability,
         "shared_bytes": kernel.metadata.shared,
         "registers": int(found["REG"]),
@@ -65,18 +64,17 @@ def resources(launch: Launch, configuration: Any, capability: int) -> dict[str, 
     }
 
 
-def compiled(name: str) -> Iterator[dict[str, Any]]:
-    """The first configuration of each launch for each capability, and the others for the last one."""
+def compiled(name: str, every: bool) -> Iterator[dict[str, Any]]:
+    """The first configuration, or every one, of each launch for each capability."""
     for capability in CAPABILITIES:
         triton.runtime.driver.set_active(driver(capability))
         for launch in launches(name):
-            every = launch.kernel.configurations
-            for configuration in every if capability == CAPABILITIES[-1] else every[:1]:
+            for configuration in launch.kernel.configurations if every else launch.kernel.configurations[:1]:
                 yield resources(launch, configuration, capability)
 
 
 if __name__ == "__main__":
     for module in provider.MODULES:
         importlib.import_module(f"{provider.__name__}.{module}")
-    names = sys.argv[1:] or [name for name, op in OPS.items() if provider.PROVIDER in op.kernels]
-    print(json.dumps({name: list(compiled(name)) for name in names}))
+    names = [name for name, op in OPS.items() if provider.PROVIDER in op.kernels]
+    print(json.dumps({name: list(compiled(name, every="--every" in sys.argv)) for name in names}))

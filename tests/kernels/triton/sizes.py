@@ -68,6 +68,35 @@ def cached_mla() -> list[Arguments]:
     return [step(4, 4)]
 
 
+def gated_activation() -> list[Arguments]:
+    return [{"gate_up": empty(1, 64, 28672), "activation": name} for name in ("silu", "gelu")]
+
+
+def rope() -> list[Arguments]:
+    def sample(query_heads: int, key_heads: int, width: int, rotary_dim: int) -> Arguments:
+        row = empty(1, 64, query_heads + 2 * key_heads, width)
+        query, key, _ = row.split([query_heads, key_heads, key_heads], dim=2)
+        angles = empty(1, 64, rotary_dim)
+        return {"query": query, "key": key, "cos": angles, "sin": angles}
+
+    return [sample(32, 8, 128, 128), sample(32, 2, 256, 64)]
+
+
+def quantized_linear() -> list[Arguments]:
+    def sample(rows: int, bits: int, groups: int, offsets: bool) -> Arguments:
+        scales = empty(448, groups, 16, dtype=torch.float16)
+        return {
+            "x": empty(1, rows, 4096),
+            "weight": empty(448, 128, bits, 16, 4, dtype=torch.uint8),
+            "scales": scales,
+            "offsets": scales if offsets else None,
+            "bias": None,
+            "num_outputs": 7168,
+        }
+
+    return [sample(rows, *form) for rows in (1, 64) for form in ((8, 1, False), (4, 128, True))]
+
+
 SIZES: dict[str, Callable[[], list[Arguments]]] = {
     "cached_attention": cached_attention,
     "cached_mla": cached_mla,
@@ -75,4 +104,7 @@ SIZES: dict[str, Callable[[], list[Arguments]]] = {
     "add_rms_norm": add_rms_norm,
     "gated_rms_norm": gated_rms_norm,
     "layer_norm": layer_norm,
+    "gated_activation": gated_activation,
+    "rope": rope,
+    "quantized_linear": quantized_linear,
 }

@@ -2,7 +2,9 @@
 
 launch.py      how a kernel is launched, tuned, refused, and written down for tests
 arithmetic.py  what several kernels compute with
-norm.py        norms, one row of tokens per program
+norm.py rope.py mlp.py   token-wise ops, one launch each
+packed_weights.py   weights of 8 or 4 bits as tiles in registers, activations rounded
+quantized_linear.py   products with such weights
 paged.py       what kernels over pages share
 attention.py mla.py   attention over pages read in place
 
@@ -19,7 +21,7 @@ from autodeploy import env
 
 PROVIDER = "triton"
 
-MODULES = ("attention", "mla", "norm")
+MODULES = ("attention", "mla", "mlp", "norm", "quantized_linear", "rope")
 """Modules that hold kernels."""
 
 _OLDEST = (3, 6)

@@ -1,0 +1,128 @@
+"""quantized_linear: bound by reading the weight at few rows, by multiplying on tensor cores at many.
+
+The weight becomes numbers of x's dtype in registers, on its way from memory to the tensor cores. Many rows are rounded
+first, by a launch of their own; one is rounded by every program that needs it, and is one launch.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from autodeploy.kernels.triton.arithmetic import dot
+from autodeploy.kernels.triton.launch import Launcher, why_refused
+from autodeploy.kernels.triton.packed_weights import numbers, order, round_rows, rounded, scaled, why_not_packed
+from autodeploy.ops.quantized_linear import BLOCK, quantized_linear
+
+_LARGEST_KEY = 4096
+"""Rows from which on the choice of a configuration is one and the same."""
+
+
+@triton.jit
+def _rows(
+    x,
+    weight,
+    scales,
+    offsets,
+    bias,
+    out,
+    num_rows,
+    num_inputs,
+    num_outputs,
+    num_tiles,
+    num_blocks,
+    group_blocks,
+    num_groups,
+    ROWS_KEY,
+    BITS: tl.constexpr,
+    BY_GROUP: tl.constexpr,
+    IS_ONE: tl.constexpr,
+    EVEN_TO: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    EVEN: tl.constexpr = EVEN_TO % BLOCKS == 0
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile = tl.program_id(1) * TILES
+    if not IS_ONE:
+        own = x + tl.minimum(rows, num_rows - 1).to(tl.int64)[:, None] * (num_blocks * 32)
+    sums = tl.zeros((ROWS, TILES * 16), tl.float32)
+    for block in tl.range(0, num_blocks, BLOCKS):
+        if IS_ONE:
+            inputs = (block * 32 + order(BITS, BLOCKS))[None, :]
+            value = tl.load(x + inputs, mask=inputs < num_inputs, other=0.0)
+            value = rounded(value.to(tl.float32), BLOCKS).to(x.dtype.element_ty)
+            value = tl.broadcast_to(value, (ROWS, BLOCKS * 32))
+        else:
+            inputs = (block * 32 + tl.arange(0, BLOCKS * 32))[None, :]
+            value = tl.load(own + inputs) if EVEN else tl.load(own + inputs, mask=inputs < num_blocks * 32, other=0.0)
+        matrix = numbers(weight, tile, num_tiles, block, num_blocks, BITS, TILES, BLOCKS, EVEN)
+        if BY_GROUP:
+            matrix = scaled(
+                *(matrix, scales, offsets, tile, num_tiles, block, group_blocks, num_groups), *(BITS, TILES, BLOCKS)
+            )
+        sums = dot(value, matrix.to(tl.float32).to(value.dtype), sums)
+    outputs = tile * 16 + tl.arange(0, TILES * 16)
+    if not BY_GROUP:
+        sums *= tl.load(scales + outputs, mask=outputs < num_outputs, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        sums += tl.load(bias + outputs, mask=outputs < num_outputs, other=0.0).to(tl.float32)[None, :]
+    inside = (rows < num_rows)[:, None] & (outputs < num_outputs)[None, :]
+    target = out + rows.to(tl.int64)[:, None] * num_outputs + outputs[None, :]
+    tl.store(target, sums.to(out.dtype.element_ty), mask=inside)
+
+
+def _configuration(rows: int, tiles: int, blocks: int, num_warps: int, num_stages: int) -> Any:
+    values = {"ROWS": rows, "TILES": tiles, "BLOCKS": blocks}
+    return triton.Config(values, num_warps=num_warps, num_stages=num_stages)
+
+
+_multiply = Launcher(
+    _rows,
+    [
+        _configuration(16, 2, 4, 4, 4),
+        _configuration(16, 2, 8, 8, 4),
+        _configuration(16, 1, 8, 4, 4),
+        _configuration(16, 4, 4, 4, 4),
+        _configuration(32, 4, 4, 4, 3),
+        _configuration(64, 4, 2, 4, 3),
+        _configuration(64, 8, 2, 4, 3),
+        _configuration(128, 8, 2, 8, 3),
+    ],
+    key=("num_inputs", "num_outputs", "BITS", "num_groups", "ROWS_KEY"),
+)
+
+
+def _supports(
+    x: Tensor, weight: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, num_outputs: int
+) -> str | None:
+    return why_not_packed(weight, scales, offsets) or why_refused(x, bias)
+
+
+@quantized_linear.kernel("triton", _supports)
+def quantized_linear_triton(
+    x: Tensor, weight: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, num_outputs: int
+) -> Tensor:
+    """`quantized_linear` with activations that are rounded to x's dtype after they are rounded to levels."""
+    num_inputs = x.shape[-1]
+    num_rows = x.numel() // num_inputs
+    x, weight, scales = x.contiguous(), weight.contiguous(), scales.contiguous()
+    offsets, bias = (None if part is None else part.contiguous() for part in (offsets, bias))
+    out = x.new_empty(*x.shape[:-1], num_outputs)
+    num_tiles, num_blocks, bits = weight.shape[:3]
+    num_groups = scales.shape[1]
+    is_one = num_rows == 1
+    _multiply(
+        lambda values: (triton.cdiv(num_rows, values["ROWS"]), triton.cdiv(num_tiles, values["TILES"])),
+        *(x if is_one else round_rows(x.view(num_rows, num_inputs), bits), weight, scales, offsets, bias, out),
+        *(num_rows, num_inputs, num_outputs, num_tiles, num_blocks),
+        *(max(1, num_inputs // num_groups // BLOCK), num_groups),
+        ROWS_KEY=min(_LARGEST_KEY, triton.next_power_of_2(num_rows)),
+        BITS=bits,
+        BY_GROUP=num_groups > 1 or offsets is not None,
+        IS_ONE=is_one,
+        EVEN_TO=num_blocks & -num_blocks,
+    )
+    return out
