@@ -17,9 +17,9 @@ from autodeploy.kernels.cpu.native import (
 from autodeploy.ops.quantized_linear import BLOCK, QUAD, TILE, quantized_linear
 
 PANEL = 8
-"""Rows that lie together, as csrc/quantized.h counts them."""
-BLOCK_BYTES = 48
-"""A block of activations: 32 numbers, a scale and sums."""
+"""Rows that lie together, at most, as csrc/quantized.h counts them."""
+BLOCK_BYTES = 76
+"""A block of activations, at most: 32 numbers of up to 16 bits, a scale and sums."""
 
 _quantized_linear = NativeFunction("quantized_linear", (*[POINTER] * 6, *[INT64] * 4, INT, THREADS, POINTER))
 
@@ -51,8 +51,8 @@ def quantized_linear_cpu(
     x, weight, scales = x.contiguous(), weight.contiguous(), scales.contiguous()
     offsets, bias = (None if part is None else part.contiguous() for part in (offsets, bias))
     out = x.new_empty(*x.shape[:-1], num_outputs)
-    panels = num_rows if num_rows < PANEL else -(-num_rows // PANEL) * PANEL
-    scratch = x.new_empty(panels * -(-num_inputs // BLOCK) * BLOCK_BYTES, dtype=torch.uint8)
+    blocks = -(-num_rows // PANEL) * PANEL * -(-num_inputs // BLOCK)
+    scratch = x.new_empty(blocks * BLOCK_BYTES, dtype=torch.uint8)
     _quantized_linear[x.dtype](
         x.data_ptr(),
         weight.data_ptr(),

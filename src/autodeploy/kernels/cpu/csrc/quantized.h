@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cmath>
+#include <utility>
 
 #include "simd.h"
 
@@ -53,10 +54,24 @@ inline Vector<float, 8> load_halves<Vector<float, 8>>(const uint16_t* from) {
 
 inline Floats load(const fp16* from) { return load_halves<Floats>(reinterpret_cast<const uint16_t*>(from)); }
 
+#if defined(__AVX2__)
+// One lane for all by an operation, halves with halves.
+template <class Op>
+inline int32_t reduce(__m256i x, Op op) {
+    __m128i half = op(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    half = op(half, _mm_shuffle_epi32(half, _MM_SHUFFLE(1, 0, 3, 2)));
+    half = op(half, _mm_shuffle_epi32(half, _MM_SHUFFLE(2, 3, 0, 1)));
+    return _mm_cvtsi128_si32(half);
+}
+#endif
+
 // As bits of magnitudes, numbers are in order, infinities come after them and NaNs last.
 inline int32_t greatest(Ints x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_epi32(bit_cast<__m512i>(x));
+#elif defined(__AVX2__)
+    const __m256i most = _mm256_max_epi32(bit_cast<__m256i>(x.low), bit_cast<__m256i>(x.high));
+    return reduce(most, [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); });
 #else
     int32_t lanes[LANES], most = 0;
     store_vector(lanes, x);
@@ -68,6 +83,8 @@ inline int32_t greatest(Ints x) {
 inline int32_t add(Ints x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_epi32(bit_cast<__m512i>(x));
+#elif defined(__AVX2__)
+    return reduce(bit_cast<__m256i>(x.low + x.high), [](__m128i a, __m128i b) { return _mm_add_epi32(a, b); });
 #else
     int32_t lanes[LANES], total = 0;
     store_vector(lanes, x);
@@ -94,28 +111,68 @@ inline Vector<int32_t, SIZE<V>> round(V x) {
 #endif
 }
 
+// How AVX2 alone multiplies weights of 8 bits: as pairs of 16 bits.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+template <int BITS>
+constexpr bool IN_PAIRS = BITS == 8;
+#else
+template <int BITS>
+constexpr bool IN_PAIRS = false;
+#endif
+
 // A block of a row of activations: scale · numbers, and what every output's sum begins with.
+template <int BITS>
 struct Block {
-    int8_t numbers[STEP];
+    std::conditional_t<IN_PAIRS<BITS>, int16_t, int8_t> numbers[STEP];  // in pairs, a quad is in the order 0, 2, 1, 3
     float scale;
     int32_t start;  // - middle · sum of the numbers, so that weights count from their middle
     float sum;      // scale · sum of the numbers, for offsets
-    int32_t total;  // sum of the numbers
+
+    void write(const Ints rounded[2]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+        __m256i words[2];
+        for (int i = 0; i < 2; ++i) {
+            const auto low = bit_cast<__m256i>(rounded[i].low), high = bit_cast<__m256i>(rounded[i].high);
+            words[i] = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), _MM_SHUFFLE(3, 1, 2, 0));
+        }
+        auto* to = reinterpret_cast<__m256i*>(numbers);
+        if constexpr (IN_PAIRS<BITS>) {
+            constexpr int PAIRS = _MM_SHUFFLE(3, 1, 2, 0);
+            for (int i = 0; i < 2; ++i)
+                _mm256_storeu_si256(to + i, _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words[i], PAIRS), PAIRS));
+        } else {
+            const __m256i bytes = _mm256_packs_epi16(words[0], words[1]);
+            _mm256_storeu_si256(to, _mm256_permute4x64_epi64(bytes, _MM_SHUFFLE(3, 1, 2, 0)));
+        }
+#else
+        for (int i = 0; i < 2; ++i) store_converted(numbers + i * LANES, rounded[i]);
+        if constexpr (IN_PAIRS<BITS>)
+            for (int quad = 0; quad < STEP; quad += 4) std::swap(numbers[quad + 1], numbers[quad + 2]);
+#endif
+    }
 };
 
-// Rows of activations by panels of up to PANEL rows, in a panel by blocks: rows that are multiplied together lie together.
+// Rows of activations by panels of as many rows as are multiplied together, in a panel by blocks. Their sums are to stay
+// in registers.
+#if defined(__AVX512F__)
 constexpr int64_t PANEL = 8;
+#else
+constexpr int64_t PANEL = 4;
+#endif
 
 struct RoundedRows {
-    Block* all;
+    void* all;
     int64_t blocks;  // of STEP inputs in a row, the last filled up with zeros
     int64_t width;   // rows of a panel
 
-    Block* at(int64_t row) const { return all + row / width * width * blocks + row % width; }
+    template <int BITS>
+    Block<BITS>* at(int64_t row) const {
+        return static_cast<Block<BITS>*>(all) + row / width * width * blocks + row % width;
+    }
 
-    template <class T>
+    template <int BITS, class T>
     void round_row(int64_t row, const T* x, int64_t num_inputs, int32_t middle) const {
-        Block* block = at(row);
+        Block<BITS>* block = at<BITS>(row);
         for (int64_t first = 0; first < num_inputs; first += STEP, block += width) {
             const int64_t count = num_inputs - first;
             const Floats low = load(x + first, count);
@@ -127,12 +184,11 @@ struct RoundedRows {
             const float inverse = largest < 1e-30f || !is_finite ? 0.0f : 1.0f / largest * 127.0f;
             const Ints rounded[2] = {is_finite ? round(low * inverse) : Ints{},
                                      is_finite ? round(high * inverse) : Ints{}};
-            for (int i = 0; i < 2; ++i) store_converted(block->numbers + i * LANES, rounded[i]);
+            block->write(rounded);
             const int32_t total = add(rounded[0] + rounded[1]);
             block->scale = is_finite ? largest / 127.0f : __builtin_nanf("");
             block->start = -middle * total;
             block->sum = block->scale * static_cast<float>(total);
-            block->total = total;
         }
     }
 };
@@ -145,89 +201,9 @@ struct Tile {
 };
 
 // The whole-number products of a block, 16 outputs of M rows; `weight` is moved on.
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
-// What blocks of many rows have besides numbers is loaded when it is used, not before, when sums need the registers.
-template <int M>
-inline void forget_memory() {
-    if constexpr (M >= 4) asm("" ::: "memory");
-}
-
-// sum += weights · the four inputs at `inputs`, by pairs, in 16 bits. Spelled out, as compilers load all inputs of a block
-// first, and then have no registers left for sums.
-inline void add_products(__m256i& sum, __m256i weights, const int8_t* inputs) {
-    __m256i products;
-    asm("vpbroadcastd %2, %1\n\tvpmaddubsw %1, %3, %1\n\tvpaddw %1, %0, %0"
-        : "+x"(sum), "=&x"(products)
-        : "m"(*reinterpret_cast<const int32_t*>(inputs)), "x"(weights));
-}
-
-// Eight outputs of M rows. A block's products with 4 bits are summed in 16 bits, where they fit: 16 · 15 · 127.
-template <int M>
-inline void half_products_4(const uint8_t* weight, const Block* block, __m256i totals[M]) {
-    const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    __m256i sums[M];
-    for (int m = 0; m < M; ++m) sums[m] = _mm256_setzero_si256();
-    for (int quad = 0; quad < 8; quad += 2, weight += VECTOR) {
-        __builtin_prefetch(weight + AHEAD);
-        const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight));
-        const __m256i low = _mm256_and_si256(both, mask), high = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
-        for (int m = 0; m < M; ++m) {
-            add_products(sums[m], low, block[m].numbers + 4 * quad);
-            add_products(sums[m], high, block[m].numbers + 4 * quad + 4);
-        }
-    }
-    forget_memory<M>();
-    for (int m = 0; m < M; ++m)
-        totals[m] = _mm256_add_epi32(_mm256_madd_epi16(sums[m], ones), _mm256_set1_epi32(block[m].start));
-}
-
-// The same for weights of 8 bits, of which two products fit in 16 once weights count from their middle. One factor must
-// have no sign: the weights' signs go to the inputs.
-inline void add_products(__m256i& sum, __m256i centred, __m256i magnitudes, __m256i ones, const int8_t* inputs) {
-    __m256i products;
-    asm("vpbroadcastd %2, %1\n\tvpsignb %3, %1, %1\n\tvpmaddubsw %1, %4, %1\n\tvpmaddwd %5, %1, %1\n\t"
-        "vpaddd %1, %0, %0"
-        : "+x"(sum), "=&x"(products)
-        : "m"(*reinterpret_cast<const int32_t*>(inputs)), "x"(centred), "x"(magnitudes), "x"(ones));
-}
-
-template <int M>
-inline void half_products_8(const uint8_t* weight, const Block* block, __m256i totals[M]) {
-    const __m256i middle = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
-    __m256i sums[M];
-    for (int m = 0; m < M; ++m) sums[m] = _mm256_set1_epi32(block[m].start + 128 * block[m].total);
-    for (int quad = 0; quad < 8; ++quad, weight += VECTOR) {
-        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight));
-        const __m256i centred = _mm256_xor_si256(bytes, middle), magnitudes = _mm256_abs_epi8(centred);
-        for (int m = 0; m < M; ++m)
-            add_products(sums[m], centred, magnitudes, ones, block[m].numbers + 4 * quad);
-    }
-    for (int m = 0; m < M; ++m) totals[m] = sums[m];
-}
-
-// products[m] = or += the products of a block with row m, 16 outputs; `weight` is moved on.
-template <int BITS, bool ADD, int M>
-inline void block_products(const uint8_t*& weight, const Block* block, Floats products[M]) {
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-        __m256i totals[M];
-        if constexpr (BITS == 4)
-            half_products_4<M>(weight + half * VECTOR / 2, block, totals);
-        else
-            half_products_8<M>(weight + half * VECTOR / 2, block, totals);
-        forget_memory<M>();
-        for (int m = 0; m < M; ++m) {
-            __m256& product = reinterpret_cast<__m256*>(products + m)[half];
-            const __m256 scaled = _mm256_cvtepi32_ps(totals[m]) * _mm256_set1_ps(block[m].scale);
-            product = ADD ? product + scaled : scaled;
-        }
-    }
-    weight += BITS * VECTOR;
-}
-#else
 #if defined(__AVX512VNNI__)
 template <int BITS, int M>
-inline void whole_products(const uint8_t*& weight, const Block* block, Ints whole[M]) {
+inline void block_products(const uint8_t*& weight, const Block<BITS>* block, Ints whole[M]) {
     // Few rows have registers for several sums that do not wait for each other. One of them may then count sixteenths,
     // so that the upper halves of bytes need no shift.
     constexpr int CHAINS = M == 8 ? 1 : M == 1 && BITS == 8 ? 4 : 2;
@@ -252,9 +228,59 @@ inline void whole_products(const uint8_t*& weight, const Block* block, Ints whol
         for (int c = 1; c < CHAINS; ++c) whole[m] += SHIFT_AFTER ? chains[m][c] >> 4 : chains[m][c];
     }
 }
+#elif defined(__AVX2__)
+inline __m256i broadcast(const void* four_bytes) {
+    int32_t bits;
+    std::memcpy(&bits, four_bytes, sizeof(bits));
+    return _mm256_set1_epi32(bits);
+}
+
+// Weights in their places of 8 or 16 bits: of two quads the first or the second, or of a quad two inputs or the others.
+template <int BITS>
+inline __m256i weights_of(const uint8_t* from, bool second) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    const __m256i mask = BITS == 4 ? _mm256_set1_epi8(15) : _mm256_set1_epi16(255);
+    if (BITS == 8) return second ? _mm256_srli_epi16(bytes, 8) : _mm256_and_si256(bytes, mask);
+    return _mm256_and_si256(second ? _mm256_srli_epi16(bytes, 4) : bytes, mask);
+}
+
+// Of 4 bits, a block's products are summed in 16 bits, where they fit: 16 · 15 · 127. Of 8 bits they need 32.
+template <int BITS>
+inline __m256i add_products(__m256i sums, __m256i weights, __m256i x) {
+    return BITS == 4 ? _mm256_add_epi16(sums, _mm256_maddubs_epi16(weights, x))
+                     : _mm256_add_epi32(sums, _mm256_madd_epi16(weights, x));
+}
+
+template <int BITS, int M>
+inline void block_products(const uint8_t*& weight, const Block<BITS>* block, Ints whole[M]) {
+    __m256i sums[M][2];
+    for (int m = 0; m < M; ++m)
+        sums[m][0] = sums[m][1] = BITS == 4 ? _mm256_setzero_si256() : _mm256_set1_epi32(block[m].start);
+#pragma GCC unroll 8
+    for (int quad = 0; quad < 8; quad += 8 / BITS, weight += VECTOR) {
+        if constexpr (BITS == 4) __builtin_prefetch(weight + AHEAD);
+        for (int second = 0; second < 2; ++second) {
+            const __m256i weights[2] = {weights_of<BITS>(weight, second), weights_of<BITS>(weight + VECTOR / 2, second)};
+            for (int m = 0; m < M; ++m) {
+                const __m256i x = broadcast(block[m].numbers + 4 * quad + (BITS == 4 ? 4 : 2) * second);
+                for (int half = 0; half < 2; ++half) sums[m][half] = add_products<BITS>(sums[m][half], weights[half], x);
+                // In this order: with more at a time, sums would not stay in registers.
+                asm("" : "+x"(sums[m][0]), "+x"(sums[m][1]));
+            }
+        }
+    }
+    using Half = Vector<int32_t, LANES / 2>;
+    for (int m = 0; m < M; ++m) {
+        if constexpr (BITS == 4)
+            for (int half = 0; half < 2; ++half)
+                sums[m][half] = _mm256_add_epi32(_mm256_madd_epi16(sums[m][half], _mm256_set1_epi16(1)),
+                                                 _mm256_set1_epi32(block[m].start));
+        whole[m] = bit_cast<Ints>(Pair<Half>{bit_cast<Half>(sums[m][0]), bit_cast<Half>(sums[m][1])});
+    }
+}
 #else
 template <int BITS, int M>
-inline void whole_products(const uint8_t*& weight, const Block* block, Ints whole[M]) {
+inline void block_products(const uint8_t*& weight, const Block<BITS>* block, Ints whole[M]) {
     int32_t totals[M][LANES];
     for (int m = 0; m < M; ++m)
         for (int o = 0; o < LANES; ++o) totals[m][o] = block[m].start;
@@ -270,34 +296,23 @@ inline void whole_products(const uint8_t*& weight, const Block* block, Ints whol
 }
 #endif
 
-template <int BITS, bool ADD, int M>
-inline void block_products(const uint8_t*& weight, const Block* block, Floats products[M]) {
-    Ints whole[M];
-    whole_products<BITS, M>(weight, block, whole);
-    for (int m = 0; m < M; ++m) {
-        const Floats scaled = convert<Floats>(whole[m]) * block[m].scale;
-        products[m] = ADD ? products[m] + scaled : scaled;
-    }
-}
-#endif
-
 // results[m] = the products of a tile with row m from `block`, for 16 outputs. By itself, so that its loops have all
 // registers: in a larger function, compilers spill addresses that every load waits for.
 template <int BITS, bool OFFSETS, int M>
-__attribute__((noinline)) void tile_products(const Tile& tile, const Block* block, int64_t width, Floats results[M]) {
+__attribute__((noinline)) void tile_products(const Tile& tile, const Block<BITS>* block, int64_t width, Floats results[M]) {
     const uint8_t* weight = tile.weight;
     const fp16 *scales = tile.scales, *offsets = tile.offsets;
     const int64_t num_groups = tile.num_groups, blocks_each = tile.blocks_each;
     Floats totals[M] = {};
     for (int64_t group = 0; group < num_groups; ++group) {
-        Floats products[M];
-        float sums[M];
-        block_products<BITS, false, M>(weight, block, products);
-        for (int m = 0; m < M; ++m) sums[m] = block[m].sum;
-        block += width;
-        for (int64_t b = 1; b < blocks_each; ++b, block += width) {
-            block_products<BITS, true, M>(weight, block, products);
-            for (int m = 0; m < M; ++m) sums[m] += block[m].sum;
+        Floats products[M] = {}, sums[M] = {};
+        for (int64_t b = 0; b < blocks_each; ++b, block += width) {
+            Ints whole[M];
+            block_products<BITS, M>(weight, block, whole);
+            for (int m = 0; m < M; ++m) {
+                products[m] += convert<Floats>(whole[m]) * block[m].scale;
+                if constexpr (OFFSETS) sums[m] += block[m].sum;
+            }
         }
         if constexpr (BITS == 4) __builtin_prefetch(scales + group * TILE + SCALES_AHEAD);
         const Floats scale = load(scales + group * TILE);

@@ -40,15 +40,13 @@ struct QuantizedMixture : Choices, Gate {
     int64_t rows() const { return gated ? 2 * width : width; }
 };
 
-int32_t middle(const Stack& stack) { return stack.offsets == nullptr ? 1 << (stack.bits - 1) : 0; }
-
 // emit(position, products) for 16 outputs of each of the positions begin .. end of one expert, M at a time.
 template <int BITS, bool OFFSETS, int M, class Emit>
 void group_products(const Tile& tile, const RoundedRows& x, const int64_t* places, int64_t begin, int64_t end,
                     const Emit& emit) {
     for (; begin + M <= end; begin += M) {
         Floats products[M];
-        tile_products<BITS, OFFSETS, M>(tile, x.at(places[begin]), x.width, products);
+        tile_products<BITS, OFFSETS, M>(tile, x.at<BITS>(places[begin]), x.width, products);
         for (int m = 0; m < M; ++m) emit(begin + m, products[m]);
     }
     if constexpr (M > 1) {
@@ -69,6 +67,15 @@ void group_products(const Stack& stack, const Tile& tile, const RoundedRows& x, 
         group_products<4, true, PANEL>(tile, x, places, begin, end, emit);
 }
 
+template <class T>
+void round_row(const Stack& stack, const RoundedRows& rows, int64_t place, const T* x, int64_t num_inputs) {
+    const int32_t middle = stack.offsets == nullptr ? 1 << (stack.bits - 1) : 0;
+    if (stack.bits == 8)
+        rows.round_row<8>(place, x, num_inputs, middle);
+    else
+        rows.round_row<4>(place, x, num_inputs, middle);
+}
+
 // Each expert's positions begin a panel.
 template <class T>
 void place(const QuantizedMixture<T>& m, int64_t num_groups) {
@@ -84,7 +91,7 @@ void multiply_up(const QuantizedMixture<T>& m, int64_t num_groups) {
     const int64_t count = m.groups[num_groups], rows = m.rows();
 #pragma omp for schedule(static)
     for (int64_t position = 0; position < count; ++position)
-        m.inputs.round_row(m.places[position], m.x + m.token(position) * m.size, m.size, middle(m.up));
+        round_row(m.up, m.inputs, m.places[position], m.x + m.token(position) * m.size, m.size);
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < num_groups * m.up.tiles; ++item) {
         const int64_t begin = m.groups[item / m.up.tiles], end = m.groups[item / m.up.tiles + 1];
@@ -100,7 +107,7 @@ void multiply_up(const QuantizedMixture<T>& m, int64_t num_groups) {
     for (int64_t position = 0; position < count; ++position) {
         float* hidden = m.hidden + position * rows;
         m.apply(hidden, m.width, hidden);  // in place: what is overwritten has been read
-        m.inners.round_row(m.places[position], hidden, m.width, middle(m.down));
+        round_row(m.down, m.inners, m.places[position], hidden, m.width);
     }
 }
 
@@ -153,7 +160,7 @@ void quantized_moe(const QuantizedMixture<T>& m) {
                          int64_t num_tokens, int64_t num_choices, int64_t num_experts, int64_t size, int64_t width,  \
                          int64_t up_bits, int64_t up_groups, int64_t down_bits, int64_t down_groups, int activation, \
                          int gated, float limit, float up_offset, int threads, int64_t* order, int64_t* groups,      \
-                         int64_t* places, autodeploy::Block* inputs, autodeploy::Block* inners, float* hidden,       \
+                         int64_t* places, void* inputs, void* inners, float* hidden,                                 \
                          float* totals) {                                                                            \
         using namespace autodeploy;                                                                                  \
         const int64_t size_blocks = (size + STEP - 1) / STEP, width_blocks = (width + STEP - 1) / STEP;              \
