@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t PIECE = 128;             // positions; a multiple of LANES
 constexpr int GROUP = 4;                   // query heads attended at once
+constexpr int64_t KEYS_AHEAD = 16;         // keys that are fetched before they are used
 constexpr int64_t HEADS = 16;              // query heads in a work item, a multiple of GROUP
 constexpr int64_t PARTIALS = 16 << 20;     // floats of partial results that are kept at a time, if one query allows it
 
@@ -86,9 +87,13 @@ inline void scale_and_cap(float* scores, int64_t count, float scale, float softc
 
 // Turns scores into weights, e^(score - greatest). When all are -inf the weights are 0, and NaN once divided.
 inline Partial to_weights(float* scores, int64_t count) {
-    float greatest = -__builtin_inff();
+    Floats highest = splat(-__builtin_inff());
     for (int64_t j = count; j % LANES != 0; ++j) scores[j] = -__builtin_inff();
-    for (int64_t j = 0; j < count; j += LANES) greatest = max(load(scores + j), greatest);
+    for (int64_t j = 0; j < count; j += LANES) {
+        const Floats score = load(scores + j);
+        highest = select(score > highest, score, highest);  // a NaN counts for nothing
+    }
+    const float greatest = greatest_lane(highest);
     const float shift = greatest == -__builtin_inff() ? 0.0f : greatest;
     Floats total = {};
     for (int64_t j = 0; j < count; j += LANES) {
@@ -99,10 +104,41 @@ inline Partial to_weights(float* scores, int64_t count) {
     return {greatest, sum(total)};
 }
 
+// weights[g][j + k] = the product of key j + k with query g, for four keys. By itself, so that sums stay in registers;
+// `head_dim` is a multiple of what a register holds.
 template <class T, int G, class X>
-void multiply_keys(const T* const* keys, int64_t count, const X* const* queries, int64_t head_dim,
-                   float weights[GROUP][PIECE]) {
-    for (int64_t j = 0; j < count; ++j) {
+__attribute__((noinline)) void multiply_four_keys(const T* const* keys, int64_t j, const X* const* queries,
+                                                  int64_t head_dim, float weights[GROUP][PIECE]) {
+    using R = Register<T>;
+    typename R::Sums sums[G][4] = {};
+    for (int64_t i = 0; i < head_dim; i += R::WIDTH) {
+        typename R::Packed query[G];
+        for (int g = 0; g < G; ++g) query[g] = R::pack(queries[g] + i);
+        for (int k = 0; k < 4; ++k) {
+            typename R::Packed key = R::pack(keys[j + k] + i);
+            keep_in_register(key);
+            for (int g = 0; g < G; ++g) sums[g][k] = R::multiply_add(sums[g][k], query[g], key);
+        }
+    }
+    for (int g = 0; g < G; ++g) store_sums(sums[g][0], sums[g][1], sums[g][2], sums[g][3], weights[g] + j);
+}
+
+// Meanwhile values come into the cache, and keys that are further on: the hardware does not see pages coming.
+template <class T, int G, class X>
+void multiply_keys(const T* const* keys, const T* const* values, int64_t count, const X* const* queries,
+                   int64_t head_dim, int64_t value_dim, float weights[GROUP][PIECE]) {
+    const auto fetch = [&](int64_t j) {
+        if (j + KEYS_AHEAD < count) prefetch<3>(keys[j + KEYS_AHEAD], head_dim);
+        prefetch<3>(values[j], value_dim);
+    };
+    int64_t j = 0;
+    if constexpr (G < 4)  // four keys of four queries have too few registers
+        for (; j + 4 <= count && head_dim % Register<T>::WIDTH == 0; j += 4) {
+            for (int k = 0; k < 4; ++k) fetch(j + k);
+            multiply_four_keys<T, G>(keys, j, queries, head_dim, weights);
+        }
+    for (; j < count; ++j) {
+        fetch(j);
         float products[G];
         dot_products<T, G>(keys[j], queries, head_dim, products);
         for (int g = 0; g < G; ++g) weights[g][j] = products[g];
@@ -128,7 +164,7 @@ void attend(const Call<T>& c, const Piece& piece, int64_t head, const T* const* 
     } else {
         for (int g = 0; g < G; ++g) queries[g] = query + g * c.query_head_stride;
     }
-    multiply_keys<T, G>(keys, count, queries, c.head_dim, weights);
+    multiply_keys<T, G>(keys, values, count, queries, c.head_dim, c.value_dim, weights);
     for (int g = 0; g < G; ++g) {
         for (int64_t tail = count; tail % LANES != 0; ++tail) weights[g][tail] = 0.0f;
         scale_and_cap(weights[g], count, c.scale, c.softcap);
@@ -138,9 +174,11 @@ void attend(const Call<T>& c, const Piece& piece, int64_t head, const T* const* 
         partials[g * partial_size + 1] = partial.total;
         out[g] = partials + g * partial_size + 2;
     }
+    // Vectors of values at a time: compilers keep 8 small sums in registers, or 16 large ones.
+    constexpr int W = REGISTER_BYTES == 64 || G == 1 ? 4 : G == 2 ? 2 : 1;
     int64_t at = 0;
-    for (; at + 4 * LANES <= c.value_dim; at += 4 * LANES)
-        add_weighted_values<T, G, 4>(values, weights, count, at, out, LANES);
+    for (; W > 1 && at + W * LANES <= c.value_dim; at += W * LANES)
+        add_weighted_values<T, G, W>(values, weights, count, at, out, LANES);
     for (; at < c.value_dim; at += LANES)
         add_weighted_values<T, G, 1>(values, weights, count, at, out, c.value_dim - at);
 }

@@ -10,14 +10,6 @@ namespace {
 constexpr int64_t BLOCK = 8;             // weight rows that stay in cache while rows of x go by, a few at a time
 constexpr int64_t ITEMS_PER_THREAD = 4;  // so that threads end together
 
-// Brings elements into the second cache: the hardware does not see that rows are read side by side.
-template <class T>
-inline void prefetch(const T* from, int64_t count) {
-    const char* byte = reinterpret_cast<const char*>(from);
-    for (const char* end = byte + count * static_cast<int64_t>(sizeof(T)); byte < end; byte += 64)
-        __builtin_prefetch(byte, 0, 2);
-}
-
 template <class T>
 struct Outputs {
     const T *weight, *bias;
@@ -35,12 +27,13 @@ void one_row(const Outputs<T>& p, const X* x, int64_t o, int64_t end) {
     }
 }
 
-// Outputs [o, end), W at a time and the last by themselves, for M rows of x; `ahead`: a block further on is fetched.
+// Outputs [o, end), W at a time and the last by themselves, for M rows of x; `ahead`: a block further on is fetched,
+// as the hardware does not see that rows are read side by side.
 template <class T, int W, int M, class X>
 void some_outputs(const Outputs<T>& p, const X* x, int64_t row, int64_t o, int64_t end, bool ahead) {
     float products[W][M];
     for (; o + W <= end; o += W) {
-        if (ahead) prefetch(p.weight + (o + BLOCK) * p.num_inputs, W * p.num_inputs);
+        if (ahead) prefetch<2>(p.weight + (o + BLOCK) * p.num_inputs, W * p.num_inputs);
         multiply_rows_of<T, W, M>(p.weight + o * p.num_inputs, x + row * p.num_inputs, p.num_inputs, products);
         for (int w = 0; w < W; ++w) {
             const float shift = p.bias == nullptr ? 0.0f : to_float(p.bias[o + w]);

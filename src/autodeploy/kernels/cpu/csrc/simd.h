@@ -83,6 +83,18 @@ inline float sum(V x) {
 #endif
 }
 
+// to[0 .. 4] = the sums of four vectors.
+template <class V>
+inline void store_sums(V a, V b, V c, V d, float* to) {
+#if defined(__AVX2__)
+    if constexpr (sizeof(V) == 32) {
+        const __m256 four = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+        return _mm_storeu_ps(to, _mm256_castps256_ps128(four) + _mm256_extractf128_ps(four, 1));
+    }
+#endif
+    to[0] = sum(a), to[1] = sum(b), to[2] = sum(c), to[3] = sum(d);
+}
+
 // The greatest of lanes that are no NaNs.
 template <class V>
 inline float greatest_lane(V x) {
@@ -103,12 +115,12 @@ inline float greatest_lane(V x) {
 #endif
 }
 
-// As std::max does, a NaN in x counts for nothing.
-inline float max(Floats x, float greatest) {
-    float lanes[LANES];
-    store(lanes, x);
-    for (int i = 0; i < LANES; ++i) greatest = lanes[i] > greatest ? lanes[i] : greatest;
-    return greatest;
+// Brings elements into the caches, from the first or from the second on: LOCALITY 3 or 2.
+template <int LOCALITY, class T>
+inline void prefetch(const T* from, int64_t count) {
+    const char* byte = reinterpret_cast<const char*>(from);
+    for (const char* end = byte + count * static_cast<int64_t>(sizeof(T)); byte < end; byte += 64)
+        __builtin_prefetch(byte, 0, LOCALITY);
 }
 
 // e^x to about 2 units in the last place: 2^n · e^r with |r| <= ln 2 / 2. Zero below the smallest normal result,
