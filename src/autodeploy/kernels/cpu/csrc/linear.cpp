@@ -1,58 +1,14 @@
 // Products of rows with a weight. For a few, each weight row is read from memory once and multiplied with all of them;
 // more go by blocks.
 
+#include "few_rows.h"
 #include "gemm.h"
 #include "team.h"
 
 namespace autodeploy {
 namespace {
 
-constexpr int64_t BLOCK = 8;             // weight rows that stay in cache while rows of x go by, a few at a time
 constexpr int64_t ITEMS_PER_THREAD = 4;  // so that threads end together
-
-template <class T>
-struct Outputs {
-    const T *weight, *bias;
-    T* out;
-    int64_t num_inputs, num_outputs;
-};
-
-// Outputs [o, end) for the only row of x, in one unbroken stream. Sums are in another order than with more rows.
-template <class T, class X>
-void one_row(const Outputs<T>& p, const X* x, int64_t o, int64_t end) {
-    for (; o < end; ++o) {
-        float product[1];
-        dot_products<T, 1>(p.weight + o * p.num_inputs, &x, p.num_inputs, product);
-        assign(p.out[o], product[0] + (p.bias == nullptr ? 0.0f : to_float(p.bias[o])));
-    }
-}
-
-// Outputs [o, end), W at a time and the last by themselves, for M rows of x; `ahead`: a block further on is fetched,
-// as the hardware does not see that rows are read side by side.
-template <class T, int W, int M, class X>
-void some_outputs(const Outputs<T>& p, const X* x, int64_t row, int64_t o, int64_t end, bool ahead) {
-    float products[W][M];
-    for (; o + W <= end; o += W) {
-        if (ahead) prefetch<2>(p.weight + (o + BLOCK) * p.num_inputs, W * p.num_inputs);
-        multiply_rows_of<T, W, M>(p.weight + o * p.num_inputs, x + row * p.num_inputs, p.num_inputs, products);
-        for (int w = 0; w < W; ++w) {
-            const float shift = p.bias == nullptr ? 0.0f : to_float(p.bias[o + w]);
-            for (int m = 0; m < M; ++m) assign(p.out[(row + m) * p.num_outputs + o + w], products[w][m] + shift);
-        }
-    }
-    if constexpr (W > 1) {
-        if (o < end) some_outputs<T, 1, M>(p, x, row, o, end, false);
-    }
-}
-
-// The same for `count` rows, 1 to M.
-template <class T, int M, class X>
-void some_rows(const Outputs<T>& p, const X* x, int64_t row, int64_t count, int64_t o, int64_t end, bool ahead) {
-    if (count == M)
-        some_outputs<T, 2, M>(p, x, row, o, end, ahead);
-    else if constexpr (M > 1)
-        some_rows<T, M - 1>(p, x, row, count, o, end, ahead);
-}
 
 template <class T>
 void few_rows(const T* x, const T* weight, const T* bias, T* out, int64_t num_rows, int64_t num_inputs,
@@ -67,16 +23,14 @@ void few_rows(const T* x, const T* weight, const T* bias, T* out, int64_t num_ro
         to_operands(x, num_rows * num_inputs, own);
         rows = own;
     }
-    const Outputs<T> outputs{weight, bias, out, num_inputs, num_outputs};
-    const int64_t tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
 #pragma omp for schedule(static)
-    for (int64_t o = 0; o < num_outputs; o += BLOCK) {
-        const int64_t end = o + BLOCK < num_outputs ? o + BLOCK : num_outputs;
-        if (num_rows == 1) one_row(outputs, rows, o, end);
-        for (int64_t t = 0; t < tiles && num_rows > 1; ++t) {
-            const int64_t row = t * num_rows / tiles;
-            some_rows<T, TILE_ROWS>(outputs, rows, row, (t + 1) * num_rows / tiles - row, o, end, t == 0);
-        }
+    for (int64_t first = 0; first < num_outputs; first += BLOCK) {
+        const int64_t count = first + BLOCK < num_outputs ? BLOCK : num_outputs - first;
+        multiply_few_rows(weight + first * num_inputs, count, num_inputs, rows, num_rows,
+                          [&](int64_t row, int64_t o, float product) {
+                              const float shift = bias == nullptr ? 0.0f : to_float(bias[first + o]);
+                              assign(out[row * num_outputs + first + o], product + shift);
+                          });
     }
 }
 

@@ -5,14 +5,15 @@
 // the down products, one work item per block of outputs, which adds the experts of a token in their order.
 
 #include "experts.h"
+#include "few_rows.h"
 #include "gemm.h"
 #include "team.h"
 
 namespace autodeploy {
 namespace {
 
-constexpr int64_t FEW_ROWS = 6;  // as for one weight
-constexpr int64_t BLOCK = 8;     // weight rows that stay in cache while tokens go by, a few at a time
+constexpr int64_t FEW_ROWS = 16;  // of an expert that go by weight rows, not by blocks
+constexpr int64_t STREAM = 4;     // rows up to which a weight is best read as one unbroken stream
 
 template <class T>
 struct Mixture : Choices, Gate {
@@ -29,23 +30,6 @@ struct Mixture : Choices, Gate {
     int64_t rows() const { return gated ? 2 * width : width; }
 };
 
-// emit(position, o, product) for the products of weight rows 0 .. count with the rows of positions begin .. end.
-template <class T, int M, class Row, class Emit>
-void block_products(const T* weight, int64_t count, int64_t length, int64_t begin, int64_t end, Row row, Emit emit) {
-    for (; begin + M <= end; begin += M) {
-        const typename Product<T>::Operand* rows[M];
-        for (int i = 0; i < M; ++i) rows[i] = row(begin + i);
-        for (int64_t o = 0; o < count; ++o) {
-            float products[M];
-            dot_products<T, M>(weight + o * length, rows, length, products);
-            for (int i = 0; i < M; ++i) emit(begin + i, o, products[i]);
-        }
-    }
-    if constexpr (M > 1) {
-        if (begin < end) block_products<T, M / 2>(weight, count, length, begin, end, row, emit);
-    }
-}
-
 // Whether `count` rows of `length` go by blocks; pairs of inputs have no half.
 template <class T>
 inline bool is_many(int64_t count, int64_t length) {
@@ -61,6 +45,37 @@ const typename Product<T>::Operand* operands(const Mixture<T>& m) {
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < m.num_tokens; ++t) to_operands(m.x + t * m.size, m.size, m.totals + t * m.size);
         return m.totals;
+    }
+}
+
+// The tokens of positions `[begin, end)` one after the other: a single one where it is, more in memory of this thread.
+template <class T, class X>
+const X* gathered(const Mixture<T>& m, const X* x, int64_t begin, int64_t end) {
+    if (end - begin == 1) return x + m.token(begin) * m.size;
+    X* own = own_memory<X>((end - begin) * m.size);
+    for (int64_t position = begin; position < end; ++position)
+        std::memcpy(own + (position - begin) * m.size, x + m.token(position) * m.size,
+                    static_cast<size_t>(m.size) * sizeof(X));
+    return own;
+}
+
+// emit(row, o, product) for the products of weight rows 0 .. count with a few rows of x, `length` apart.
+template <class T, int M, class X, class Emit>
+void multiply_expert_rows(const T* weight, int64_t count, int64_t length, const X* x, int64_t num_rows, Emit emit) {
+    if (num_rows > STREAM) {
+        for (int64_t at = 0; at < count; at += BLOCK)
+            multiply_few_rows(weight + at * length, std::min(BLOCK, count - at), length, x, num_rows,
+                              [&](int64_t row, int64_t o, float product) { emit(row, at + o, product); });
+    } else if (num_rows == M) {
+        const X* rows[M];
+        for (int m = 0; m < M; ++m) rows[m] = x + m * length;
+        for (int64_t o = 0; o < count; ++o) {
+            float products[M];
+            dot_products<T, M>(weight + o * length, rows, length, products);
+            for (int m = 0; m < M; ++m) emit(m, o, products[m]);
+        }
+    } else if constexpr (M > 1) {
+        multiply_expert_rows<T, M - 1>(weight, count, length, x, num_rows, emit);
     }
 }
 
@@ -85,14 +100,12 @@ void multiply_up(const Mixture<T>& m, int64_t num_groups) {
                                   });
             continue;
         }
-        for (int64_t at = 0; at < count; at += BLOCK)
-            block_products<T, 4>(
-                weight + at * m.size, std::min(BLOCK, count - at), m.size, begin, end,
-                [&](int64_t position) { return x + m.token(position) * m.size; },
-                [&](int64_t position, int64_t o, float product) {
-                    m.hidden[position * rows + first + at + o] =
-                        product + (bias == nullptr ? 0.0f : to_float(bias[at + o]));
-                });
+        const typename Product<T>::Operand* tokens = gathered(m, x, begin, end);
+        multiply_expert_rows<T, STREAM>(weight, count, m.size, tokens, end - begin,
+                                        [&](int64_t row, int64_t o, float product) {
+                                            m.hidden[(begin + row) * rows + first + o] =
+                                                product + (bias == nullptr ? 0.0f : to_float(bias[o]));
+                                        });
     }
 }
 
@@ -126,15 +139,12 @@ void multiply_down(const Mixture<T>& m, int64_t num_groups) {
                                       });
                 continue;
             }
-            for (int64_t at = 0; at < outputs; at += BLOCK)
-                block_products<T, 4>(
-                    weight + at * m.width, std::min(BLOCK, outputs - at), m.width, begin, end,
-                    [&](int64_t position) { return m.inner + position * m.width; },
-                    [&](int64_t position, int64_t o, float product) {
-                        const float result = product + (bias == nullptr ? 0.0f : to_float(bias[at + o]));
-                        m.totals[m.token(position) * m.size + first + at + o] +=
-                            m.weights[m.order[position]] * result;
-                    });
+            multiply_expert_rows<T, STREAM>(weight, outputs, m.width, m.inner + begin * m.width, end - begin,
+                                            [&](int64_t row, int64_t o, float product) {
+                                                const float shift = bias == nullptr ? 0.0f : to_float(bias[o]);
+                                                m.totals[m.token(begin + row) * m.size + first + o] +=
+                                                    m.weights[m.order[begin + row]] * (product + shift);
+                                            });
         }
         for (int64_t t = 0; t < m.num_tokens; ++t)
             for (int64_t o = 0; o < outputs; ++o) {
