@@ -27,11 +27,12 @@ class _Rows(BaseStreamer):
 
 
 class Transformers:
-    """A model in bfloat16 with its default cache."""
+    """A model in bfloat16, or in float32 as a reference, with its default cache."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         torch.set_num_threads(job["threads"])
-        loaded: Any = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16)
+        dtype = torch.float32 if job["precision"] == "float32" else torch.bfloat16
+        loaded: Any = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype)
         self.model = loaded.eval()
 
     def generate(self, prompts: list[list[int]], lengths: list[int], emit: Callable[[int, list[int]], None]) -> None:
@@ -44,6 +45,12 @@ class Transformers:
             max_new_tokens=max(lengths),
             streamer=_Rows(lengths, emit),
         )
+
+    def score(self, tokens: list[int]) -> list[tuple[float, int]]:
+        with torch.inference_mode():
+            logprobs = self.model(torch.tensor([tokens])).logits[0, :-1].double().log_softmax(-1)
+        chosen = logprobs.gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
+        return list(zip(chosen.tolist(), logprobs.argmax(-1).tolist(), strict=True))
 
 
 if __name__ == "__main__":

@@ -67,6 +67,25 @@ class LlamaCpp:
                 waiting[index] = [token] if left[index] else []
         ll.llama_batch_free(batch)
 
+    def score(self, tokens: list[int]) -> list[tuple[float, int]]:
+        self._use_context(1, 4096)
+        ll.llama_memory_clear(ll.llama_get_memory(self.context), True)
+        batch = ll.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = 0
+        for position, token in enumerate(tokens):
+            self._add(batch, token, position, 0)
+            batch.logits[position] = 1
+        if status := ll.llama_decode(self.context, batch):
+            raise RuntimeError(f"llama_decode answered {status}")
+        scores = []
+        for row, token in enumerate(tokens[1:]):
+            logits = np.ctypeslib.as_array(ll.llama_get_logits_ith(self.context, row), (self.vocab_size,))
+            wide = logits.astype(np.float64)
+            total = wide.max() + np.log(np.exp(wide - wide.max()).sum())
+            scores.append((float(wide[token] - total), int(wide.argmax())))
+        ll.llama_batch_free(batch)
+        return scores
+
     @staticmethod
     def _add(batch: Any, token: int, position: int, sequence: int) -> None:
         slot = batch.n_tokens

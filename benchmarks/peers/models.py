@@ -1,7 +1,8 @@
 """The models that peers are compared on: a name goes in, a checkpoint folder comes out, written once.
 
 `smollm2` has real weights, from a Python package. The others have random weights in the shape of a published model, or
-in a small shape of a kind of model; speed does not depend on what the weights are.
+in a small shape of a kind of model; speed does not depend on what the weights are. `smollm2-rescaled` is the same
+function as `smollm2`, whose weights lie on the grid of a format of 4 bits: what quantising costs shows on the former.
 """
 
 import json
@@ -68,9 +69,9 @@ RANDOM: dict[str, Any] = {
     "qwen3-0.6b": {},
     "llama-3.2-1b": {},
 }
-NAMES = ("smollm2", *RANDOM)
-FOR_CHECKS = ("tiny", "tiny-text")
-"""Too small to be measured; the latter has a tokenizer."""
+NAMES = ("smollm2", "smollm2-rescaled", *RANDOM)
+FOR_CHECKS = ("tiny", "tiny-text", "smollm2-rescaled")
+"""Not to be measured for speed: too small, or the same as another."""
 
 
 def folder(build: Path, name: str) -> Path:
@@ -81,7 +82,10 @@ def folder(build: Path, name: str) -> Path:
         return _packaged()
     target = build / "models" / name / "checkpoint"
     if not (target / "config.json").exists():
-        _write(target, _config(name))
+        if name == "smollm2-rescaled":
+            _write_rescaled(_packaged(), target)
+        else:
+            _write(target, _config(name))
         if name == "tiny":
             _write_byte_tokenizer(target)
         else:  # some peers load nothing without a tokenizer, and use it for nothing here
@@ -96,6 +100,36 @@ def _packaged() -> Path:
     from autodeploy.packaged_models import model_path
 
     return locate_model(model_path("smollm2"), ModelOptions()).folder
+
+
+def _write_rescaled(source: Path, target: Path) -> None:
+    """The same function with other numbers: what multiplies a channel is divided out where the channel is read."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
+    draw = torch.Generator().manual_seed(0)
+
+    def rescale(rows: str, readers: list[str], heads: int = 1, repeats: int = 1) -> None:
+        scales = torch.rand(weights[rows].shape[0], generator=draw) * 0.5 + 0.75
+        weights[rows] *= scales.view(-1, *[1] * (weights[rows].dim() - 1))
+        for reader in readers:
+            weights[reader] /= scales.view(heads, -1).repeat_interleave(repeats, 0).flatten()
+
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    for layer in range(config["num_hidden_layers"]):
+        name = f"model.layers.{layer}."
+        attention, mlp = f"{name}self_attn.", f"{name}mlp."
+        rescale(f"{name}input_layernorm.weight", [f"{attention}{part}_proj.weight" for part in "qkv"])
+        rescale(f"{name}post_attention_layernorm.weight", [f"{mlp}{part}_proj.weight" for part in ("gate", "up")])
+        rescale(f"{mlp}up_proj.weight", [f"{mlp}down_proj.weight"])
+        heads = config["num_key_value_heads"]
+        repeats = config["num_attention_heads"] // heads
+        rescale(f"{attention}v_proj.weight", [f"{attention}o_proj.weight"], heads, repeats)
+    target.mkdir(parents=True)
+    save_file({name: tensor.bfloat16() for name, tensor in weights.items()}, target / "model.safetensors")
+    for file in source.glob("*.json"):
+        shutil.copy(file, target)
 
 
 def _write_byte_tokenizer(target: Path) -> None:

@@ -31,6 +31,15 @@ class AutoDeploy:
 
         asyncio.run(every())
 
+    def score(self, tokens: list[int]) -> list[tuple[float, int]]:
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
+        (output,) = self.llm.generate([tokens], params)
+        scores = []
+        for token, entries in zip(tokens[1:], (output.prompt_logprobs or [])[1:], strict=True):
+            best = next(other for other, entry in entries.items() if entry.rank == 1)
+            scores.append((entries[token].logprob, best))
+        return scores
+
     def settle(self) -> None:
         self.llm.wait_until_built()
 

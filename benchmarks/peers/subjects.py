@@ -49,7 +49,8 @@ _VLLM = {
 KINDS = {
     "AutoDeploy": Kind(adapter="ours.py", precisions=_EVERY),
     "transformers": Kind(
-        adapter="hf.py", precisions={"bf16": None} | dict.fromkeys(("int8", "int4"), "needs another package for them")
+        adapter="hf.py",
+        precisions={"float32": None, "bf16": None} | dict.fromkeys(("int8", "int4"), "needs another package for them"),
     ),
     "llama.cpp": Kind(adapter="llamacpp.py", environment="llamacpp", precisions=_EVERY),
     "OpenVINO GenAI": Kind(adapter="genai.py", environment="openvino", precisions=_EVERY),

@@ -2,8 +2,9 @@
 
 It runs in the peer's own environment, so it needs the standard library alone. An adapter calls `serve(load)`:
 `load(job)` returns an object with `generate(prompts, lengths, emit)`, which generates greedily, past any end-of-text,
-and calls `emit(index, token_ids)` as soon as tokens of a request are there. Two more methods are optional: `settle()`
-returns when the peer has reached its full speed, `facts()` says what it knows about itself.
+and calls `emit(index, token_ids)` as soon as tokens of a request are there. More methods are optional: `settle()`
+returns when the peer has reached its full speed, `facts()` says what it knows about itself. `score(tokens)` returns for
+each token but the first its log-probability after those before it, and the likeliest token in its place.
 """
 
 import json
@@ -35,8 +36,9 @@ def serve(load: Callable[[dict[str, Any]], Any]) -> None:
 def _answer(peer: Any, question: dict[str, Any]) -> dict[str, Any]:
     if question["ask"] == "generate":
         return _generate(peer, question["prompts"], question["lengths"])
-    method = getattr(peer, question["ask"], None)
-    return {question["ask"]: method() if method else None}
+    name = question.pop("ask")
+    method = getattr(peer, name, None)
+    return {name: method(**question) if method else None}
 
 
 def _generate(peer: Any, prompts: list[list[int]], lengths: list[int]) -> dict[str, Any]:

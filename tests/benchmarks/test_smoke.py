@@ -42,6 +42,18 @@ def test_peers(script: Script, tmp_path: Path) -> None:
     assert len(record["limits"]) == 2
 
 
+def test_quality(script: Script, tmp_path: Path) -> None:
+    script("quality").main(["--smoke", "--output", str(tmp_path)])
+    precisions = _record(tmp_path)["precisions"]
+    reference = precisions["float32"]["transformers"]
+    assert reference["agreement"] == 1 and reference["logprob_distance"] == 0
+    assert 200 < reference["perplexity"] < 320  # random weights know nothing of 256 tokens
+    for precision in ("bf16", "int8", "int4"):
+        ours = precisions[precision]["AutoDeploy"]
+        assert abs(ours["perplexity"] / reference["perplexity"] - 1) < 0.1
+        assert 0 < ours["logprob_distance"] < 0.1 and 0.3 < ours["agreement"] <= 1
+
+
 def test_servers(script: Script, tmp_path: Path) -> None:
     script("servers").main(["--smoke", "--output", str(tmp_path)])
     record = _record(tmp_path)

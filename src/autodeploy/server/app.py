@@ -31,8 +31,14 @@ from autodeploy.server.requests import DetokenizeRequest, TokenizeChatRequest, T
 from autodeploy.server.routes import GenerationRoutes
 from autodeploy.server.served import ServedModel
 
-STREAM = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
-"""With `stream=true`, the answer is server-sent events."""
+EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+    "additionalProperties": False,
+}
+STREAM = {200: {"content": {"text/event-stream": {"itemSchema": EVENT}}}}
+"""With `stream=true`, the answer is server-sent events; how OpenAPI 3.2 says so."""
 
 
 def create_app(served: ServedModel, *, version: str = "", options: ServerOptions | None = None) -> FastAPI:
