@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 
 #include "attention.h"
@@ -67,15 +68,16 @@ struct Row {
     float greatest, total;
 };
 
-// One row's scores of a block become weights; returns the factor for what the row has gathered so far.
+// One row's scores of the first `keys` positions of a block become weights; returns the factor for what the row has
+// gathered so far.
 template <class T>
-inline float update_row(const Call<T>& c, Row& row, float* scores, int64_t block_begin,
+inline float update_row(const Call<T>& c, Row& row, float* scores, int64_t block_begin, int64_t keys,
                         typename Lane<T>::Element* weights) {
-    if (row.begin > block_begin || row.end < block_begin + KEYS)
-        for (int64_t j = 0; j < KEYS; ++j)
+    if (row.begin > block_begin || row.end < block_begin + keys)
+        for (int64_t j = 0; j < keys; ++j)
             if (block_begin + j < row.begin || block_begin + j >= row.end) scores[j] = -__builtin_inff();
     Floats highest = splat(-__builtin_inff());
-    for (int64_t j = 0; j < KEYS; j += LANES) {
+    for (int64_t j = 0; j < keys; j += LANES) {
         Floats score = load(scores + j) * c.scale;
         if (c.softcap > 0.0f) {
             const Floats capped = tanh(score / c.softcap) * c.softcap;
@@ -87,8 +89,8 @@ inline float update_row(const Call<T>& c, Row& row, float* scores, int64_t block
     const float found = greatest_lane(highest), greatest = found > row.greatest ? found : row.greatest;
     const float shift = greatest == -__builtin_inff() ? 0.0f : greatest;
     Floats total = {};
-    for (int64_t j = 0; j < KEYS; j += LANES) {
-        const Floats weight = exp(load(scores + j) - shift);
+    for (int64_t j = 0; j < keys; j += LANES) {
+        const Floats weight = exp_below_one(load(scores + j) - shift);
         Lane<T>::set(weights + j, weight);
         total = total + weight;
     }
@@ -135,20 +137,22 @@ void attend_tile(const Blocks<T>& b, const Scratch<T>& s, int64_t first_row, int
     using L = Lane<T>;
     const int64_t block_begin = (b.first_block + block) * KEYS;
     bool is_seen = false;
+    int64_t keys = 0;
     for (int r = 0; r < ROWS; ++r) {
         const Row& row = s.rows[first_row + r];
         is_seen = is_seen || (row.begin < block_begin + KEYS && row.end > block_begin);
+        keys = std::max(keys, std::min<int64_t>(row.end - block_begin, KEYS));
     }
     if (!is_seen) return;
-    std::memset(s.scores, 0, sizeof(float) * ROWS * KEYS);
-    for (int64_t j = 0; j < KEYS; j += PANEL_KEYS)
-        multiply_tile<T, ROWS, COLUMNS>(s.queries + first_row * b.depth, b.depth,
-                                        b.block_keys(head, block) + j * b.depth, PANEL_KEYS * L::STEP, b.depth,
-                                        s.scores + j, KEYS);
+    keys = (keys + PANEL_KEYS - 1) / PANEL_KEYS * PANEL_KEYS;
+    for (int64_t j = 0; j < keys; j += PANEL_KEYS)
+        multiply_tile<T, ROWS, COLUMNS, false>(s.queries + first_row * b.depth, b.depth,
+                                               b.block_keys(head, block) + j * b.depth, PANEL_KEYS * L::STEP, b.depth,
+                                               s.scores + j, KEYS);
     float* gathered = s.gathered + first_row * b.width;
     for (int r = 0; r < ROWS; ++r) {
         const float factor =
-            update_row(b.c, s.rows[first_row + r], s.scores + r * KEYS, block_begin, s.weights + r * KEYS);
+            update_row(b.c, s.rows[first_row + r], s.scores + r * KEYS, block_begin, keys, s.weights + r * KEYS);
         if (factor == 1.0f) continue;
         for (int64_t d = 0; d < b.width; d += LANES)
             store(gathered + r * b.width + d, load(gathered + r * b.width + d) * factor);
@@ -156,9 +160,9 @@ void attend_tile(const Blocks<T>& b, const Scratch<T>& s, int64_t first_row, int
     const auto* values = b.block_values(head, block);
     int64_t d = 0;
     for (; d + COLUMNS * LANES <= b.width; d += COLUMNS * LANES)
-        multiply_tile<T, ROWS, COLUMNS>(s.weights, KEYS, values + d * L::STEP, b.width * L::STEP, KEYS, gathered + d, b.width);
+        multiply_tile<T, ROWS, COLUMNS>(s.weights, KEYS, values + d * L::STEP, b.width * L::STEP, keys, gathered + d, b.width);
     for (; d < b.width; d += LANES)
-        multiply_tile<T, ROWS, 1>(s.weights, KEYS, values + d * L::STEP, b.width * L::STEP, KEYS, gathered + d, b.width);
+        multiply_tile<T, ROWS, 1>(s.weights, KEYS, values + d * L::STEP, b.width * L::STEP, keys, gathered + d, b.width);
 }
 
 // TOKENS new tokens from `first` on, for the query heads of one key-value head.

@@ -97,7 +97,7 @@ inline Partial to_weights(float* scores, int64_t count) {
     const float shift = greatest == -__builtin_inff() ? 0.0f : greatest;
     Floats total = {};
     for (int64_t j = 0; j < count; j += LANES) {
-        const Floats weight = exp(load(scores + j) - shift);
+        const Floats weight = exp_below_one(load(scores + j) - shift);
         store(scores + j, weight);
         total = total + weight;
     }

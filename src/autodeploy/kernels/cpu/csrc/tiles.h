@@ -39,17 +39,17 @@ struct Lane<bf16> {
 };
 #endif
 
-// totals[r][v] += sum over `depth` of rows[r][d] · packed[d][v], for one tile of R rows and V vectors. Rows are
+// totals[r][v] = or += (ADD) sum over `depth` of rows[r][d] · packed[d][v], for one tile of R rows and V vectors. Rows are
 // `row_stride` elements apart, steps of `packed` are `step_stride` elements apart. By itself, so that sums stay in
 // registers: in a larger function, compilers keep some of them in memory.
-template <class T, int R, int V>
+template <class T, int R, int V, bool ADD = true>
 __attribute__((noinline)) void multiply_tile(const typename Lane<T>::Element* rows, int64_t row_stride,
                           const typename Lane<T>::Element* packed, int64_t step_stride, int64_t depth,
                           float* totals, int64_t total_stride) {
     using L = Lane<T>;
     Floats sums[R][V];
     for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) sums[r][v] = load(totals + r * total_stride + v * LANES);
+        for (int v = 0; v < V; ++v) sums[r][v] = ADD ? load(totals + r * total_stride + v * LANES) : Floats{};
     for (int64_t d = 0; d < depth; d += L::STEP, packed += step_stride)
         for (int r = 0; r < R; ++r)
             for (int v = 0; v < V; ++v)
