@@ -97,9 +97,67 @@ def quantized_linear() -> list[Arguments]:
     return [sample(rows, *form) for rows in (1, 64) for form in ((8, 1, False), (4, 128, True))]
 
 
+def slots(num_sequences: int) -> Arguments:
+    numbers = functools.partial(empty, dtype=torch.int32)
+    return {"cu_seqlens": numbers(num_sequences + 1), "state_slots": numbers(num_sequences)}
+
+
+def cached_causal_conv() -> list[Arguments]:
+    weights = {"weight": empty(6144, 4), "bias": empty(6144), "activation": "silu", "window": empty(9, 3, 6144)}
+    return [{"x": empty(1, tokens, 6144), **weights, **slots(1)} for tokens in (1, 1000)]
+
+
+def cached_ssd() -> list[Arguments]:
+    numbers = functools.partial(empty, dtype=torch.float32)
+    heads = {name: numbers(64) for name in ("A", "D", "dt_bias")} | {"state": numbers(9, 64, 64, 128)}
+    heads |= {"dt_softplus": True, "dt_min": 0.0, "dt_max": None}
+
+    def step(num_tokens: int) -> Arguments:
+        groups = empty(1, num_tokens, 8, 128)
+        tokens = {"x": empty(1, num_tokens, 64, 64), "dt": empty(1, num_tokens, 64), "B": groups, "C": groups}
+        return tokens | heads | slots(1)
+
+    return [step(1), step(1000)]
+
+
+def cached_selective_scan() -> list[Arguments]:
+    x, entries = empty(1, 1, 8192), empty(1, 1, 16)
+    numbers = functools.partial(empty, dtype=torch.float32)
+    channels = {"A": numbers(8192, 16), "D": numbers(8192), "dt_bias": numbers(8192), "state": numbers(9, 8192, 16)}
+    return [{"x": x, "dt": x, "B": entries, "C": entries, "z": x, "dt_softplus": True, **channels, **slots(1)}]
+
+
+def cached_delta_rule() -> list[Arguments]:
+    def step(num_tokens: int) -> Arguments:
+        keys, decay = empty(1, num_tokens, 16, 128), empty(1, num_tokens, 32, dtype=torch.float32)
+        tokens = {"query": keys, "key": keys, "value": empty(1, num_tokens, 32, 128), "beta": decay, "decay": decay}
+        facts = {"scale": 0.1, "norm_eps": 1e-6, "state": empty(9, 32, 128, 128, dtype=torch.float32)}
+        return tokens | facts | slots(1)
+
+    return [step(1), step(1000)]
+
+
+def cached_linear_attention() -> list[Arguments]:
+    heads = empty(1, 1, 32, 128)  # chunks go through the kernel of the delta rule
+    tokens = {name: heads for name in ("query", "key", "value", "decay")}
+    return [{**tokens, "bonus": empty(32, 128), "state": empty(9, 32, 128, 128, dtype=torch.float32), **slots(1)}]
+
+
+def cached_generalized_delta_rule() -> list[Arguments]:
+    heads = empty(1, 1, 32, 64)
+    tokens = {name: heads for name in ("query", "key", "value", "read", "write", "decay")}
+    return [{**tokens, "state": empty(9, 32, 64, 64, dtype=torch.float32), **slots(1)}]
+
+
 SIZES: dict[str, Callable[[], list[Arguments]]] = {
     "cached_attention": cached_attention,
+    "cached_causal_conv": cached_causal_conv,
+    "cached_delta_rule": cached_delta_rule,
+    "cached_generalized_delta_rule": cached_generalized_delta_rule,
+    "cached_linear_attention": cached_linear_attention,
     "cached_mla": cached_mla,
+    "cached_selective_scan": cached_selective_scan,
+    "cached_ssd": cached_ssd,
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
     "gated_rms_norm": gated_rms_norm,

@@ -7,6 +7,9 @@ packed_weights.py   weights of 8 or 4 bits as tiles in registers, activations ro
 quantized_linear.py   products with such weights
 paged.py       what kernels over pages share
 attention.py mla.py   attention over pages read in place
+sequences.py   what kernels over slot states share
+causal_conv.py ssm.py   convolutions and state-space recurrences
+matrix_memory.py   delta rules and linear attention
 
 Nothing of Triton is imported before `load`, so that a program for the CPU does not pay for it.
 """
@@ -21,7 +24,7 @@ from autodeploy import env
 
 PROVIDER = "triton"
 
-MODULES = ("attention", "mla", "mlp", "norm", "quantized_linear", "rope")
+MODULES = ("attention", "causal_conv", "matrix_memory", "mla", "mlp", "norm", "quantized_linear", "rope", "ssm")
 """Modules that hold kernels."""
 
 _OLDEST = (3, 6)

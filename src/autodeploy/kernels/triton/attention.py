@@ -150,7 +150,7 @@ def _attend(
 
 _KEY = ("SPLITS", "BLOCK_M", "NUM_HEADS", "NUM_KV_HEADS", "HEAD_DIM", "VALUE_DIM", "PAGE_SIZE", "WINDOW", "most_keys")
 _decode = Launcher(_attend, configurations((64, 4, 3), (64, 4, 5), (128, 8, 3)), _KEY)
-_prefill = Launcher(_attend, configurations((64, 8, 3), (128, 8, 3)), _KEY)
+_prefill = Launcher(_attend, configurations((64, 8, 3), (32, 8, 3)), _KEY)
 
 
 def _supports(

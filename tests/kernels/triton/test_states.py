@@ -1,0 +1,89 @@
+"""Recurrent mixers over slot states in Triton: whole chunks and parts of one, sequences without tokens, padding."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from autodeploy.kernels import provider
+from autodeploy.kernels.triton import sequences
+from autodeploy.ops import OPS, Op
+from autodeploy.ops.state import SLOT_GROUP
+
+CUDA = torch.device("cuda")
+IS_INTERPRETED = not provider.unavailable(CUDA) and not torch.cuda.is_available()
+
+pytestmark = pytest.mark.skipif(not IS_INTERPRETED, reason="runs in Triton's interpreter, on CPU tensors")
+
+PRIORITY = provider.priority(CUDA)
+SLOTS = "state_slots"
+MIXERS = [
+    op
+    for op in OPS.values()
+    if op.cached is not None and SLOTS in op.cached.parameters and PRIORITY[0] in op.cached.kernels
+]
+
+
+def case(op: Op, counts: list[int]) -> dict[str, Any]:
+    """The op's first sample with these numbers of new tokens, and states that are not empty."""
+    torch.manual_seed(0)
+    assert op.cached is not None and op.samples is not None and op.states is not None
+    sample, total = op.samples()[0], sum(counts)
+    length = int(sample["cu_seqlens"][-1])
+
+    def lengthened(value: Any) -> Any:
+        per_token = isinstance(value, Tensor) and value.dim() > 2 and value.shape[:2] == (1, length)
+        return torch.cat([value] * -(-total // length), dim=1)[:, :total] if per_token else value
+
+    states = {name: spec for name, spec in op.states(**sample).items() if spec.group == SLOT_GROUP}
+    given = {name: lengthened(value) for name, value in sample.items()}
+    given |= {name: torch.randn(len(counts) + 2, *spec.shape) / 4 for name, spec in states.items()}
+    given["cu_seqlens"] = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    given[SLOTS] = torch.randperm(len(counts)).to(torch.int32) + 1
+    return {name: given[name] for name in op.cached.parameters}
+
+
+def check(op: Op, given: dict[str, Any]) -> None:
+    assert op.cached is not None
+    kernel = op.cached.kernels["triton"]
+    assert kernel.supports(**given) is None
+    again = {name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()}
+    expected = op.cached.reference(**again)
+    torch.testing.assert_close(kernel.function(**given), expected, rtol=1e-4, atol=1e-4)
+    for name in op.cached.mutates:
+        torch.testing.assert_close(given[name], again[name], rtol=1e-4, atol=1e-4)
+
+
+def test_the_mixers_are_covered() -> None:
+    assert {"causal_conv", "ssd", "selective_scan", "delta_rule", "linear_attention"} <= {op.name for op in MIXERS}
+
+
+@pytest.mark.parametrize("op", MIXERS, ids=lambda op: op.name)
+def test_whole_chunks_parts_and_sequences_without_tokens(op: Op) -> None:
+    counts = [64, 0, 65, 1]
+    given = case(op, counts)
+    assert not sequences.goes_one_by_one(sum(counts), given[SLOTS])
+    check(op, given)
+
+
+@pytest.mark.parametrize("op", MIXERS, ids=lambda op: op.name)
+def test_a_few_tokens_each(op: Op) -> None:
+    counts = [1, 0, 5, 2]
+    given = case(op, counts)
+    assert sequences.goes_one_by_one(sum(counts), given[SLOTS])
+    check(op, given)
+
+
+@pytest.mark.parametrize("op", MIXERS, ids=lambda op: op.name)
+def test_padding_changes_nothing(op: Op) -> None:
+    """A batch filled up to a bucket: sequences of one token each, all in the scratch slot."""
+    given = case(op, [1, 1, 1, 1])
+    given[SLOTS] = torch.tensor([2, 1, 0, 0], dtype=torch.int32)
+    assert op.cached is not None
+    clones = {name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()}
+    expected = op.cached.reference(**clones)
+    result = op.cached.kernels["triton"].function(**given)
+    torch.testing.assert_close(result[:, :2], expected[:, :2], rtol=1e-4, atol=1e-4)
+    for name in op.cached.mutates:
+        torch.testing.assert_close(given[name][1:], clones[name][1:], rtol=1e-4, atol=1e-4)
