@@ -14,8 +14,9 @@ def run(setting: Setting) -> dict[str, Any]:
     report = setting.scratch / "report.json"
     flags = {"--max-examples": 3 if setting.is_smoke else 200, "--checks": CHECKS, "--seed": 0}
     flags |= {"--report": "json", "--report-json-path": report, "--request-timeout": 60}
-    setting.run(["schemathesis", "run", f"{setting.url}/openapi.json"], flags, statuses=(0, FOUND_FAILURES))
-    return summary(json.loads(report.read_text(encoding="utf-8")))
+    printed = setting.run(["schemathesis", "run", f"{setting.url}/openapi.json"], flags, statuses=(0, FOUND_FAILURES))
+    found = summary(json.loads(report.read_text(encoding="utf-8")))
+    return found if found["passed"] else found | {"printed": printed[-4000:]}
 
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:
