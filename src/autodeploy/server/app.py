@@ -31,12 +31,7 @@ from autodeploy.server.requests import DetokenizeRequest, TokenizeChatRequest, T
 from autodeploy.server.routes import GenerationRoutes
 from autodeploy.server.served import ServedModel
 
-EVENT = {
-    "type": "object",
-    "properties": {"data": {"type": "string"}},
-    "required": ["data"],
-    "additionalProperties": False,
-}
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 STREAM = {200: {"content": {"text/event-stream": {"itemSchema": EVENT}}}}
 """With `stream=true`, the answer is server-sent events; how OpenAPI 3.2 says so."""
 
