@@ -149,15 +149,28 @@ def cached_generalized_delta_rule() -> list[Arguments]:
     return [{**tokens, "state": empty(9, 32, 64, 64, dtype=torch.float32), **slots(1)}]
 
 
+def cached_linear_recurrence() -> list[Arguments]:
+    x = empty(1, 1, 2560)
+    return [{"x": x, "gate": x, "state": empty(9, 2560, dtype=torch.float32), **slots(1)}]
+
+
+def cached_wkv() -> list[Arguments]:
+    x, channels = empty(1, 1, 2048), empty(2048)
+    tokens = {"key": x, "value": x, "decay": channels, "bonus": channels}
+    return [{**tokens, "memory": empty(9, 3, 2048, dtype=torch.float32), **slots(1)}]
+
+
 SIZES: dict[str, Callable[[], list[Arguments]]] = {
     "cached_attention": cached_attention,
     "cached_causal_conv": cached_causal_conv,
     "cached_delta_rule": cached_delta_rule,
     "cached_generalized_delta_rule": cached_generalized_delta_rule,
     "cached_linear_attention": cached_linear_attention,
+    "cached_linear_recurrence": cached_linear_recurrence,
     "cached_mla": cached_mla,
     "cached_selective_scan": cached_selective_scan,
     "cached_ssd": cached_ssd,
+    "cached_wkv": cached_wkv,
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
     "gated_rms_norm": gated_rms_norm,

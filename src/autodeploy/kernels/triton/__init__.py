@@ -8,7 +8,7 @@ quantized_linear.py   products with such weights
 paged.py       what kernels over pages share
 attention.py mla.py   attention over pages read in place
 sequences.py   what kernels over slot states share
-causal_conv.py ssm.py   convolutions and state-space recurrences
+causal_conv.py ssm.py recurrence.py   convolutions, state-space and other recurrences of channels
 matrix_memory.py   delta rules and linear attention
 
 Nothing of Triton is imported before `load`, so that a program for the CPU does not pay for it.
@@ -24,7 +24,18 @@ from autodeploy import env
 
 PROVIDER = "triton"
 
-MODULES = ("attention", "causal_conv", "matrix_memory", "mla", "mlp", "norm", "quantized_linear", "rope", "ssm")
+MODULES = (
+    "attention",
+    "causal_conv",
+    "matrix_memory",
+    "mla",
+    "mlp",
+    "norm",
+    "quantized_linear",
+    "recurrence",
+    "rope",
+    "ssm",
+)
 """Modules that hold kernels."""
 
 _OLDEST = (3, 6)
