@@ -204,7 +204,7 @@ def test_as_a_registered_operator(op: Op, kernel: Kernel) -> None:
     operator = kernel_operator(op, kernel.provider)
     assert operator is kernel_operator(op, kernel.provider)
     assert op.samples is not None
-    for sample in op.samples():
+    for sample in op.samples()[:4]:
         real = results(operator(**sample))
         mode = torch._subclasses.FakeTensorMode()
         with mode:

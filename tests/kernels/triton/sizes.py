@@ -160,6 +160,41 @@ def cached_wkv() -> list[Arguments]:
     return [{**tokens, "memory": empty(9, 3, 2048, dtype=torch.float32), **slots(1)}]
 
 
+_GATE: Arguments = {"activation": "silu", "gated": True, "limit": None, "up_offset": 0.0}
+
+
+def moe() -> list[Arguments]:
+    def sample(num_tokens: int, **facts: Any) -> Arguments:
+        routing = {"indices": empty(num_tokens, 8, dtype=torch.int64), "weights": empty(num_tokens, 8)}
+        weights = {"gate_up": empty(128, 1536, 2048), "down": empty(128, 2048, 768)}
+        biases = {"gate_up_bias": None, "down_bias": None}
+        return {"x": empty(num_tokens, 2048), **routing, **weights, **biases, **_GATE, **facts}
+
+    biases = {"gate_up_bias": empty(128, 1536), "down_bias": empty(128, 2048)}
+    return [sample(1), sample(64, **biases, activation="quick_gelu", limit=7.0, up_offset=1.0)]
+
+
+def expert_linear() -> list[Arguments]:
+    indices = empty(64, 4, dtype=torch.int64)
+    return [{"x": empty(64, 1, 2048), "indices": indices, "weight": empty(32, 4096, 2048), "bias": None}]
+
+
+def quantized_moe() -> list[Arguments]:
+    def packed(name: str, rows: int, columns: int, bits: int) -> Arguments:
+        groups = columns // 32 if bits == 4 else 1
+        scales = empty(128 * rows // 16, groups, 16, dtype=torch.float16)
+        weight = empty(128 * rows // 16, columns // 32, bits, 16, 4, dtype=torch.uint8)
+        offsets = scales if bits == 4 else None
+        return {name: weight, f"{name}_scales": scales, f"{name}_offsets": offsets, f"{name}_bias": None}
+
+    def sample(num_tokens: int, bits: int) -> Arguments:
+        routing = {"indices": empty(num_tokens, 8, dtype=torch.int64), "weights": empty(num_tokens, 8)}
+        weights = packed("gate_up", 1536, 2048, bits) | packed("down", 2048, 768, bits)
+        return {"x": empty(num_tokens, 2048), "num_experts": 128, **routing, **weights, **_GATE}
+
+    return [sample(1, 8), sample(64, 4)]
+
+
 SIZES: dict[str, Callable[[], list[Arguments]]] = {
     "cached_attention": cached_attention,
     "cached_causal_conv": cached_causal_conv,
@@ -178,4 +213,7 @@ SIZES: dict[str, Callable[[], list[Arguments]]] = {
     "gated_activation": gated_activation,
     "rope": rope,
     "quantized_linear": quantized_linear,
+    "moe": moe,
+    "expert_linear": expert_linear,
+    "quantized_moe": quantized_moe,
 }

@@ -5,6 +5,8 @@ arithmetic.py  what several kernels compute with
 norm.py rope.py mlp.py   token-wise ops, one launch each
 packed_weights.py   weights of 8 or 4 bits as tiles in registers, activations rounded
 quantized_linear.py   products with such weights
+experts.py     products grouped by expert
+moe.py quantized_moe.py   mixtures of experts made of them
 paged.py       what kernels over pages share
 attention.py mla.py   attention over pages read in place
 sequences.py   what kernels over slot states share
@@ -30,8 +32,10 @@ MODULES = (
     "matrix_memory",
     "mla",
     "mlp",
+    "moe",
     "norm",
     "quantized_linear",
+    "quantized_moe",
     "recurrence",
     "rope",
     "ssm",

@@ -1,7 +1,6 @@
-"""quantized_linear: bound by reading the weight at few rows, by multiplying on tensor cores at many.
+"""quantized_linear: bound by reading the weight at few rows, by scaling sums of blocks at many.
 
-The weight becomes numbers of x's dtype in registers, on its way from memory to the tensor cores. Many rows are rounded
-first, by a launch of their own; one is rounded by every program that needs it, and is one launch.
+Many rows are rounded first, by a launch of their own; one is rounded by every program that needs it, and is one launch.
 """
 
 from typing import Any
@@ -10,9 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autodeploy.kernels.triton.arithmetic import dot
 from autodeploy.kernels.triton.launch import Launcher, why_refused
-from autodeploy.kernels.triton.packed_weights import numbers, order, round_rows, rounded, scaled, why_not_packed
+from autodeploy.kernels.triton.packed_weights import (
+    add_products,
+    levels,
+    load_levels,
+    order,
+    round_rows,
+    why_not_packed,
+)
 from autodeploy.ops.quantized_linear import BLOCK, quantized_linear
 
 _LARGEST_KEY = 4096
@@ -22,6 +27,7 @@ _LARGEST_KEY = 4096
 @triton.jit
 def _rows(
     x,
+    x_scales,
     weight,
     scales,
     offsets,
@@ -37,7 +43,6 @@ def _rows(
     ROWS_KEY,
     BITS: tl.constexpr,
     BY_GROUP: tl.constexpr,
-    IS_ONE: tl.constexpr,
     EVEN_TO: tl.constexpr,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
@@ -45,33 +50,31 @@ def _rows(
 ):
     EVEN: tl.constexpr = EVEN_TO % BLOCKS == 0
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    own = tl.minimum(rows, num_rows - 1).to(tl.int64)
     tile = tl.program_id(1) * TILES
-    if not IS_ONE:
-        own = x + tl.minimum(rows, num_rows - 1).to(tl.int64)[:, None] * (num_blocks * 32)
-    sums = tl.zeros((ROWS, TILES * 16), tl.float32)
+    sums = tl.zeros((BLOCKS, ROWS, TILES * 16), tl.float32)
     for block in tl.range(0, num_blocks, BLOCKS):
-        if IS_ONE:
+        if x_scales is None:
             inputs = (block * 32 + order(BITS, BLOCKS))[None, :]
-            value = tl.load(x + inputs, mask=inputs < num_inputs, other=0.0)
-            value = rounded(value.to(tl.float32), BLOCKS).to(x.dtype.element_ty)
-            value = tl.broadcast_to(value, (ROWS, BLOCKS * 32))
+            value = tl.load(x + inputs, mask=inputs < num_inputs, other=0.0).to(tl.float32)
+            level, scale = levels(value, 1, BLOCKS)
+            level = tl.broadcast_to(tl.permute(level, (1, 0, 2)), (BLOCKS, ROWS, 32))
+            scale = tl.permute(scale, (1, 0))[:, :, None]
         else:
-            inputs = (block * 32 + tl.arange(0, BLOCKS * 32))[None, :]
-            value = tl.load(own + inputs) if EVEN else tl.load(own + inputs, mask=inputs < num_blocks * 32, other=0.0)
-        matrix = numbers(weight, tile, num_tiles, block, num_blocks, BITS, TILES, BLOCKS, EVEN)
-        if BY_GROUP:
-            matrix = scaled(
-                *(matrix, scales, offsets, tile, num_tiles, block, group_blocks, num_groups), *(BITS, TILES, BLOCKS)
-            )
-        sums = dot(value, matrix.to(tl.float32).to(value.dtype), sums)
+            level, scale = load_levels(own, block, num_blocks, x, x_scales, BLOCKS, EVEN)
+        sums = add_products(
+            *(sums, level, scale, weight, scales, offsets, tile, num_tiles, block, num_blocks),
+            *(group_blocks, num_groups, BITS, BY_GROUP, TILES, BLOCKS, EVEN),
+        )
+    result = tl.sum(sums, 0)
     outputs = tile * 16 + tl.arange(0, TILES * 16)
     if not BY_GROUP:
-        sums *= tl.load(scales + outputs, mask=outputs < num_outputs, other=0.0).to(tl.float32)[None, :]
+        result *= tl.load(scales + outputs, mask=outputs < num_outputs, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
-        sums += tl.load(bias + outputs, mask=outputs < num_outputs, other=0.0).to(tl.float32)[None, :]
+        result += tl.load(bias + outputs, mask=outputs < num_outputs, other=0.0).to(tl.float32)[None, :]
     inside = (rows < num_rows)[:, None] & (outputs < num_outputs)[None, :]
     target = out + rows.to(tl.int64)[:, None] * num_outputs + outputs[None, :]
-    tl.store(target, sums.to(out.dtype.element_ty), mask=inside)
+    tl.store(target, result.to(out.dtype.element_ty), mask=inside)
 
 
 def _configuration(rows: int, tiles: int, blocks: int, num_warps: int, num_stages: int) -> Any:
@@ -83,13 +86,12 @@ _multiply = Launcher(
     _rows,
     [
         _configuration(16, 2, 4, 4, 4),
-        _configuration(16, 2, 8, 8, 4),
         _configuration(16, 1, 8, 4, 4),
-        _configuration(16, 4, 4, 4, 4),
-        _configuration(32, 4, 4, 4, 3),
-        _configuration(64, 4, 2, 4, 3),
-        _configuration(64, 8, 2, 4, 3),
-        _configuration(128, 8, 2, 8, 3),
+        _configuration(16, 2, 8, 4, 3),
+        _configuration(16, 4, 4, 4, 3),
+        _configuration(32, 4, 2, 4, 4),
+        _configuration(64, 4, 1, 4, 4),
+        _configuration(128, 4, 1, 8, 4),
     ],
     key=("num_inputs", "num_outputs", "BITS", "num_groups", "ROWS_KEY"),
 )
@@ -105,7 +107,7 @@ def _supports(
 def quantized_linear_triton(
     x: Tensor, weight: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, num_outputs: int
 ) -> Tensor:
-    """`quantized_linear` with activations that are rounded to x's dtype after they are rounded to levels."""
+    """`quantized_linear` with sums of whole numbers in each block of inputs."""
     num_inputs = x.shape[-1]
     num_rows = x.numel() // num_inputs
     x, weight, scales = x.contiguous(), weight.contiguous(), scales.contiguous()
@@ -113,16 +115,15 @@ def quantized_linear_triton(
     out = x.new_empty(*x.shape[:-1], num_outputs)
     num_tiles, num_blocks, bits = weight.shape[:3]
     num_groups = scales.shape[1]
-    is_one = num_rows == 1
+    rows, x_scales = (x, None) if num_rows == 1 else round_rows(x.view(num_rows, num_inputs), bits)
     _multiply(
         lambda values: (triton.cdiv(num_rows, values["ROWS"]), triton.cdiv(num_tiles, values["TILES"])),
-        *(x if is_one else round_rows(x.view(num_rows, num_inputs), bits), weight, scales, offsets, bias, out),
+        *(rows, x_scales, weight, scales, offsets, bias, out),
         *(num_rows, num_inputs, num_outputs, num_tiles, num_blocks),
         *(max(1, num_inputs // num_groups // BLOCK), num_groups),
         ROWS_KEY=min(_LARGEST_KEY, triton.next_power_of_2(num_rows)),
         BITS=bits,
         BY_GROUP=num_groups > 1 or offsets is not None,
-        IS_ONE=is_one,
         EVEN_TO=num_blocks & -num_blocks,
     )
     return out

@@ -1,0 +1,398 @@
+"""Products of rows with the weights of experts: rows of an expert are multiplied together, in tiles.
+
+Which rows an expert has is known on the device alone. There are as many programs as tiles there could be at most, and
+each finds its expert in the running number of tiles; what is left over ends at once. So a launch depends on shapes only
+and can be captured in a CUDA graph. A token or two are not worth sorting: then every choice is a tile of its own.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from autodeploy.kernels.triton.arithmetic import activated, dot
+from autodeploy.kernels.triton.launch import Launcher
+from autodeploy.kernels.triton.packed_weights import add_products, load_levels
+from autodeploy.ops.quantized_linear import BLOCK
+
+_UNSORTED_TOKENS = 2
+_LARGEST_KEY = 4096
+"""Choices from which on the choice of a configuration is one and the same."""
+PLAIN = 16
+"""In place of a number of bits: a weight of the dtype of what it is multiplied with."""
+
+
+@triton.jit
+def _find_tile(
+    order, borders, num_choices, num_experts, SORTED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr
+):
+    """Expert, choices `[ROWS]` and which of them there are, of this program's tile; expert -1 where there is none."""
+    tile = tl.program_id(0)
+    if not SORTED:
+        return tl.load(order + tile), tile + tl.zeros((ROWS,), tl.int64), tl.arange(0, ROWS) == 0
+    else:
+        experts = tl.arange(0, EXPERTS)
+        is_one = experts < num_experts
+        starts = tl.load(borders + experts, mask=is_one, other=0)
+        counts = tl.load(borders + experts + 1, mask=is_one, other=0) - starts
+        tiles = (counts + ROWS - 1) // ROWS
+        ends = tl.cumsum(tiles, 0)
+        is_own = (ends > tile) & (ends - tiles <= tile)
+        expert = tl.max(tl.where(is_own, experts, -1), 0)
+        first = tl.sum(tl.where(is_own, starts + (tile - (ends - tiles)) * ROWS, 0), 0)
+        end = tl.sum(tl.where(is_own, starts + counts, 0), 0)
+        places = first + tl.arange(0, ROWS)
+        is_there = places < end
+        return expert, tl.load(order + tl.minimum(places, num_choices - 1)), is_there
+
+
+@triton.jit
+def _plain_tile(
+    weight, column, num_columns, start, num_inputs, COLUMNS: tl.constexpr, INPUTS: tl.constexpr, EVEN: tl.constexpr
+):
+    inputs = start + tl.arange(0, INPUTS)[:, None]
+    columns = tl.minimum(column + tl.arange(0, COLUMNS), num_columns - 1)[None, :]
+    own = weight + columns.to(tl.int64) * num_inputs + inputs
+    return tl.load(own) if EVEN else tl.load(own, mask=inputs < num_inputs, other=0.0)
+
+
+@triton.jit
+def _plain_sums(
+    x,
+    rows,
+    weight,
+    column,
+    half,
+    num_columns,
+    num_inputs,
+    GATED: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """Products `[ROWS, COLUMNS]` with a weight's rows from `column` on, and where GATED from `half + column` on."""
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    ups = tl.zeros((ROWS, COLUMNS), tl.float32)
+    own = x + rows[:, None] * num_inputs
+    for start in tl.range(0, num_inputs, INPUTS):
+        inputs = start + tl.arange(0, INPUTS)[None, :]
+        value = tl.load(own + inputs) if EVEN else tl.load(own + inputs, mask=inputs < num_inputs, other=0.0)
+        sums = dot(value, _plain_tile(weight, column, num_columns, start, num_inputs, COLUMNS, INPUTS, EVEN), sums)
+        if GATED:
+            up = _plain_tile(weight, half + column, num_columns, start, num_inputs, COLUMNS, INPUTS, EVEN)
+            ups = dot(value, up, ups)
+    return sums, ups
+
+
+@triton.jit
+def _packed_sums(
+    x,
+    x_scales,
+    rows,
+    weight,
+    scales,
+    offsets,
+    first_row,
+    column,
+    half,
+    num_columns,
+    num_blocks,
+    group_blocks,
+    num_groups,
+    GATED: tl.constexpr,
+    BITS: tl.constexpr,
+    BY_GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """As `_plain_sums`; without groups they lack the scale of each row of the weight."""
+    TILES: tl.constexpr = COLUMNS // 16
+    sums = tl.zeros((BLOCKS, ROWS, COLUMNS), tl.float32)
+    ups = tl.zeros((BLOCKS, ROWS, COLUMNS), tl.float32)
+    num_tiles = num_columns // 16
+    weight += first_row * (num_blocks * BITS * 4)
+    scales += first_row * num_groups
+    if offsets is not None:
+        offsets += first_row * num_groups
+    for block in tl.range(0, num_blocks, BLOCKS):
+        level, scale = load_levels(rows, block, num_blocks, x, x_scales, BLOCKS, EVEN)
+        sums = add_products(
+            *(sums, level, scale, weight, scales, offsets, column // 16, num_tiles, block, num_blocks),
+            *(group_blocks, num_groups, BITS, BY_GROUP, TILES, BLOCKS, EVEN),
+        )
+        if GATED:
+            ups = add_products(
+                *(ups, level, scale, weight, scales, offsets, (half + column) // 16, num_tiles, block, num_blocks),
+                *(group_blocks, num_groups, BITS, BY_GROUP, TILES, BLOCKS, EVEN),
+            )
+    return tl.sum(sums, 0), tl.sum(ups, 0)
+
+
+@triton.jit
+def _scaled_and_shifted(
+    sums,
+    scales,
+    bias,
+    first_row,
+    column,
+    num_columns,
+    BITS: tl.constexpr,
+    BY_GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    columns = column + tl.arange(0, COLUMNS)
+    inside = columns < num_columns
+    if BITS != 16 and not BY_GROUP:
+        sums *= tl.load(scales + first_row + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        sums += tl.load(bias + first_row + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return sums
+
+
+@triton.jit
+def _gated(gate, up, limit, up_offset, ACTIVATION: tl.constexpr):
+    if limit is not None:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+    return activated(gate, ACTIVATION) * (up + up_offset)
+
+
+@triton.jit
+def _expert_rows(
+    x,
+    x_scales,
+    order,
+    borders,
+    weight,
+    scales,
+    offsets,
+    bias,
+    out,
+    num_choices,
+    rows_each,
+    num_experts,
+    num_inputs,
+    num_outputs,
+    limit,
+    up_offset,
+    group_blocks,
+    num_groups,
+    CHOICES_KEY,
+    SORTED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    BITS: tl.constexpr,
+    BY_GROUP: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EVEN_TO: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    EVEN: tl.constexpr = EVEN_TO % INPUTS == 0
+    expert, choices, is_there = _find_tile(order, borders, num_choices, num_experts, SORTED, EXPERTS, ROWS)
+    if (expert < 0) | (expert >= num_experts):
+        return
+    half = num_outputs if GATED else 0
+    weight_rows = num_outputs + half
+    first_row = expert.to(tl.int64) * weight_rows
+    column = tl.program_id(1) * COLUMNS
+    if BITS == 16:
+        sums, ups = _plain_sums(
+            *(x, choices // rows_each, weight + first_row * num_inputs, column, half, weight_rows, num_inputs),
+            *(GATED, EVEN, ROWS, COLUMNS, INPUTS),
+        )
+    else:
+        sums, ups = _packed_sums(
+            *(x, x_scales, choices // rows_each, weight, scales, offsets, first_row),
+            *(column, half, weight_rows, num_inputs // 32),
+            *(group_blocks, num_groups, GATED, BITS, BY_GROUP, EVEN, ROWS, COLUMNS, INPUTS // 32),
+        )
+    sums = _scaled_and_shifted(sums, scales, bias, first_row, column, weight_rows, BITS, BY_GROUP, COLUMNS)
+    if GATED:
+        ups = _scaled_and_shifted(ups, scales, bias, first_row, half + column, weight_rows, BITS, BY_GROUP, COLUMNS)
+        sums = _gated(sums, ups, limit, up_offset, ACTIVATION)
+    elif ACTIVATION is not None:
+        sums = activated(sums, ACTIVATION)
+    columns = (column + tl.arange(0, COLUMNS))[None, :]
+    target = out + choices[:, None] * num_outputs + columns
+    tl.store(target, sums.to(out.dtype.element_ty), mask=is_there[:, None] & (columns < num_outputs))
+
+
+def _configuration(rows: int, columns: int, inputs: int, num_warps: int, num_stages: int) -> Any:
+    values = {"ROWS": rows, "COLUMNS": columns, "INPUTS": inputs}
+    return triton.Config(values, num_warps=num_warps, num_stages=num_stages)
+
+
+_KEY = ("num_inputs", "num_outputs", "num_experts", "GATED", "BITS", "num_groups", "CHOICES_KEY")
+
+_multiply = Launcher(
+    _expert_rows,
+    [
+        _configuration(16, 32, 128, 4, 3),
+        _configuration(16, 64, 128, 4, 3),
+        _configuration(16, 32, 64, 4, 4),
+        _configuration(32, 64, 64, 4, 3),
+        _configuration(64, 64, 64, 4, 3),
+        _configuration(128, 64, 64, 8, 3),
+    ],
+    _KEY,
+)
+_multiply_packed = Launcher(
+    _expert_rows,
+    [
+        _configuration(16, 32, 128, 4, 3),
+        _configuration(16, 16, 128, 4, 4),
+        _configuration(16, 32, 64, 4, 4),
+        _configuration(64, 32, 32, 4, 4),
+        _configuration(128, 32, 32, 8, 4),
+    ],
+    _KEY,
+)
+
+
+@triton.jit
+def _sum_choices(values, indices, weights, out, num_experts, width, NUM_CHOICES: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    for place in tl.static_range(NUM_CHOICES):
+        choice = token * NUM_CHOICES + place
+        expert = tl.load(indices + choice)
+        if (expert >= 0) & (expert < num_experts):
+            value = tl.load(values + choice * width + columns, mask=inside, other=0.0).to(tl.float32)
+            total += value * tl.load(weights + choice).to(tl.float32)
+    tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=inside)
+
+
+_sum = Launcher(_sum_choices)
+
+
+def sum_choices(values: Tensor, indices: Tensor, weights: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
+    """Σₖ weights[n, k] · values[n, k] of the choices that are experts: `[N, K, H]` to `[N, H]` of a dtype."""
+    num_tokens, num_choices, width = values.shape
+    out = values.new_empty(num_tokens, width, dtype=dtype)
+    block = min(1024, triton.next_power_of_2(width))
+    grid = (num_tokens, triton.cdiv(width, block))
+    _sum(grid, values, indices, weights, out, num_experts, width, NUM_CHOICES=num_choices, BLOCK=block)
+    return out
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Who goes where: choices in the order of experts, and where each expert's begin; unsorted, experts and nothing.
+
+    Attributes:
+        order: int64 `[N · K]`: numbers of choices by expert, or, where `borders` is None, the expert of each choice.
+        borders: int64 `[E + 1]`.
+        num_experts: E.
+    """
+
+    order: Tensor
+    borders: Tensor | None
+    num_experts: int
+
+    @classmethod
+    def of(cls, indices: Tensor, num_experts: int) -> "Routing":
+        """From chosen experts `[N, K]`; what is no expert is left out."""
+        flat = indices.reshape(-1)
+        if indices.shape[0] <= _UNSORTED_TOKENS:
+            return cls(flat.contiguous(), None, num_experts)
+        experts, order = flat.sort(stable=True)
+        borders = torch.searchsorted(experts, torch.arange(num_experts + 1, device=experts.device))
+        return cls(order, borders, num_experts)
+
+    def num_tiles(self, rows: int) -> int:
+        """Most tiles of so many rows that there can be."""
+        num_choices = self.order.numel()
+        return num_choices if self.borders is None else num_choices // rows + min(num_choices, self.num_experts)
+
+
+def _contiguous(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.contiguous()
+
+
+@dataclass(frozen=True)
+class ExpertWeight:
+    """Weights of all experts: `[E, rows, I]`, or packed, with scales, offsets and what they are packed in."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scales: Tensor | None = None
+    offsets: Tensor | None = None
+    bits: int = PLAIN
+
+    @classmethod
+    def plain(cls, weight: Tensor, bias: Tensor | None) -> "ExpertWeight":
+        """Of the dtype of what it is multiplied with."""
+        return cls(weight.contiguous(), _contiguous(bias))
+
+    @classmethod
+    def packed(cls, weight: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None) -> "ExpertWeight":
+        """Of numbers of 8 or 4 bits."""
+        parts = scales.contiguous(), _contiguous(offsets)
+        return cls(weight.contiguous(), _contiguous(bias), *parts, bits=weight.shape[2])
+
+    @property
+    def num_groups(self) -> int:
+        """Scales of a row; 1 where there are none."""
+        return 1 if self.scales is None else self.scales.shape[1]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What stands between an expert's two products, as `expert_gate` takes it."""
+
+    activation: str
+    gated: bool
+    limit: float | None
+    up_offset: float
+
+
+def multiply_rows(
+    x: Tensor,
+    routing: Routing,
+    weight: ExpertWeight,
+    num_outputs: int,
+    gate: Gate | None = None,
+    *,
+    rows_each: int,
+    x_scales: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`weight[e] · x[choice // rows_each] + bias[e]` of each choice, or `expert_gate` of it: `[choices, num_outputs]`.
+
+    Args:
+        x: `[rows, I]`, contiguous; with a packed weight what `round_rows` gave, as x_scales is.
+        dtype: of the result; None for x's.
+    Returns:
+        In the order in which choices are numbered; for choices that are no expert undefined, or with a packed weight 0.
+    """
+    num_inputs, num_choices, num_groups = x.shape[1], routing.order.numel(), weight.num_groups
+    make = x.new_empty if weight.bits == PLAIN else x.new_zeros  # every row is rounded next, also of no expert
+    out = make(num_choices, num_outputs, dtype=dtype)
+    multiply = _multiply if weight.bits == PLAIN else _multiply_packed
+    multiply(
+        lambda values: (routing.num_tiles(values["ROWS"]), triton.cdiv(num_outputs, values["COLUMNS"])),
+        *(x, x_scales, routing.order, routing.borders),
+        *(weight.weight, weight.scales, weight.offsets, weight.bias, out),
+        *(num_choices, rows_each, routing.num_experts, num_inputs, num_outputs),
+        *((None, 0.0) if gate is None else (gate.limit, gate.up_offset)),
+        *(max(1, num_inputs // num_groups // BLOCK), num_groups),
+        CHOICES_KEY=min(_LARGEST_KEY, triton.next_power_of_2(num_choices)),
+        SORTED=routing.borders is not None,
+        ACTIVATION=None if gate is None else gate.activation,
+        GATED=gate is not None and gate.gated,
+        BITS=weight.bits,
+        BY_GROUP=num_groups > 1 or weight.offsets is not None,
+        EXPERTS=triton.next_power_of_2(routing.num_experts),
+        EVEN_TO=num_inputs & -num_inputs,
+    )
+    return out

@@ -1,0 +1,57 @@
+"""Whole models with Triton kernels give the logits that they give with the reference functions, strides and all."""
+
+import pytest
+import torch
+
+from autodeploy.build import build
+from autodeploy.compile.program import Program
+from autodeploy.config import parse_options
+from autodeploy.debug.packed_run import run_packed
+from autodeploy.kernels import provider
+from autodeploy.transforms import pipeline
+from autodeploy.transforms.lower.select_kernels import SelectKernels
+from tests import tiny
+
+CUDA = torch.device("cuda")
+OTHERS = [name for name in tiny.TINY if name != "llama"]
+
+pytestmark = [
+    pytest.mark.skipif(bool(provider.unavailable(CUDA)), reason=str(provider.unavailable(CUDA))),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted here; tests/gpu runs models"),
+    # numpy says so where a sigmoid is 0.
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+]
+
+
+def _program(name: str, priority: tuple[str, ...], patch: pytest.MonkeyPatch, **options: object) -> Program:
+    patch.setattr(pipeline, "kernel_choice", lambda *_: SelectKernels(priority=priority))
+    given = {"device": "cpu", "compile_backend": "torch-simple", "attn_backend": "torch", **options}
+    return build(tiny.TINY[name](), parse_options(given))
+
+
+def check(name: str, patch: pytest.MonkeyPatch, **options: object) -> Program:
+    expected = _program(name, (), patch, **options)
+    found = _program(name, provider.priority(CUDA), patch, **options)
+    rows = [torch.tensor(prompt) for prompt in tiny.prompts(2, seed=5)]
+    torch.testing.assert_close(run_packed(found, rows), run_packed(expected, rows), rtol=1e-3, atol=1e-3)
+    return found
+
+
+def test_every_op_but_a_plain_product_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = check("llama", monkeypatch).report.kernels
+    assert chosen.pop("linear").keys() == {"torch"}  # a library's product
+    assert {op: set(counts) for op, counts in chosen.items()} == {
+        op: {"triton"} for op in ("add_rms_norm", "cached_attention", "gated_activation", "rms_norm", "rope")
+    }
+
+
+@pytest.mark.slow
+def test_products_with_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check("llama", monkeypatch, quantization="int8").report.kernels["quantized_linear"].keys() == {"triton"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = check(name, monkeypatch).report.kernels
+    assert chosen["cached_attention"] == {"triton": sum(chosen["cached_attention"].values())}
