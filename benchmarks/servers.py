@@ -9,6 +9,7 @@ machine, and how busy others keep it, are measured in every round.
 """
 
 import argparse
+import dataclasses
 import os
 import signal
 import statistics
@@ -82,9 +83,7 @@ class Rounds:
 
 
 def _send(prepared: Prepared, server: Server, requests: list[Request], concurrency: int) -> Outcome:
-    own = [
-        Request(prompt=it.prompt, num_tokens=it.num_tokens, fields=prepared.kind.fields | it.fields) for it in requests
-    ]
+    own = [dataclasses.replace(it, fields=prepared.kind.fields | it.fields) for it in requests]
     return http_load.run(server.url, MODEL, own, concurrency)
 
 

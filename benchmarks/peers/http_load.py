@@ -21,10 +21,14 @@ TIMEOUT_SECONDS = 600
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt as token ids, how many tokens are wanted, and further fields of its body."""
+    """A prompt as token ids, how many tokens are wanted, and further fields of its body.
+
+    Guided answers end where their grammar does, and cannot go past an end-of-text; others do.
+    """
 
     prompt: Sequence[int]
     num_tokens: int
+    is_guided: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
 
 
@@ -76,7 +80,8 @@ async def _run(url: str, model: str, requests: Sequence[Request], concurrency: i
         for request in waiting:
             answers.append(await ask(client, model, request))
 
-    limits = httpx.Limits(max_connections=concurrency)
+    # A connection each: one that is kept may be closed by the server while a request is on its way.
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=0)
     began = time.perf_counter()
     async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_SECONDS, limits=limits) as client:
         await asyncio.gather(*(one_client(client) for _ in range(concurrency)))
@@ -93,6 +98,8 @@ async def ask(client: httpx.AsyncClient, model: str, request: Request) -> Answer
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    if not request.is_guided:
+        body["ignore_eos"] = True
     arrivals: list[float] = []
     num_tokens = 0
     began = time.perf_counter()

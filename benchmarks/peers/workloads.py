@@ -111,7 +111,13 @@ class Workloads:
             seconds = {}
             for kind, fields in (("free", {}), ("guided", guided(SCHEMA))):
                 requests = [
-                    Request(prompt=prompt, num_tokens=self._load.guided_tokens, fields=fields) for prompt in prompts
+                    Request(
+                        prompt=prompt,
+                        num_tokens=self._load.guided_tokens,
+                        is_guided=kind == "guided",
+                        fields=fields,
+                    )
+                    for prompt in prompts
                 ]
                 seconds[kind] = send(requests, clients).figures()["per_token_p50_seconds"]
                 figures[f"{kind}_{clients}_per_token_p50_seconds"] = seconds[kind]

@@ -18,6 +18,7 @@ class _Handler(BaseHTTPRequestHandler):
     inside = 0
     most_inside = 0
     together: threading.Barrier
+    bodies: list[dict[str, Any]]
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -25,6 +26,7 @@ class _Handler(BaseHTTPRequestHandler):
         with kind.lock:
             kind.inside += 1
             kind.most_inside = max(kind.most_inside, kind.inside)
+            kind.bodies.append(body)
         if body.get("meet"):
             kind.together.wait(20)
         number = body["prompt"][0]
@@ -48,7 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def url() -> Iterator[str]:
     _Handler.inside = _Handler.most_inside = 0
-    _Handler.together = threading.Barrier(3)
+    _Handler.together, _Handler.bodies = threading.Barrier(3), []
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -65,6 +67,13 @@ def test_so_many_at_once_and_no_more(script: Script, url: str) -> None:
     assert len(outcome.answers) == 6
     assert _Handler.most_inside == 3
     assert all(len(answer.arrivals) == 2 and answer.num_tokens == 2 for answer in outcome.answers)
+
+
+def test_all_but_guided_answers_go_past_the_end_of_a_text(script: Script, url: str) -> None:
+    load = script("peers.http_load")
+    requests = [load.Request(prompt=[2], num_tokens=2, is_guided=is_guided) for is_guided in (False, True)]
+    load.run(url, "m", requests, 1)
+    assert [body.get("ignore_eos", False) for body in _Handler.bodies] == [True, False]
 
 
 def test_figures_follow_from_arrivals(script: Script) -> None:
