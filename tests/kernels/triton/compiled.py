@@ -1,5 +1,7 @@
 """Compiles every launch of every Triton kernel for CUDA devices that are not there; prints what each takes, as JSON.
 
+    python -m tests.kernels.triton.compiled [--every] CAPABILITY...
+
 Run as a process of its own, without Triton's interpreter: what is declared for one cannot go to the other. Kernels are
 called with the arguments in `sizes.py`, which have no data: one that waited for a value on the device would fail here,
 as it would while a CUDA graph is captured.
@@ -11,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +26,6 @@ from autodeploy.kernels.triton.launch import Launch, written_down
 from autodeploy.ops import OPS
 from tests.kernels.triton.sizes import SIZES
 
-CAPABILITIES = (80, 90)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -64,9 +65,9 @@ def resources(launch: Launch, configuration: Any, capability: int) -> dict[str, 
     }
 
 
-def compiled(name: str, every: bool) -> Iterator[dict[str, Any]]:
+def compiled(name: str, capabilities: Iterable[int], every: bool) -> Iterator[dict[str, Any]]:
     """The first configuration, or every one, of each launch for each capability."""
-    for capability in CAPABILITIES:
+    for capability in capabilities:
         triton.runtime.driver.set_active(driver(capability))
         for launch in launches(name):
             for configuration in launch.kernel.configurations if every else launch.kernel.configurations[:1]:
@@ -77,4 +78,5 @@ if __name__ == "__main__":
     for module in provider.MODULES:
         importlib.import_module(f"{provider.__name__}.{module}")
     names = [name for name, op in OPS.items() if provider.PROVIDER in op.kernels]
-    print(json.dumps({name: list(compiled(name, every="--every" in sys.argv)) for name in names}))
+    every, wanted = "--every" in sys.argv, [int(argument) for argument in sys.argv[1:] if argument != "--every"]
+    print(json.dumps({name: list(compiled(name, wanted, every)) for name in names}))
