@@ -50,17 +50,17 @@ def huge_pages(num_bytes: int) -> Tensor:
     return block
 
 
-def forget_pages(begin: int, end: int, path: Path) -> None:
-    """Give back the memory behind these addresses, if they are a mapping of the file, which is read again when needed.
+def forget_pages(address: int, path: Path) -> None:
+    """Give back the memory of the mapping around an address, if it is one of the file, which is read again when needed.
 
     For mappings that nobody has written to: what was written to a private one is lost.
     """
     maps = Path("/proc/self/maps")
     for line in maps.read_text(encoding="utf-8").splitlines() if maps.exists() else ():
         addresses, _, rest = line.partition(" ")
-        first, last = (int(address, 16) for address in addresses.split("-"))
-        if first <= begin and end <= last and rest.endswith(f" {path.resolve()}"):
-            _advise(begin, end, _MADV_DONTNEED)
+        first, end = (int(border, 16) for border in addresses.split("-"))
+        if first <= address < end and rest.endswith(f" {path.resolve()}"):
+            _advise(first, end, _MADV_DONTNEED)
 
 
 def _advise(begin: int, end: int, advice: int) -> None:

@@ -90,7 +90,7 @@ class SafetensorsFile:
         self.path = path
         self.tensors: dict[str, Tensor] = {}
         self._handle: Any = None  # safetensors ships no types
-        self._read: list[tuple[int, int]] = []  # where tensors lie that were read since pages were last given back
+        self._read_bytes = 0  # since pages were last given back
         handle = self._open()
         for name in handle.keys():  # noqa: SIM118  (a file handle, not a dict)
             stored = handle.get_slice(name)
@@ -102,17 +102,16 @@ class SafetensorsFile:
     def read(self, name: str) -> Tensor:
         if self._handle is None:
             self._handle = self._open()
-        if sum(end - begin for begin, end in self._read) > MOST_MAPPED_BYTES:
-            for begin, end in self._read:
-                forget_pages(begin, end, self.path)
-            self._read.clear()
         tensor: Tensor = self._handle.get_tensor(name)
-        self._read.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes))
+        self._read_bytes += tensor.nbytes
+        if self._read_bytes > MOST_MAPPED_BYTES:
+            forget_pages(tensor.data_ptr(), self.path)
+            self._read_bytes = 0
         return tensor
 
     def close(self) -> None:
         self._handle = None
-        self._read.clear()
+        self._read_bytes = 0
 
     def _open(self) -> Any:
         try:

@@ -17,7 +17,6 @@ logger = logging.getLogger(__name__)
 GRACE_SECONDS = 10
 """After requests were cut off, for their errors to be sent."""
 
-
 KEEP_ALIVE_SECONDS = 75
 """A connection stays open so long between two requests: longer than clients keep one to use again (httpx, and with it
 the `openai` package, 5 s, aiohttp 15 s, proxies 60 s), so that it is they who close it and no request meets a close."""
