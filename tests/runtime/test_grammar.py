@@ -95,6 +95,58 @@ def test_logprobs_are_those_of_the_model() -> None:
     assert samples.logprobs[0][token].logprob == pytest.approx(logits.log_softmax(-1)[0, token].item())
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"json": SCHEMA}, {"regex": "[0-9]{3}-[a-c]{2,4}"}, {"choice": ["a", "ab é"]}],
+    ids=["json", "regex", "choice"],
+)
+def test_one_token_is_allowed_where_it_is_among_all_that_are(given: dict[str, Any]) -> None:
+    matcher, generator = GRAMMARS.matcher(StructuredOutputsParams(**given)), torch.Generator().manual_seed(2)
+    tokens: list[int] = []
+    for _ in range(12):
+        matcher.follow(tokens)
+        allowed = matcher.allowed()
+        others = [token for token in range(VOCAB) if token != EOS]
+        assert [matcher.allows(token) for token in others] == allowed[others].tolist()
+        assert allowed[EOS] or not matcher.allows(EOS)
+        choices = allowed[others].nonzero()[0]
+        if not len(choices):
+            break
+        tokens.append(others[choices[int(torch.randint(len(choices), (), generator=generator))]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_best_token_that_a_grammar_allows_is_taken(dtype: torch.dtype) -> None:
+    """Whether or not it is the best of all, whether its logit is positive, and beside sequences without a grammar."""
+    params = StructuredOutputsParams(json=SCHEMA)
+    sampler, matcher = Sampler(0, GRAMMARS), GRAMMARS.matcher(params)
+    sequence = make_sequence(vocab=VOCAB, structured_outputs=params, temperature=0.0)
+    other = make_sequence(vocab=VOCAB, temperature=0.0)
+    generator, was_best = torch.Generator().manual_seed(3), set()
+    for turn in range(40):
+        logits = (torch.randn(2, VOCAB, generator=generator) * 3 - turn % 2 * 20).to(dtype)
+        matcher.follow(sequence.token_ids[sequence.num_prompt_tokens :])
+        refused = ~torch.from_numpy(matcher.allowed()[:VOCAB])
+        if turn % 3 == 0:
+            logits[0, refused] = -40.0
+        elif turn % 3 == 1:
+            logits[0, refused.nonzero()[0]] = torch.nan
+        best = int(logits[0].masked_fill(refused, -torch.inf).float().argmax())
+        was_best.add(best == int(logits[0].float().argmax()))
+        assert sampler.sample(logits, [sequence, other]).token_ids == [best, int(logits[1].float().argmax())]
+        sequence.append(best)
+        if sequence.finish_reason:
+            break
+    assert was_best == {True, False}
+
+
+def test_a_logit_that_is_no_number_is_none_to_choose_by() -> None:
+    sequence = make_sequence(vocab=VOCAB, structured_outputs=StructuredOutputsParams(choice=["a"]), temperature=0.0)
+    logits = torch.zeros(1, VOCAB)
+    logits[0, BYTE_LEVEL.encode("a")] = torch.nan
+    assert Sampler(0, GRAMMARS).sample(logits, [sequence]).token_ids == [None]
+
+
 def test_a_matcher_goes_back_where_tokens_are_taken_back() -> None:
     matcher = GRAMMARS.matcher(StructuredOutputsParams(choice=["ab", "ac"]))
     a, b, c = (BYTE_LEVEL.encode(letter)[0] for letter in "abc")

@@ -50,7 +50,8 @@ class Constraints:
             sequence = sequences[row]
             _constrain_row(result_RV[row], sequence)
             if sequence.params.structured_outputs is not None:
-                self._follow_grammar(result_RV[row], sequence)
+                allowed = torch.from_numpy(self._matcher_of(sequence).allowed()[: logits_RV.shape[1]])
+                result_RV[row].masked_fill_(~allowed.to(logits_RV.device), -torch.inf)
         return result_RV
 
     def problem(self, sequence: Sequence, vocab_size: int) -> str | None:
@@ -65,15 +66,19 @@ class Constraints:
         """Forget a finished sequence. A preempted one keeps its place in its grammar."""
         self._matchers.pop(sequence, None)
 
-    def _follow_grammar(self, logits_V: Tensor, sequence: Sequence) -> None:
+    def grammar_allows(self, sequence: Sequence, token_id: int) -> bool:
+        """Whether a guided sequence may go on with this token."""
+        return self._matcher_of(sequence).allows(token_id)
+
+    def _matcher_of(self, sequence: Sequence) -> Matcher:
+        """Of a guided sequence, at its latest token."""
         matcher = self._matchers.get(sequence)
         if matcher is None:
             if self._grammars is None or sequence.params.structured_outputs is None:
                 raise ValueError("a guided sequence that was not checked")
             matcher = self._matchers[sequence] = self._grammars.matcher(sequence.params.structured_outputs)
         matcher.follow(sequence.token_ids[sequence.num_prompt_tokens :])
-        allowed = torch.from_numpy(matcher.allowed()[: logits_V.shape[0]]).to(logits_V.device)
-        logits_V.masked_fill_(~allowed, -torch.inf)
+        return matcher
 
 
 def _constrain_row(logits_V: Tensor, sequence: Sequence) -> None:

@@ -62,6 +62,17 @@ class Matcher:
         self._matcher.consume_tokens(list(token_ids[kept:]))
         self._followed = list(token_ids)
 
+    def allows(self, token_id: int) -> bool:
+        """Whether this token may come next; takes a fraction of what it takes to know all that may. Of tokens that end
+        the output only `allowed` knows.
+
+        Bytes that have to come next are to be cut into tokens as the tokenizer cuts them.
+        """
+        if self._matcher.is_error():
+            return False
+        forced = self._matcher.compute_ff_tokens()
+        return bool(forced[0] == token_id if forced else self._matcher.validate_tokens([token_id]) == 1)
+
     def allowed(self) -> NDArray[np.bool_]:
         """Which tokens may come next, by token id; none after an error."""
         if self._matcher.is_error():

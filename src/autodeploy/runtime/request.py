@@ -147,8 +147,13 @@ class SamplingParams:
     @property
     def has_constraints(self) -> bool:
         """Some tokens are more or less welcome than the model has it."""
-        given = self.allowed_token_ids is not None or self.structured_outputs is not None
-        return given or bool(self.logit_bias or self.bad_token_sequences or self.min_tokens)
+        return self.structured_outputs is not None or self.has_constraints_beside_grammar
+
+    @property
+    def has_constraints_beside_grammar(self) -> bool:
+        return self.allowed_token_ids is not None or bool(
+            self.logit_bias or self.bad_token_sequences or self.min_tokens
+        )
 
     @property
     def has_penalties(self) -> bool:
@@ -322,6 +327,7 @@ class Sequence:
         order: sort key; the smallest runs first and is preempted last.
         stop_ids: tokens that end it.
         is_plain: argmax of the logits is all the sampling it needs.
+        is_plainly_guided: argmax of the logits that its grammar allows is.
         waits_for_tokens: what it may say next depends on its latest tokens in a way that only the host can follow.
         prompt_logprobs: those known so far, if they are asked for; handed out with the first output.
     """
@@ -333,6 +339,7 @@ class Sequence:
         "first_scheduled_time",
         "index",
         "is_plain",
+        "is_plainly_guided",
         "max_length",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -368,9 +375,10 @@ class Sequence:
         eos_ids = frozenset(token_id for token_id in limits.eos_token_ids if 0 <= token_id < limits.vocab_size)
         self.eos_ids: frozenset[int] = frozenset() if params.ignore_eos else eos_ids
         self.stop_ids = self.eos_ids.union(params.stop_token_ids or ())
-        self.is_plain = (
-            params.is_greedy and not params.has_penalties and params.logprobs is None and not params.has_constraints
-        )
+        takes_best = params.is_greedy and not params.has_penalties and params.logprobs is None
+        takes_best &= not params.has_constraints_beside_grammar
+        self.is_plain = takes_best and params.structured_outputs is None
+        self.is_plainly_guided = takes_best and params.structured_outputs is not None
         bad_runs = any(len(bad) > 1 for bad in params.bad_token_sequences or ())
         self.waits_for_tokens = bad_runs or params.structured_outputs is not None
         self.prompt_logprobs: list[dict[int, Logprob] | None] = [None]

@@ -146,6 +146,8 @@ class Sampler:
         """
         if all(sequence.is_plain for sequence in sequences):
             return Choice(*_best(logits_RV))
+        if logits_RV.device.type == "cpu" and all(each.is_plain or each.is_plainly_guided for each in sequences):
+            return self._best_allowed(logits_RV, sequences)
         raw_RV = logits_RV
         if any(sequence.params.has_penalties or sequence.params.has_constraints for sequence in sequences):
             penalised_RV = self._penalise(raw_RV.float(), sequences, latest_R)
@@ -168,6 +170,20 @@ class Sampler:
         logprob_rows, counts = map(list, zip(*wanted, strict=True))
         rows = on_device(logprob_rows, tokens_R)
         return Choice(tokens_R, best_R, logprob_rows, LogprobRows.of(raw_RV[rows], tokens_R[rows], counts))
+
+    def _best_allowed(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> Choice:
+        """Where the greatest logit of a row is of a token that its grammar allows, no other need be asked about."""
+        tokens_R, best_R = _best(logits_RV)
+        tokens = enumerate(tokens_R.tolist())
+        refused = [
+            row
+            for row, token in tokens
+            if sequences[row].is_plainly_guided and not self.constraints.grammar_allows(sequences[row], token)
+        ]
+        if refused:
+            left_RV = self.constraints.apply(logits_RV[refused], [sequences[row] for row in refused])
+            tokens_R[refused], best_R[refused] = _best(left_RV)
+        return Choice(tokens_R, best_R)
 
     def _penalise(self, logits_RV: Tensor, sequences: SequenceOf[Sequence], latest_R: Tensor | None = None) -> Tensor:
         """Repetition penalty over prompt and output, frequency and presence penalty over output."""
