@@ -317,10 +317,13 @@ def test_bench_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(autodeploy.bench.throughput, "run", record)
     path = tmp_path / "out.json"
     assert run_cli("bench", "latency", "m", "--repeats", "2", "--json", str(path), "--dtype", "float32") == 0
-    assert run_cli("bench", "throughput", "m", "--input-len", "1", "9", "--num-prompts", "3") == 0
+    folder = tmp_path / "profile"
+    more = ("--num-prompts", "3", "--profile", str(folder))
+    assert run_cli("bench", "throughput", "m", "--input-len", "1", "9", *more) == 0
     assert calls[0][0] == "m" and calls[0][1].model.dtype == "float32"
-    assert calls[0][2] == {"input_len": 128, "output_len": 64, "repeats": 2, "json_path": path}
-    assert calls[1][2] == {"num_prompts": 3, "input_len": (1, 9), "output_len": (64, 128), "json_path": None}
+    assert calls[0][2] == {"input_len": 128, "output_len": 64, "repeats": 2, "json_path": path, "profile": None}
+    lengths = {"input_len": (1, 9), "output_len": (64, 128)}
+    assert calls[1][2] == {"num_prompts": 3, **lengths, "json_path": None, "profile": folder}
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "ray": (*_SERVING, "runtime", "server", "llm", "packaged_models"),
     "bench.machine": (),
     "bench": (*_SERVING, "runtime", "build", "models.resolve"),
+    # A profile tells what a graph's calls cost, and runs them one by one.
+    "bench.profile": (*_RUNTIME, "runtime", "build", "graph", "ops", "compile", "debug.costs", "bench"),
     "packaged_models": _BASE,
     "demo": (*_WHOLE, "packaged_models", "cli"),
     "cli_flags": ("errors", "config", "server.options"),

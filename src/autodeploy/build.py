@@ -44,10 +44,15 @@ from autodeploy.transforms.cache.keep_hidden_states import KeepHiddenStates, kep
 # steps that need them import them.
 
 Progress = Callable[[str], None]
+Observer = Callable[[ModelGraph], None]
 
 
 def build(
-    model: str | LocatedModel | nn.Module, options: Options | None = None, *, progress: Progress | None = None
+    model: str | LocatedModel | nn.Module,
+    options: Options | None = None,
+    *,
+    progress: Progress | None = None,
+    lowered: Observer | None = None,
 ) -> Program:
     """Turn a model into a program.
 
@@ -56,11 +61,12 @@ def build(
             ids `[1, T]` to logits `[1, T, V]`.
         options: default: all defaults.
         progress: called with one line when a stage begins.
+        lowered: called with each lowered graph and its weights, before it is compiled.
     Raises:
         AutoDeployError: see `errors.py`; each kind says what was found, what was expected and what to do.
     """
     options = options or Options()
-    clock = _Clock(BuildReport(), progress or (lambda _: None))
+    clock = _Clock(BuildReport(), progress or (lambda _: None), lowered or (lambda _: None))
     device = resolve_device(options.compile.device)
     speculation = SpeculativeOptions.of(options.engine.speculative_config)
     if speculation is not None and speculation.uses_head:
@@ -176,10 +182,11 @@ class Subject:
 
 @dataclass(frozen=True)
 class _Clock:
-    """Times stages, tells the user about them, and keeps the report."""
+    """Times stages, tells the user about them, shows lowered graphs to who asked for them, and keeps the report."""
 
     report: BuildReport
     progress: Progress
+    lowered: Observer = lambda _: None
 
     @contextlib.contextmanager
     def stage(self, name: str, says: str) -> Iterator[None]:
@@ -341,6 +348,8 @@ def _finish(
         states=len(graph.states),
     )
     draft_head = None if head is None else _draft_head(graph, head)
+    for each in graphs:
+        clock.lowered(each)
     with clock.stage("compile", f"compiling ({backend})"):
         named = {each.name: _compiled(each, backend, clock.report) for each in graphs}
     program = Program(

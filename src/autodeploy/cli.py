@@ -231,6 +231,7 @@ def latency(
     output_len: int = 64,
     repeats: int = 5,
     json_path: Annotated[Path | None, Parameter(name=["--json", "--json-path"])] = None,
+    profile: Path | None = None,
     config: ConfigFile = None,
     flags: Flags = NO_FLAGS,
 ) -> None:
@@ -242,6 +243,7 @@ def latency(
         output_len: tokens generated per request.
         repeats: measured requests.
         json_path: file for the results and everything they depend on.
+        profile: folder for a trace of prefill and decode steps, and a table of their ops against the machine's limits.
         config: YAML file with options by the same names; flags go before it.
     """
     from autodeploy.bench import latency as bench_latency
@@ -253,6 +255,7 @@ def latency(
         output_len=output_len,
         repeats=repeats,
         json_path=json_path,
+        profile=profile,
     )
 
 
@@ -264,6 +267,7 @@ def throughput(
     input_len: tuple[int, int] = (32, 512),
     output_len: tuple[int, int] = (64, 128),
     json_path: Annotated[Path | None, Parameter(name=["--json", "--json-path"])] = None,
+    profile: Path | None = None,
     config: ConfigFile = None,
     flags: Flags = NO_FLAGS,
 ) -> None:
@@ -275,6 +279,7 @@ def throughput(
         input_len: least and most tokens per prompt.
         output_len: least and most tokens generated per request.
         json_path: file for the results and everything they depend on.
+        profile: folder for a trace of prefill and decode steps, and a table of their ops against the machine's limits.
         config: YAML file with options by the same names; flags go before it.
     """
     from autodeploy.bench import throughput as bench_throughput
@@ -286,6 +291,7 @@ def throughput(
         input_len=input_len,
         output_len=output_len,
         json_path=json_path,
+        profile=profile,
     )
 
 

@@ -13,6 +13,8 @@ from torch import nn
 
 from autodeploy.bench import record
 from autodeploy.bench.machine import MachineLimits, measure
+from autodeploy.bench.profile.run import checked, profile_steps
+from autodeploy.bench.profile.watch import Watch
 from autodeploy.build import build
 from autodeploy.compile.program import Program
 from autodeploy.config import Options
@@ -59,6 +61,7 @@ def run(
     output_len: int = 64,
     repeats: int = 5,
     json_path: Path | None = None,
+    profile: Path | None = None,
 ) -> LatencyResult:
     """Measure single requests of random tokens, print a table, and write JSON where asked to.
 
@@ -69,6 +72,7 @@ def run(
         output_len: tokens generated per request, at least 2.
         repeats: measured requests, each with its own prompt.
         json_path: where the record goes.
+        profile: folder for a profile of the same steps, taken afterwards (`bench/profile`).
 
     Raises:
         ConfigError: lengths or repeats that measure nothing.
@@ -78,8 +82,11 @@ def run(
             f"latency needs input_len >= 1, output_len >= 2 and repeats >= 1; got {input_len}, {output_len}, {repeats}"
         )
     options = options or Options()
+    watch = None
+    if profile is not None:
+        watch, options = Watch(), checked(options)
     start = time.perf_counter()
-    program = build(model, options)
+    program = build(model, options) if watch is None else watch.build(model, options)
     engine = Engine(program, options.engine, options.model.max_model_len)
     build_seconds = time.perf_counter() - start
     requests = [
@@ -89,17 +96,21 @@ def run(
     limits = measure(program.device, program.dtype)
     result = _summarise(program, limits, requests, build_seconds, input_len, output_len)
     Console().print(_table(result, limits, f"{input_len} tokens in, {output_len} out, median of {repeats}"))
+    arguments = {"model": str(model), "input_len": input_len, "output_len": output_len, "repeats": repeats}
     if json_path is not None:
         record.write(
             json_path,
             benchmark="latency",
-            arguments={"model": str(model), "input_len": input_len, "output_len": output_len, "repeats": repeats},
+            arguments=arguments,
             options=options,
             program=program,
             limits=limits,
             results=vars(result),
             samples={"token_seconds": requests},
         )
+    if watch is not None and profile is not None:
+        wave = {"num_seqs": 1, "input_len": input_len}
+        profile_steps(watch, engine, options, limits, profile, **wave, arguments=arguments)
     return result
 
 

@@ -32,7 +32,7 @@ def write(
     options: Options,
     program: Program,
     limits: MachineLimits,
-    results: Mapping[str, float],
+    results: Mapping[str, Any],
     samples: Mapping[str, Any],
 ) -> None:
     """Write one benchmark as JSON to `path`, making its folder."""

@@ -12,6 +12,8 @@ from torch import nn
 
 from autodeploy.bench import record
 from autodeploy.bench.machine import MachineLimits, measure
+from autodeploy.bench.profile.run import checked, profile_steps
+from autodeploy.bench.profile.watch import Watch
 from autodeploy.build import build
 from autodeploy.compile.program import Program
 from autodeploy.config import Options
@@ -65,6 +67,7 @@ def run(
     input_len: tuple[int, int] = (32, 512),
     output_len: tuple[int, int] = (64, 128),
     json_path: Path | None = None,
+    profile: Path | None = None,
 ) -> ThroughputResult:
     """Serve random requests, all waiting from the start; print a table, and write JSON where asked to.
 
@@ -75,14 +78,18 @@ def run(
         input_len: fewest and most tokens of a prompt, drawn evenly.
         output_len: fewest and most tokens generated per request, drawn evenly.
         json_path: where the record goes.
+        profile: folder for a profile of a full batch, taken afterwards (`bench/profile`).
 
     Raises:
         ConfigError: a load with nothing to do.
     """
     _check_load(num_prompts, input_len, output_len)
     options = options or Options()
+    watch = None
+    if profile is not None:
+        watch, options = Watch(), checked(options)
     start = time.perf_counter()
-    program = build(model, options)
+    program = build(model, options) if watch is None else watch.build(model, options)
     engine = Engine(program, options.engine, options.model.max_model_len)
     build_seconds = time.perf_counter() - start
     requests = _random_requests(program.vocab_size, num_prompts, input_len, output_len)
@@ -91,8 +98,8 @@ def run(
     limits = measure(program.device, program.dtype)
     result = _summarise(program, limits, requests, load, build_seconds, engine.stats().num_preemptions)
     Console().print(_table(result, f"{num_prompts} requests, {_num_input(requests)} tokens in, {sum(load.tokens)} out"))
+    arguments = {"model": str(model), "num_prompts": num_prompts, "input_len": input_len, "output_len": output_len}
     if json_path is not None:
-        arguments = {"model": str(model), "num_prompts": num_prompts, "input_len": input_len, "output_len": output_len}
         record.write(
             json_path,
             benchmark="throughput",
@@ -103,6 +110,10 @@ def run(
             results=vars(result),
             samples={"step_seconds": load.seconds, "step_batch": load.batch, "step_tokens": load.tokens},
         )
+    if watch is not None and profile is not None:
+        num_seqs = min(num_prompts, options.engine.max_num_seqs, options.engine.max_queued_requests)
+        wave = {"num_seqs": num_seqs, "input_len": sum(input_len) // 2}
+        profile_steps(watch, engine, options, limits, profile, **wave, arguments=arguments)
     return result
 
 

@@ -1,10 +1,14 @@
 """Binding: op nodes of a lowered graph go in, direct calls of the chosen providers' functions come out."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import fx
 from torch._ops import OpOverload
 
 from autodeploy.graph.model_graph import ModelGraph
-from autodeploy.ops.op import NAMESPACE, REFERENCE, Op
+from autodeploy.ops.op import NAMESPACE, REFERENCE, Op, find_op
 
 _libraries: dict[str, torch.library.Library] = {}
 
@@ -25,6 +29,16 @@ def bind_kernels(graph: ModelGraph, *, keep_opaque: bool = False, keep_kernels: 
         else:
             node.target = kernel_operator(op, provider) if keep_kernels else op.kernels[provider].function
     graph.module.recompile()
+
+
+def kernel_function(node: fx.Node) -> Callable[..., Any]:
+    """What a call of a lowered graph runs: its provider's function, or the target itself where it is no op of ours."""
+    op = find_op(node.target)
+    if op is None:
+        assert callable(node.target)
+        return node.target
+    provider = node.meta["provider"]
+    return op.reference if provider == REFERENCE else op.kernels[provider].function
 
 
 def kernel_operator(op: Op, provider: str) -> OpOverload:

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
+from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -36,6 +38,8 @@ MAX_TOKENS = 64
 """Tokens of a step up to which it is worth repeating; what larger steps compute hides what Python costs."""
 MAX_SHAPES = 96
 """Shapes of steps that are remembered; those longest unused go first."""
+REPEATED = "replay"
+"""What the name of a repeated step's range in a profiler's trace begins with; the numbers of calls follow."""
 LEAST_PAGES = 16
 """Least width of page tables, so that short sequences bring no shapes of their own."""
 
@@ -129,7 +133,11 @@ class Step:
     def run(self, batch: Sequence[Tensor]) -> Tensor:
         for mine, given in zip(self.inputs, batch, strict=True):
             mine.copy_(given)
-        self.tape.run()
+        if _profiler_enabled():  # naming a range costs microseconds
+            with record_function(f"{REPEATED}: {self.tape.num_native} native calls, {self.tape.num_python} others"):
+                self.tape.run()
+        else:
+            self.tape.run()
         return self.result.clone()
 
 
