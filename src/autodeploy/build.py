@@ -34,6 +34,8 @@ from autodeploy.graph_cache import GraphCache
 from autodeploy.kernels.provider import prepare, unavailable
 from autodeploy.models.limits import longest_context
 from autodeploy.models.locate import LocatedModel, locate_model
+from autodeploy.ops.fp8_linear import fp8_linear
+from autodeploy.ops.fp8_moe import fp8_moe
 from autodeploy.ops.linear import linear
 from autodeploy.ops.moe import expert_linear, moe
 from autodeploy.ops.quantized_linear import quantized_linear
@@ -388,7 +390,7 @@ def _count_flops(graph: ModelGraph) -> tuple[int, int]:
     assert input_ids is not None
     num_tokens = str(input_ids.meta["val"].shape[1])
     flops = {True: 0, False: 0}
-    for op in (linear, quantized_linear):
+    for op in (linear, quantized_linear, fp8_linear):
         assert op.work is not None
         for node in graph.nodes(op):
             arguments = fx.map_arg(op.arguments(node.args, node.kwargs), lambda argument: argument.meta["val"])
@@ -401,6 +403,7 @@ _EXPERTS = (
     (moe, ("gate_up", "down"), ()),
     (expert_linear, ("weight",), ()),
     (quantized_moe, ("gate_up", "down"), ("gate_up_scales", "gate_up_offsets", "down_scales", "down_offsets")),
+    (fp8_moe, ("gate_up", "down"), ("gate_up_scales", "down_scales")),
 )
 """Ops that read experts' weights, the parameters that are weights, and those that belong to them."""
 

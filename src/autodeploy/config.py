@@ -15,7 +15,8 @@ from autodeploy.errors import ConfigError
 
 COMPILE_BACKENDS = ("auto", "torch-simple", "replay", "torch-compile")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTIZATIONS = (None, "int8", "int4")
+INTEGERS = ("int8", "int4")
+QUANTIZATIONS = (None, *INTEGERS, "fp8", "fp8_per_block")
 RUNTIMES = ("engine", "demollm")
 MAX_SPECULATIVE_TOKENS = 64
 HEAD_METHODS = ("eagle", "mtp")
@@ -56,9 +57,10 @@ class CompileOptions:
             tokens without Python between their kernels; `torch-compile` puts it through Inductor. `auto` is `replay` on
             a CPU with native kernels.
         attn_backend: provider preferred for attention kernels; `auto` takes the first that supports the case.
-        quantization: `int8` or `int4` rounds the weights of products while they are read; default: as `dtype` says.
-        quantization_group_size: inputs of a weight that share a scale, a multiple of 32; default: a row for `int8`, 32
-            for `int4`.
+        quantization: weights of products are rounded while they are read, to whole numbers (`int8`, `int4`) or to 8-bit
+            floating point (`fp8`, `fp8_per_block`); default: as `dtype` says.
+        quantization_group_size: for `int8` and `int4`, inputs of a weight that share a scale, a multiple of 32;
+            default: a row for `int8`, 32 for `int4`.
         batch_invariant: a request's tokens and log-probabilities have the same bits whatever runs beside it, however
             its prompt is cut, and whatever of it was cached; slower. A model for which that cannot be kept is refused.
         transforms: overrides by transform name, e.g. `{"fuse_qkv": {"enabled": False}}`.
@@ -238,8 +240,9 @@ def check_options(options: Options) -> None:
     group_size = options.compile.quantization_group_size
     if group_size is not None and (group_size not in range(32, 2**31, 32) or isinstance(group_size, bool)):
         raise ConfigError(f"quantization_group_size must be a multiple of 32, got {group_size!r}")
-    if group_size is not None and options.compile.quantization is None:
-        raise ConfigError("quantization_group_size is given without quantization; choose int8 or int4 too")
+    if group_size is not None and (given := options.compile.quantization) not in INTEGERS:
+        found = "without quantization" if given is None else f"with quantization={given!r}, which has sizes of its own"
+        raise ConfigError(f"quantization_group_size is given {found}; choose int8 or int4 too")
     if options.compile.batch_invariant:
         # Steps that are repeated, or compiled by Inductor, may round exponentials and sums in another way than others.
         for name, kept in (("compile_backend", ("auto", "torch-simple")), ("attn_backend", ("auto",))):

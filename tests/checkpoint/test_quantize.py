@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from autodeploy.checkpoint.quantize import NumberFormat, quantize_rows
+from autodeploy.checkpoint.quantize import Float8Format, NumberFormat, quantize_rows
+from autodeploy.ops import fp8_linear
 from autodeploy.ops.quantized_linear import dequantize
 
 FORMATS = [
@@ -46,6 +47,22 @@ def test_no_weight_moves_further_than_its_format_allows(number_format: NumberFor
         allowed = 1.2 * extreme / 7  # the largest may be cut off, for less error of all others
     assert (moved <= allowed + 1e-6).all()
     assert moved.square().mean() < 0.4 * allowed.square().mean()
+
+
+@pytest.mark.parametrize("block_size", [None, 128])
+def test_floating_point_keeps_four_bits_of_each_weight(block_size: int | None) -> None:
+    number_format, rows = Float8Format(block_size), draw(150, 200) * draw(150, 1, seed=1)
+    parts = number_format.quantize(rows)
+    for part, value in parts.items():
+        assert (value.shape, value.dtype) == (number_format.shape(part, 150, 200), number_format.dtype(part))
+    matrix = fp8_linear(torch.eye(200), parts["numbers"], parts["scales"], None, block_size).t()
+    # of a scale's largest, 448, numbers are 2^-9 apart at least; an identity is rounded to itself
+    largest = rows.abs().amax(1, keepdim=True) if block_size is None else rows.abs().max()
+    assert ((matrix - rows).abs() <= rows.abs() * 2**-4 * 1.001 + largest / 448 * 2**-10 * 1.001).all()
+    if block_size is None:
+        torch.testing.assert_close(matrix.abs().amax(1), rows.abs().amax(1), rtol=1e-5, atol=0)
+    else:
+        torch.testing.assert_close(matrix[:128, :128].abs().max(), rows[:128, :128].abs().max(), rtol=1e-5, atol=0)
 
 
 def test_rows_without_groups_may_have_any_size() -> None:

@@ -23,7 +23,8 @@ def _lowered(name: str, quantization: str | None) -> ModelGraph:
 
 
 @pytest.mark.parametrize(
-    ("name", "quantization"), [("llama", None), ("gemma3_text", None), ("gpt2", None), ("cohere2", "int8")]
+    ("name", "quantization"),
+    [("llama", None), ("gemma3_text", None), ("gpt2", None), ("cohere2", "int8"), ("llama", "fp8")],
 )
 def test_comes_back_as_it_was(name: str, quantization: str | None, tmp_path: Path) -> None:
     graph = _lowered(name, quantization)

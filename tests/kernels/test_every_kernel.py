@@ -48,10 +48,10 @@ def named(pairs: list[tuple[Op, Kernel]]) -> pytest.MarkDecorator:
 
 
 def converted(sample: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The sample in a model's dtype; what a sample has in float16 is stored so whatever the model's dtype."""
+    """The sample in a model's dtype; what a sample has in other dtypes is stored so whatever the model's dtype."""
 
     def is_converted(value: object) -> bool:
-        return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float16
+        return isinstance(value, Tensor) and value.dtype in (torch.float32, torch.bfloat16)
 
     return {name: value.to(dtype) if is_converted(value) else value for name, value in sample.items()}
 

@@ -1,12 +1,19 @@
-"""Quantising: rows of a matrix go in; whole numbers, scales and offsets come out, as `quantized_linear` reads them."""
+"""Quantising: rows of a matrix go in; numbers, scales and what else a format has come out, as its op reads them.
+
+A format is a dataclass with the members of `NumberFormat`, added to `WeightFormat`.
+"""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autodeploy.ops.quantized_linear import TILE, pack
+from autodeploy.ops.fp8_linear import FLOAT8, as_float8
+from autodeploy.ops.quantized_linear import TILE, pack, packed_shape
+
+Part = Literal["numbers", "scales", "offsets"]
 
 _LEAST_SCALE, _LARGEST_SCALE = 2.0**-24, 65504.0
 """Of float16; a group of zeros has the least."""
@@ -16,7 +23,7 @@ _REACHES = (8.0, 7.5, 7.0, 8.5)
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """How a weight is rounded.
+    """Whole numbers for `quantized_linear`.
 
     Attributes:
         bits: 8 or 4 per weight.
@@ -32,16 +39,101 @@ class NumberFormat:
         shared = "row" if self.group_size is None else f"{self.group_size} inputs"
         return f"int{self.bits} per {shared}{', with offsets' if self.has_offsets else ''}"
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What a weight is stored as."""
+        return ("numbers", "scales", "offsets") if self.has_offsets else ("numbers", "scales")
+
+    @property
+    def name(self) -> str:
+        """Of the numbers; weights get names with it."""
+        return f"int{self.bits}"
+
+    @property
+    def rows_together(self) -> int:
+        """Rows that are quantised together; a matrix may be cut between any of them."""
+        return TILE
+
     def num_groups(self, num_inputs: int) -> int:
         """Scales per row."""
         return 1 if self.group_size is None else num_inputs // self.group_size
 
+    def shape(self, part: Part, num_outputs: int, num_inputs: int) -> tuple[int, ...]:
+        """Of a part of a matrix `[num_outputs, num_inputs]`."""
+        if part == "numbers":
+            return packed_shape(num_outputs, num_inputs, self.bits)
+        return -(-num_outputs // TILE), self.num_groups(num_inputs), TILE
 
-def quantize_rows(rows: Tensor, number_format: NumberFormat) -> dict[str, Tensor]:
+    def dtype(self, part: Part) -> torch.dtype:
+        """Of a part."""
+        return torch.uint8 if part == "numbers" else torch.float16
+
+    def quantize(self, rows: Tensor) -> dict[Part, Tensor]:
+        """The parts of a matrix `[O, I]`."""
+        return quantize_rows(rows, self)
+
+
+@dataclass(frozen=True)
+class Float8Format:
+    """Floating point of 8 bits for `fp8_linear`: 4 of exponent, 3 of mantissa.
+
+    Attributes:
+        block_size: rows and inputs that share a scale; None for whole rows.
+    """
+
+    block_size: int | None = None
+
+    @property
+    def group_size(self) -> None:
+        """There may be any number of inputs, in whole groups or not."""
+        return None
+
+    def __str__(self) -> str:
+        size = self.block_size
+        return f"float8_e4m3fn per {'row' if size is None else f'block of {size} x {size}'}"
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return "numbers", "scales"
+
+    @property
+    def name(self) -> str:
+        return "fp8"
+
+    @property
+    def rows_together(self) -> int:
+        return self.block_size or 1
+
+    def shape(self, part: Part, num_outputs: int, num_inputs: int) -> tuple[int, ...]:
+        if part == "numbers":
+            return num_outputs, num_inputs
+        size = self.block_size
+        return (num_outputs, 1) if size is None else (-(-num_outputs // size), -(-num_inputs // size))
+
+    def dtype(self, part: Part) -> torch.dtype:
+        return FLOAT8 if part == "numbers" else torch.float32
+
+    def quantize(self, rows: Tensor) -> dict[Part, Tensor]:
+        if self.block_size is None:
+            numbers, scales = as_float8(rows, None)
+            return {"numbers": numbers, "scales": scales}
+        size, (num_outputs, num_inputs) = self.block_size, rows.shape
+        padded = F.pad(rows.float(), (0, -num_inputs % size, 0, -num_outputs % size))
+        blocks: Tensor = padded.unflatten(1, (-1, size)).unflatten(0, (-1, size)).transpose(1, 2)
+        numbers, scales = as_float8(blocks.flatten(2), None)
+        whole = numbers.unflatten(2, (size, size)).transpose(1, 2).flatten(2).flatten(0, 1)
+        return {"numbers": whole[:num_outputs, :num_inputs], "scales": scales[..., 0]}
+
+
+WeightFormat = NumberFormat | Float8Format
+"""How a weight may be stored."""
+
+
+def quantize_rows(rows: Tensor, number_format: NumberFormat) -> dict[Part, Tensor]:
     """`numbers`, `scales` and, where the format has them, `offsets` of a matrix `[O, I]`, tiles of outputs first."""
     bits = number_format.bits
     groups: Tensor = rows.float().unflatten(1, (number_format.num_groups(rows.shape[1]), -1))
-    parts: dict[str, Tensor] = {}
+    parts: dict[Part, Tensor] = {}
     if number_format.has_offsets:
         numbers, scales, offsets = _between_extremes(groups, bits)
         parts["offsets"] = _tiled(offsets)
@@ -50,7 +142,7 @@ def quantize_rows(rows: Tensor, number_format: NumberFormat) -> dict[str, Tensor
     else:
         scales = _as_scales(groups.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1))
         numbers = _levels(groups, scales, bits) + 2 ** (bits - 1)
-    return parts | {"numbers": pack(numbers.to(torch.uint8).flatten(1), bits), "scales": _tiled(scales)}
+    return {"numbers": pack(numbers.to(torch.uint8).flatten(1), bits), "scales": _tiled(scales), **parts}
 
 
 def _between_extremes(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,14 +8,13 @@ added to the union and to `evaluate`.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
-from autodeploy.checkpoint.quantize import NumberFormat, quantize_rows
+from autodeploy.checkpoint.quantize import Part, WeightFormat
 from autodeploy.errors import CheckpointError, TransformError
-from autodeploy.ops.quantized_linear import TILE, packed_shape
 
 ReadTensor = Callable[[str], Tensor]
 """The tensor of that name in the module's state dict. The caller does not write to it; it may be a view of a file."""
@@ -171,16 +170,13 @@ class Reshape:
         return f"reshape({self.of}, {list(self.shape)})"
 
 
-QuantizedPart = Literal["numbers", "scales", "offsets"]
-
-
 @dataclass(frozen=True)
 class Quantize:
-    """A part of the matrix `of` with fewer bits, as `quantized_linear` reads it; each part has a recipe of its own."""
+    """A part of the matrix `of` with fewer bits, as the op of its format reads it; each has a recipe of its own."""
 
     of: "Recipe"
-    number_format: NumberFormat
-    part: QuantizedPart
+    number_format: WeightFormat
+    part: Part
 
     def __post_init__(self) -> None:
         size = self.number_format.group_size
@@ -188,19 +184,17 @@ class Quantize:
             raise TransformError(
                 f"{self.of} {list(self.of.shape)} as {self.number_format}; it must be a matrix of whole groups"
             )
-        if self.part == "offsets" and not self.number_format.has_offsets:
-            raise TransformError(f"offsets of {self.of} as {self.number_format}; that format has none")
+        if self.part not in self.number_format.parts:
+            raise TransformError(f"{self.part} of {self.of} as {self.number_format}; that format has none")
 
     @property
     def shape(self) -> tuple[int, ...]:
         num_outputs, num_inputs = self.of.shape
-        if self.part == "numbers":
-            return packed_shape(num_outputs, num_inputs, self.number_format.bits)
-        return -(-num_outputs // TILE), self.number_format.num_groups(num_inputs), TILE
+        return self.number_format.shape(self.part, num_outputs, num_inputs)
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.uint8 if self.part == "numbers" else torch.float16
+        return self.number_format.dtype(self.part)
 
     def sources(self) -> tuple[str, ...]:
         return self.of.sources()
@@ -223,8 +217,8 @@ def renamed(recipe: Recipe, name_of: Callable[[str], str]) -> Recipe:
             return replace(recipe, of=renamed(recipe.of, name_of))
 
 
-_ROWS_AT_ONCE = 16 * TILE
-"""Rows quantised at a time, so that no whole matrix exists in float32."""
+_ROWS_AT_ONCE = 256
+"""Rows quantised at a time, a multiple of what formats take together, so that no whole matrix exists in float32."""
 
 
 def evaluate(recipe: Recipe, read: ReadTensor, out: Tensor | None = None) -> Tensor:
@@ -302,23 +296,23 @@ def _reshape(recipe: Reshape, read: ReadTensor, out: Tensor | None) -> Tensor:
 def evaluate_quantized(parts: Mapping[Quantize, Tensor], read: ReadTensor) -> None:
     """Write several parts of one matrix in one number format; its sources are read once for all of them."""
     ((of, number_format),) = {(recipe.of, recipe.number_format) for recipe in parts}
-    tile = 0
-    for rows in _runs_of_rows(of, read):
-        made = quantize_rows(rows, number_format)
-        end = tile + len(made["numbers"])
+    starts = dict.fromkeys(number_format.parts, 0)
+    for rows in _runs_of_rows(of, read, number_format.rows_together):
+        made = number_format.quantize(rows)
         for recipe, out in parts.items():
-            out[tile:end].copy_(made[recipe.part])
-        tile = end
+            start, part = starts[recipe.part], made[recipe.part]
+            out[start : start + len(part)].copy_(part)
+        starts = {name: start + len(made[name]) for name, start in starts.items()}
 
 
-def _runs_of_rows(recipe: Recipe, read: ReadTensor) -> Iterator[Tensor]:
-    """All rows `[..., I]` in order, some whole tiles of them at a time; parts of a concatenation one after another."""
+def _runs_of_rows(recipe: Recipe, read: ReadTensor, together: int) -> Iterator[Tensor]:
+    """All rows `[..., I]` in order, some multiple of `together` at a time; parts of a concatenation after another."""
     match recipe:
-        case Concat(parts=parts, dim=0) if all(math.prod(part.shape[:-1]) % TILE == 0 for part in parts):
+        case Concat(parts=parts, dim=0) if all(math.prod(part.shape[:-1]) % together == 0 for part in parts):
             for part in parts:
-                yield from _runs_of_rows(part, read)
+                yield from _runs_of_rows(part, read, together)
         case Reshape(of=of) if of.shape[-1] == recipe.shape[-1]:
-            yield from _runs_of_rows(of, read)
+            yield from _runs_of_rows(of, read, together)
         case _:
             yield from evaluate(recipe, read).reshape(-1, recipe.shape[-1]).split(_ROWS_AT_ONCE)
 

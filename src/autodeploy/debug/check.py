@@ -186,7 +186,7 @@ class _Check:
 
     def _allowed(self, tolerance: float) -> float:
         """The tolerance, and no less than what a value on the border of two levels makes, where there are levels."""
-        rounds = any(op.name.startswith("quantized_") for _, op in self.graph.op_nodes())
+        rounds = any(op.rounds_activations for _, op in self.graph.op_nodes())
         return max(tolerance, QUANTIZED_TOLERANCE) if rounds else tolerance
 
     def _compare(self, stage: str, name: str, transform: TransformReport | None, tolerance: float) -> None:

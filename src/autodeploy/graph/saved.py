@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import fx, nn
 from torch._ops import OpOverload
 
-from autodeploy.checkpoint.quantize import NumberFormat
+from autodeploy.checkpoint.quantize import Float8Format, NumberFormat
 from autodeploy.checkpoint.recipe import Cast, Concat, Quantize, Recipe, Reshape, Slice, Source, Transpose
 from autodeploy.graph.levels import Level
 from autodeploy.graph.model_graph import ModelGraph
@@ -25,7 +25,11 @@ GRAPH_FILE, CONSTANTS_FILE = "graph.json", "constants.safetensors"
 
 _RECORDS: dict[str, type[Any]] = {
     cls.__name__: cls
-    for cls in (Source, Slice, Concat, Cast, Transpose, Reshape, Quantize, NumberFormat, PagedState, SlotState)
+    for cls in (
+        *(Source, Slice, Concat, Cast, Transpose, Reshape, Quantize),
+        *(NumberFormat, Float8Format),
+        *(PagedState, SlotState),
+    )
 }
 """Dataclasses that may stand in a file, by name."""
 

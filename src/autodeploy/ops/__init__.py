@@ -20,12 +20,15 @@ token_shift.py   the token some places back, whole and cached
 keep_rows.py     a value of every token, kept for a reader beside the graph
 norm.py rope.py linear.py mlp.py moe.py   token-wise operations
 quantized_linear.py quantized_moe.py       products with weights of 8 or 4 bits
+fp8_linear.py fp8_moe.py       the same with 8-bit floating point
 """
 
 from autodeploy.ops.attention import attention, cached_attention
 from autodeploy.ops.captured import captured_attention, captured_mask
 from autodeploy.ops.causal_conv import cached_causal_conv, causal_conv
 from autodeploy.ops.delta_rule import cached_delta_rule, delta_rule
+from autodeploy.ops.fp8_linear import fp8_linear
+from autodeploy.ops.fp8_moe import fp8_moe
 from autodeploy.ops.generalized_delta_rule import generalized_delta_rule
 from autodeploy.ops.keep_rows import cached_keep_rows, keep_rows
 from autodeploy.ops.linear import linear
@@ -66,6 +69,8 @@ __all__ = [
     "delta_rule",
     "expert_linear",
     "find_op",
+    "fp8_linear",
+    "fp8_moe",
     "gated_activation",
     "gated_rms_norm",
     "generalized_delta_rule",

@@ -1,7 +1,7 @@
 """Experts: products with the weight that a router chose for a token, and the whole feed-forward mixture of them."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -41,6 +41,23 @@ def choices(indices: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor]]:
     for expert, (start, end) in enumerate(itertools.pairwise(borders)):
         if end > start:
             yield expert, order[start:end]
+
+
+def mix_experts(
+    outcome: Callable[[int, Tensor], Tensor], indices: Tensor, weights: Tensor, num_experts: int, x: Tensor
+) -> Tensor:
+    """Σₖ weights[k] · outcome(indices[k]) of each token, in float32 and in the order of the experts; x's dtype.
+
+    Args:
+        outcome: of an expert and the numbers of the tokens that chose it, its results `[tokens, H]`.
+        indices, weights: `[N, K]`. x: `[N, H]`.
+    """
+    flat_weights = weights.reshape(-1, 1)
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert, positions in choices(indices, num_experts):
+        tokens = positions // indices.shape[1]
+        out.index_add_(0, tokens, (outcome(expert, tokens) * flat_weights[positions]).float())
+    return out.to(x.dtype)
 
 
 def _expert_linear_fake(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -113,16 +130,13 @@ def moe(
     Returns:
         `[N, H]`.
     """
-    num_choices = indices.shape[1]
-    flat_weights = weights.reshape(-1, 1)
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert, positions in choices(indices, down.shape[0]):
-        tokens = positions // num_choices
+
+    def outcome(expert: int, tokens: Tensor) -> Tensor:
         hidden = F.linear(x[tokens], gate_up[expert], None if gate_up_bias is None else gate_up_bias[expert])
         hidden = expert_gate(hidden, activation, gated, limit, up_offset)
-        result = F.linear(hidden, down[expert], None if down_bias is None else down_bias[expert])
-        out.index_add_(0, tokens, (result * flat_weights[positions]).float())
-    return out.to(x.dtype)
+        return F.linear(hidden, down[expert], None if down_bias is None else down_bias[expert])
+
+    return mix_experts(outcome, indices, weights, down.shape[0], x)
 
 
 @expert_linear.with_work

@@ -76,6 +76,8 @@ class Op:
         opaque: the reference looks at tensor values (sequence boundaries), so a compiler must not trace into it.
         mutates: names of the parameters updated in place.
         batch_invariant: of the reference, as for a kernel.
+        rounds_activations: what goes into a product is rounded to few levels, so that sums that differ in their last
+            bit may give results that differ by the step of one value.
         tolerance: absolute and relative tolerance of kernels against the reference, by dtype.
         cached: the twin over state, when the op mixes tokens.
         states: for a token mixer, `states(**arguments) -> {state parameter of the cached twin: spec}`.
@@ -90,6 +92,7 @@ class Op:
     opaque: bool = False
     mutates: tuple[str, ...] = ()
     batch_invariant: bool = False
+    rounds_activations: bool = False
     tolerance: Mapping[torch.dtype, float] = field(default_factory=dict)
     cached: "Op | None" = None
     states: StateFunction | None = None
@@ -172,6 +175,7 @@ def op(
     opaque: bool = False,
     mutates: tuple[str, ...] = (),
     batch_invariant: bool = False,
+    rounds_activations: bool = False,
     fake: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Declare an op from its reference function.
@@ -181,6 +185,7 @@ def op(
         opaque: a compiler must not trace into the reference.
         mutates: parameters updated in place.
         batch_invariant: the reference promises what `Kernel.batch_invariant` says.
+        rounds_activations: as `Op.rounds_activations` says.
         fake: shapes and dtypes of the result, needed when the reference looks at values; default: the reference.
     """
 
@@ -191,7 +196,12 @@ def op(
         _library.impl(name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake or reference, lib=_library)
         overload = getattr(torch.ops.autodeploy, name).default
-        traits: dict[str, Any] = {"opaque": opaque, "mutates": mutates, "batch_invariant": batch_invariant}
+        traits: dict[str, Any] = {
+            "opaque": opaque,
+            "mutates": mutates,
+            "batch_invariant": batch_invariant,
+            "rounds_activations": rounds_activations,
+        }
         declared = Op(name, reference, overload, **traits, tolerance=dict(tolerance or {}))
         OPS[name] = declared
         return declared

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autodeploy.ops.mlp import ACTIVATIONS
-from autodeploy.ops.moe import choices, expert_gate
+from autodeploy.ops.moe import expert_gate, mix_experts
 from autodeploy.ops.op import Work, op
 from autodeploy.ops.quantized_linear import TILE, dequantize, pack, round_activations
 
@@ -35,7 +35,12 @@ def _fake(
 
 # Between the two products values are rounded again; one on the border of two levels may go to either, and kernels may
 # differ by such a step of one value.
-@op(tolerance={torch.float32: 3e-2, torch.bfloat16: 3e-2, torch.float16: 3e-2}, opaque=True, fake=_fake)
+@op(
+    tolerance={torch.float32: 3e-2, torch.bfloat16: 3e-2, torch.float16: 3e-2},
+    opaque=True,
+    fake=_fake,
+    rounds_activations=True,
+)
 def quantized_moe(
     x: Tensor,
     indices: Tensor,
@@ -71,24 +76,21 @@ def quantized_moe(
     Returns:
         `[N, H]`.
     """
-    flat_weights = weights.reshape(-1, 1).float()
     rounded = round_activations(x)
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert, positions in choices(indices, num_experts):
 
-        def matrix(packed: Tensor, scales: Tensor, offsets: Tensor | None, size: int, expert: int = expert) -> Tensor:
-            tiles = len(packed) // num_experts
-            own = slice(expert * tiles, (expert + 1) * tiles)
-            return dequantize(packed[own], scales[own], None if offsets is None else offsets[own], tiles * TILE, size)
+    def matrix(packed: Tensor, scales: Tensor, offsets: Tensor | None, size: int, expert: int) -> Tensor:
+        tiles = len(packed) // num_experts
+        own = slice(expert * tiles, (expert + 1) * tiles)
+        return dequantize(packed[own], scales[own], None if offsets is None else offsets[own], tiles * TILE, size)
 
-        tokens = positions // indices.shape[1]
-        up = matrix(gate_up, gate_up_scales, gate_up_offsets, x.shape[1])
+    def outcome(expert: int, tokens: Tensor) -> Tensor:
+        up = matrix(gate_up, gate_up_scales, gate_up_offsets, x.shape[1], expert)
         hidden = F.linear(rounded[tokens], up, None if gate_up_bias is None else gate_up_bias[expert].float())
         hidden = expert_gate(hidden, activation, gated, limit, up_offset)
-        back = matrix(down, down_scales, down_offsets, hidden.shape[1])
-        result = F.linear(round_activations(hidden), back, None if down_bias is None else down_bias[expert].float())
-        out.index_add_(0, tokens, result * flat_weights[positions])
-    return out.to(x.dtype)
+        back = matrix(down, down_scales, down_offsets, hidden.shape[1], expert)
+        return F.linear(round_activations(hidden), back, None if down_bias is None else down_bias[expert].float())
+
+    return mix_experts(outcome, indices, weights.float(), num_experts, x)
 
 
 @quantized_moe.with_work

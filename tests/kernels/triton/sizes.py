@@ -97,6 +97,16 @@ def quantized_linear() -> list[Arguments]:
     return [sample(rows, *form) for rows in (1, 64) for form in ((8, 1, False), (4, 128, True))]
 
 
+def fp8_linear() -> list[Arguments]:
+    def sample(rows: int, block_size: int | None) -> Arguments:
+        weight = empty(7168, 4096, dtype=torch.float8_e4m3fn)
+        blocks = (7168, 1) if block_size is None else (56, 32)
+        scales = empty(*blocks, dtype=torch.float32)
+        return {"x": empty(1, rows, 4096), "weight": weight, "scales": scales, "bias": None, "block_size": block_size}
+
+    return [sample(1, None), sample(64, 128)]
+
+
 def slots(num_sequences: int) -> Arguments:
     numbers = functools.partial(empty, dtype=torch.int32)
     return {"cu_seqlens": numbers(num_sequences + 1), "state_slots": numbers(num_sequences)}
@@ -195,6 +205,21 @@ def quantized_moe() -> list[Arguments]:
     return [sample(1, 8), sample(64, 4)]
 
 
+def fp8_moe() -> list[Arguments]:
+    def numbers(name: str, rows: int, columns: int, block_size: int | None) -> Arguments:
+        blocks = (128 * rows, 1) if block_size is None else (rows, columns // 128)
+        weight = empty(128 * rows, columns, dtype=torch.float8_e4m3fn)
+        return {name: weight, f"{name}_scales": empty(*blocks, dtype=torch.float32), f"{name}_bias": None}
+
+    def sample(num_tokens: int, block_size: int | None) -> Arguments:
+        routing = {"indices": empty(num_tokens, 8, dtype=torch.int64), "weights": empty(num_tokens, 8)}
+        weights = numbers("gate_up", 1536, 2048, block_size) | numbers("down", 2048, 768, block_size)
+        facts = {"num_experts": 128, "block_size": block_size}
+        return {"x": empty(num_tokens, 2048), **facts, **routing, **weights, **_GATE}
+
+    return [sample(1, None), sample(64, 128)]
+
+
 SIZES: dict[str, Callable[[], list[Arguments]]] = {
     "cached_attention": cached_attention,
     "cached_causal_conv": cached_causal_conv,
@@ -216,4 +241,14 @@ SIZES: dict[str, Callable[[], list[Arguments]]] = {
     "moe": moe,
     "expert_linear": expert_linear,
     "quantized_moe": quantized_moe,
+    "fp8_linear": fp8_linear,
+    "fp8_moe": fp8_moe,
 }
+
+
+_NEEDS_FLOAT8 = ("fp8_linear", "fp8_moe")
+
+
+def capabilities(name: str) -> tuple[int, int]:
+    """Compute capabilities that an op's kernels are compiled for: the oldest that has what they need, the newest."""
+    return (89 if name in _NEEDS_FLOAT8 else 80), 90

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from autodeploy.build import build
-from autodeploy.checkpoint.quantize import NumberFormat, quantize_rows
+from autodeploy.checkpoint.quantize import Float8Format, NumberFormat, WeightFormat, quantize_rows
 from autodeploy.checkpoint.recipe import Concat, Quantize
 from autodeploy.config import CompileOptions, parse_options
 from autodeploy.debug.packed_run import run_packed
 from autodeploy.errors import ConfigError
 from autodeploy.graph.model_graph import ModelGraph
-from autodeploy.ops import linear, moe, quantized_linear, quantized_moe
+from autodeploy.ops import fp8_moe, linear, moe, quantized_linear, quantized_moe
 from autodeploy.ops.quantized_linear import dequantize, round_activations
 from autodeploy.transforms.canonicalize.match_linear import MatchLinear
 from autodeploy.transforms.pipeline import configure, default_pipeline
@@ -36,7 +36,7 @@ def _mlp(hidden: int = 64, **modules: nn.Module) -> nn.Module:
     return Sketch(lambda self, x: x + self.down(self.up(x).relu()), hidden=hidden, **layers | modules)
 
 
-def _formats(graph: ModelGraph) -> dict[str, NumberFormat]:
+def _formats(graph: ModelGraph) -> dict[str, WeightFormat]:
     recipes = [recipe for recipe in graph.weights.values() if isinstance(recipe, Quantize) and recipe.part == "numbers"]
     return {recipe.sources()[0].removesuffix(".weight"): recipe.number_format for recipe in recipes}
 
@@ -77,6 +77,19 @@ def test_groups_and_offsets_are_options(options: dict[str, Any], expected: Numbe
     graph = _linears(_mlp(hidden=96))
     QuantizeWeights(enabled=True, **options).run(graph)
     assert _formats(graph)["up"] == _formats(graph)["down"] == expected
+
+
+@pytest.mark.parametrize(("name", "block_size"), [("fp8", None), ("fp8_per_block", 128)])
+def test_floating_point_takes_every_product_of_any_size(name: str, block_size: int | None) -> None:
+    model = _mlp(hidden=48)
+    graph = _linears(model)
+    before = run(graph, model)
+    report = QuantizeWeights(enabled=True, format=name).run(graph)
+    assert (report.expected, report.found, report.rewritten, report.refused) == (3, 3, 3, ())
+    assert counts(graph) == {"fp8_linear": 3}
+    assert _formats(graph) == dict.fromkeys(("up", "down", "head"), Float8Format(block_size))
+    after = run(graph, model)
+    assert 0.01 * before.norm() < (after - before).norm() < 0.08 * before.norm()
 
 
 def test_sizes_that_are_no_whole_groups_are_left_with_the_reason() -> None:
@@ -133,18 +146,19 @@ def _mixture(hidden: int = 64, width: int = 32) -> nn.Module:
     return model.requires_grad_(False)
 
 
-@pytest.mark.parametrize(("quantization", "worst"), [("int8", 0.03), ("int4", 0.25)])
+@pytest.mark.parametrize(("quantization", "worst"), [("int8", 0.03), ("int4", 0.25), ("fp8", 0.25)])
 def test_experts_are_quantised_and_their_router_is_not(quantization: str, worst: float) -> None:
+    op = "fp8_moe" if quantization == "fp8" else "quantized_moe"
     exact, program = build(_mixture()), build(_mixture(), parse_options({"quantization": quantization}))
     report = next(report for report in program.report.transforms if report.name == "quantize_weights")
     assert (report.expected, report.rewritten, report.refused) == (4, 4, ())  # qkv, o, experts, head
-    assert program.report.kernels["linear"] and program.report.kernels["quantized_moe"]
+    assert program.report.kernels["linear"] and program.report.kernels[op]
     assert (exact.flops_per_token, exact.flops_per_logits_row) == (
         program.flops_per_token,
         program.flops_per_logits_row,
     )
     parts = 4 * 3 * 64 * 32  # weights of experts, of which a token chooses half
-    least = {"int8": parts // 2, "int4": parts // 4}[quantization]
+    least = {"int8": parts // 2, "int4": parts // 4, "fp8": parts // 2}[quantization]
     unread = program.weight_bytes - program.step_weight_bytes
     assert least <= unread - 100 * 64 * 4 < 1.3 * least
     rows = [torch.tensor(prompt) % 100 for prompt in tiny.prompts(4, longest=20)]
@@ -162,6 +176,15 @@ def test_experts_that_are_no_whole_tiles_are_left_with_the_reason() -> None:
     assert len(report.refused) == 0 and len(graph.nodes(quantized_moe)) == 1
     odd = _lowered(_mixture(hidden=40), quantization="int8")
     assert not odd.nodes(quantized_moe) and len(odd.nodes(moe)) == 1
+
+
+def test_experts_that_are_no_whole_blocks_are_left_with_the_reason() -> None:
+    graph = _lowered(_mixture(hidden=128, width=40), quantization="fp8_per_block")
+    assert len(graph.nodes(moe)) == 1 and not graph.nodes(fp8_moe)
+    report = QuantizeWeights(enabled=True, format="fp8_per_block").run(graph)
+    assert report.rewritten == 0 and "80 outputs of an expert are no multiple of 128" in report.refused[0]
+    whole = _lowered(_mixture(hidden=128, width=64), quantization="fp8_per_block")
+    assert not whole.nodes(moe) and len(whole.nodes(fp8_moe)) == 1
 
 
 def _exactly_rounded(model: nn.Module, formats: dict[str, NumberFormat]) -> nn.Module:
@@ -231,9 +254,13 @@ def test_nothing_happens_unless_it_is_asked_for() -> None:
 
 
 def test_unknown_formats_name_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"quantization must be one of None, int8, int4; got 'int3'"):
+    with pytest.raises(
+        ConfigError, match=r"quantization must be one of None, int8, int4, fp8, fp8_per_block; got 'int3'"
+    ):
         parse_options({"quantization": "int3"})
     with pytest.raises(ConfigError, match="multiple of 32, got 48"):
         parse_options({"quantization": "int4", "quantization_group_size": 48})
+    with pytest.raises(ConfigError, match="with quantization='fp8', which has sizes of its own"):
+        parse_options({"quantization": "fp8", "quantization_group_size": 64})
     with pytest.raises(ConfigError, match="without quantization"):
         parse_options({"quantization_group_size": 64})

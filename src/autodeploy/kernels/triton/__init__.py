@@ -5,8 +5,9 @@ arithmetic.py  what several kernels compute with
 norm.py rope.py mlp.py   token-wise ops, one launch each
 packed_weights.py   weights of 8 or 4 bits as tiles in registers, activations rounded
 quantized_linear.py   products with such weights
+float8.py scaled_mm.py fp8_linear.py   activations rounded to 8-bit floating point, products with such weights
 experts.py     products grouped by expert
-moe.py quantized_moe.py   mixtures of experts made of them
+moe.py quantized_moe.py fp8_moe.py   mixtures of experts made of them
 paged.py       what kernels over pages share
 attention.py mla.py   attention over pages read in place
 sequences.py   what kernels over slot states share
@@ -29,6 +30,8 @@ PROVIDER = "triton"
 MODULES = (
     "attention",
     "causal_conv",
+    "fp8_linear",
+    "fp8_moe",
     "matrix_memory",
     "mla",
     "mlp",

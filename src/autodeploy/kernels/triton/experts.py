@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autodeploy.kernels.triton.arithmetic import activated, dot
+from autodeploy.kernels.triton.arithmetic import activated
+from autodeploy.kernels.triton.float8 import add_block
 from autodeploy.kernels.triton.launch import Launcher
 from autodeploy.kernels.triton.packed_weights import add_products, load_levels
 from autodeploy.ops.quantized_linear import BLOCK
@@ -22,7 +23,7 @@ _UNSORTED_TOKENS = 2
 _LARGEST_KEY = 4096
 """Choices from which on the choice of a configuration is one and the same."""
 PLAIN = 16
-"""In place of a number of bits: a weight of the dtype of what it is multiplied with."""
+"""In place of a number of bits: a weight of the dtype of what it is multiplied with; float8 numbers have scales."""
 
 
 @triton.jit
@@ -50,41 +51,49 @@ def _find_tile(
 
 
 @triton.jit
-def _plain_tile(
-    weight, column, num_columns, start, num_inputs, COLUMNS: tl.constexpr, INPUTS: tl.constexpr, EVEN: tl.constexpr
-):
+def _plain_tile(weight, columns, start, num_inputs, INPUTS: tl.constexpr, EVEN: tl.constexpr):
     inputs = start + tl.arange(0, INPUTS)[:, None]
-    columns = tl.minimum(column + tl.arange(0, COLUMNS), num_columns - 1)[None, :]
-    own = weight + columns.to(tl.int64) * num_inputs + inputs
+    own = weight + columns.to(tl.int64)[None, :] * num_inputs + inputs
     return tl.load(own) if EVEN else tl.load(own, mask=inputs < num_inputs, other=0.0)
 
 
 @triton.jit
 def _plain_sums(
     x,
+    x_scales,
     rows,
     weight,
+    scales,
     column,
     half,
     num_columns,
     num_inputs,
+    num_groups,
     GATED: tl.constexpr,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INPUTS: tl.constexpr,
+    BY_BLOCK: tl.constexpr,
 ):
     """Products `[ROWS, COLUMNS]` with a weight's rows from `column` on, and where GATED from `half + column` on."""
+    columns = tl.minimum(column + tl.arange(0, COLUMNS), num_columns - 1)
+    up_columns = tl.minimum(half + columns, num_columns - 1)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     ups = tl.zeros((ROWS, COLUMNS), tl.float32)
     own = x + rows[:, None] * num_inputs
     for start in tl.range(0, num_inputs, INPUTS):
         inputs = start + tl.arange(0, INPUTS)[None, :]
         value = tl.load(own + inputs) if EVEN else tl.load(own + inputs, mask=inputs < num_inputs, other=0.0)
-        sums = dot(value, _plain_tile(weight, column, num_columns, start, num_inputs, COLUMNS, INPUTS, EVEN), sums)
+        gate = _plain_tile(weight, columns, start, num_inputs, INPUTS, EVEN)
+        sums = add_block(sums, value, gate, x_scales, scales, rows, columns, start, num_groups, BY_BLOCK)
         if GATED:
-            up = _plain_tile(weight, half + column, num_columns, start, num_inputs, COLUMNS, INPUTS, EVEN)
-            ups = dot(value, up, ups)
+            up = _plain_tile(weight, up_columns, start, num_inputs, INPUTS, EVEN)
+            ups = add_block(ups, value, up, x_scales, scales, rows, up_columns, start, num_groups, BY_BLOCK)
+    if x_scales is not None and not BY_BLOCK:
+        scale = tl.load(x_scales + rows)[:, None]
+        sums *= scale
+        ups *= scale
     return sums, ups
 
 
@@ -142,13 +151,12 @@ def _scaled_and_shifted(
     first_row,
     column,
     num_columns,
-    BITS: tl.constexpr,
     BY_GROUP: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     columns = column + tl.arange(0, COLUMNS)
     inside = columns < num_columns
-    if BITS != 16 and not BY_GROUP:
+    if scales is not None and not BY_GROUP:
         sums *= tl.load(scales + first_row + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
         sums += tl.load(bias + first_row + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -205,8 +213,9 @@ def _expert_rows(
     column = tl.program_id(1) * COLUMNS
     if BITS == 16:
         sums, ups = _plain_sums(
-            *(x, choices // rows_each, weight + first_row * num_inputs, column, half, weight_rows, num_inputs),
-            *(GATED, EVEN, ROWS, COLUMNS, INPUTS),
+            *(x, x_scales, choices // rows_each, weight + first_row * num_inputs),
+            *(None if scales is None else scales + first_row // 128 * num_groups, column, half, weight_rows),
+            *(num_inputs, num_groups, GATED, EVEN, ROWS, COLUMNS, INPUTS, BY_GROUP),
         )
     else:
         sums, ups = _packed_sums(
@@ -214,9 +223,9 @@ def _expert_rows(
             *(column, half, weight_rows, num_inputs // 32),
             *(group_blocks, num_groups, GATED, BITS, BY_GROUP, EVEN, ROWS, COLUMNS, INPUTS // 32),
         )
-    sums = _scaled_and_shifted(sums, scales, bias, first_row, column, weight_rows, BITS, BY_GROUP, COLUMNS)
+    sums = _scaled_and_shifted(sums, scales, bias, first_row, column, weight_rows, BY_GROUP, COLUMNS)
     if GATED:
-        ups = _scaled_and_shifted(ups, scales, bias, first_row, half + column, weight_rows, BITS, BY_GROUP, COLUMNS)
+        ups = _scaled_and_shifted(ups, scales, bias, first_row, half + column, weight_rows, BY_GROUP, COLUMNS)
         sums = _gated(sums, ups, limit, up_offset, ACTIVATION)
     elif ACTIVATION is not None:
         sums = activated(sums, ACTIVATION)
@@ -230,7 +239,7 @@ def _configuration(rows: int, columns: int, inputs: int, num_warps: int, num_sta
     return triton.Config(values, num_warps=num_warps, num_stages=num_stages)
 
 
-_KEY = ("num_inputs", "num_outputs", "num_experts", "GATED", "BITS", "num_groups", "CHOICES_KEY")
+_KEY = ("num_inputs", "num_outputs", "num_experts", "GATED", "BITS", "num_groups", "BY_GROUP", "CHOICES_KEY")
 
 _multiply = Launcher(
     _expert_rows,
@@ -241,6 +250,17 @@ _multiply = Launcher(
         _configuration(32, 64, 64, 4, 3),
         _configuration(64, 64, 64, 4, 3),
         _configuration(128, 64, 64, 8, 3),
+    ],
+    _KEY,
+)
+_multiply_float8 = Launcher(
+    _expert_rows,
+    [
+        _configuration(16, 32, 128, 4, 4),
+        _configuration(16, 64, 128, 4, 3),
+        _configuration(32, 64, 128, 4, 3),
+        _configuration(64, 32, 128, 4, 3),
+        _configuration(128, 32, 128, 8, 3),
     ],
     _KEY,
 )
@@ -321,13 +341,20 @@ def _contiguous(part: Tensor | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class ExpertWeight:
-    """Weights of all experts: `[E, rows, I]`, or packed, with scales, offsets and what they are packed in."""
+    """Weights of all experts: `[E, rows, I]`, or packed, with scales, offsets and what they are packed in.
+
+    Attributes:
+        num_groups: scales of a row; 1 where there are none.
+        by_group: scales are applied while products are summed, not to the sums.
+    """
 
     weight: Tensor
     bias: Tensor | None
     scales: Tensor | None = None
     offsets: Tensor | None = None
     bits: int = PLAIN
+    num_groups: int = 1
+    by_group: bool = False
 
     @classmethod
     def plain(cls, weight: Tensor, bias: Tensor | None) -> "ExpertWeight":
@@ -338,12 +365,14 @@ class ExpertWeight:
     def packed(cls, weight: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None) -> "ExpertWeight":
         """Of numbers of 8 or 4 bits."""
         parts = scales.contiguous(), _contiguous(offsets)
-        return cls(weight.contiguous(), _contiguous(bias), *parts, bits=weight.shape[2])
+        groups = scales.shape[1], scales.shape[1] > 1 or offsets is not None
+        return cls(weight.contiguous(), _contiguous(bias), *parts, weight.shape[2], *groups)
 
-    @property
-    def num_groups(self) -> int:
-        """Scales of a row; 1 where there are none."""
-        return 1 if self.scales is None else self.scales.shape[1]
+    @classmethod
+    def float8(cls, weight: Tensor, scales: Tensor, block_size: int | None, bias: Tensor | None) -> "ExpertWeight":
+        """Of float8 numbers, multiplied with such numbers."""
+        parts = weight.contiguous(), _contiguous(bias), scales.contiguous()
+        return cls(*parts, num_groups=scales.shape[1], by_group=block_size is not None)
 
 
 @dataclass(frozen=True)
@@ -370,15 +399,16 @@ def multiply_rows(
     """`weight[e] · x[choice // rows_each] + bias[e]` of each choice, or `expert_gate` of it: `[choices, num_outputs]`.
 
     Args:
-        x: `[rows, I]`, contiguous; with a packed weight what `round_rows` gave, as x_scales is.
+        x: `[rows, I]`, contiguous; with a weight that is not plain what `round_rows` or `round_to_float8` gave, as
+            x_scales is.
         dtype: of the result; None for x's.
     Returns:
-        In the order in which choices are numbered; for choices that are no expert undefined, or with a packed weight 0.
+        In the order in which choices are numbered; for choices that are no expert undefined, or with x_scales 0.
     """
     num_inputs, num_choices, num_groups = x.shape[1], routing.order.numel(), weight.num_groups
-    make = x.new_empty if weight.bits == PLAIN else x.new_zeros  # every row is rounded next, also of no expert
+    make = x.new_empty if x_scales is None else x.new_zeros  # every row is rounded next, also of no expert
     out = make(num_choices, num_outputs, dtype=dtype)
-    multiply = _multiply if weight.bits == PLAIN else _multiply_packed
+    multiply = _multiply if x_scales is None else _multiply_float8 if weight.bits == PLAIN else _multiply_packed
     multiply(
         lambda values: (routing.num_tiles(values["ROWS"]), triton.cdiv(num_outputs, values["COLUMNS"])),
         *(x, x_scales, routing.order, routing.borders),
@@ -391,7 +421,7 @@ def multiply_rows(
         ACTIVATION=None if gate is None else gate.activation,
         GATED=gate is not None and gate.gated,
         BITS=weight.bits,
-        BY_GROUP=num_groups > 1 or weight.offsets is not None,
+        BY_GROUP=weight.by_group,
         EXPERTS=triton.next_power_of_2(routing.num_experts),
         EVEN_TO=num_inputs & -num_inputs,
     )

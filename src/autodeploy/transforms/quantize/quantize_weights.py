@@ -1,31 +1,37 @@
-"""QuantizeWeights: products with weights become products with weights of 8 or 4 bits, made so while they are read."""
+"""QuantizeWeights: products with weights become products with weights of fewer bits, made so while they are read."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from autodeploy.checkpoint.quantize import NumberFormat
+from autodeploy.checkpoint.quantize import Float8Format, NumberFormat, Part, WeightFormat
 from autodeploy.checkpoint.recipe import Quantize, Reshape
 from autodeploy.graph.model_graph import ModelGraph, module_path
 from autodeploy.graph.transform import Transform, TransformResult
+from autodeploy.ops.fp8_linear import BLOCK_SIZE, fp8_linear
+from autodeploy.ops.fp8_moe import fp8_moe
 from autodeploy.ops.linear import linear
 from autodeploy.ops.moe import expert_linear, moe
 from autodeploy.ops.op import find_op
-from autodeploy.ops.quantized_linear import TILE, quantized_linear
+from autodeploy.ops.quantized_linear import quantized_linear
 from autodeploy.ops.quantized_moe import quantized_moe
 
 aten = torch.ops.aten
 
-FORMATS = {
+FORMATS: dict[str, WeightFormat] = {
     "int8": NumberFormat(bits=8, group_size=None),
     "int4": NumberFormat(bits=4, group_size=32, has_offsets=True),
+    "fp8": Float8Format(),
+    "fp8_per_block": Float8Format(BLOCK_SIZE),
 }
 """Formats by the name that users give."""
+_FORMAT_OF_HEAD = {"int4": "int8"}
+"""Where the head has more bits."""
 
 _LOOKUPS = (aten.embedding.default, aten.index_select.default)
 _CHOICES = (aten.topk.default, aten.sort.default, aten.argmax.default)
@@ -33,16 +39,17 @@ _CHOICES = (aten.topk.default, aten.sort.default, aten.argmax.default)
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeWeights(Transform):
-    """`linear(x, w)`  becomes  `quantized_linear(x, numbers(w), scales(w))`, `moe`  `quantized_moe`. Changes numbers on
-    purpose.
+    """`linear(x, w)`  becomes  `quantized_linear(x, numbers(w), scales(w))` or `fp8_linear`, `moe`  `quantized_moe` or
+    `fp8_moe`. Changes numbers on purpose.
 
-    The head gets 8 bits in either format. Left as they are: tables that are looked up, and routers, products whose
+    The head gets 8 bits at least. Left as they are: tables that are looked up, and routers, products whose
     result is only compared to choose from, where rounding would choose others.
 
     Attributes:
         format: a name in `FORMATS`.
-        group_size: inputs that share a scale, a multiple of 32; None for the format's own.
-        has_offsets: count from a group's least weight to its largest, not around zero; None for the format's own.
+        group_size: of whole numbers, inputs that share a scale, a multiple of 32; None for the format's own.
+        has_offsets: of whole numbers: count from a group's least weight to its largest, not around zero; None for the
+            format's own.
     """
 
     enabled: bool = False
@@ -72,15 +79,15 @@ class QuantizeWeights(Transform):
             found=len(sites), rewritten=len(sites) - len(refused), expected=len(sites), refused=tuple(refused)
         )
 
-    def _number_format(self, *, is_head: bool) -> NumberFormat:
-        if is_head:
-            return FORMATS["int8"]
-        chosen = FORMATS[self.format]
+    def _number_format(self, *, is_head: bool) -> WeightFormat:
+        chosen = FORMATS[_FORMAT_OF_HEAD.get(self.format, self.format) if is_head else self.format]
+        if is_head or not isinstance(chosen, NumberFormat):
+            return chosen
         has_offsets = chosen.has_offsets if self.has_offsets is None else self.has_offsets
         return dataclasses.replace(chosen, group_size=self.group_size or chosen.group_size, has_offsets=has_offsets)
 
 
-def _why_not(graph: ModelGraph, node: fx.Node, number_format: NumberFormat) -> str | None:
+def _why_not(graph: ModelGraph, node: fx.Node, number_format: WeightFormat) -> str | None:
     """The reason that a product stays as it is, or None."""
     if node.target == expert_linear.overload:
         return "experts whose products stand alone have no op for fewer bits"
@@ -96,29 +103,39 @@ def _why_not(graph: ModelGraph, node: fx.Node, number_format: NumberFormat) -> s
         group = number_format.group_size
         if group is not None and size % group:
             return f"{size} inputs are no multiple of {group}, the group size"
-        if is_mixture and rows % TILE:
-            return f"{rows} outputs of an expert are no multiple of {TILE}"
+        if is_mixture and rows % number_format.rows_together:
+            return f"{rows} outputs of an expert are no multiple of {number_format.rows_together}"
         other = next((u for u in weight.users if u.target not in (*_LOOKUPS, linear.overload, moe.overload)), None)
         if other is not None:  # it stays in memory as it is, so that another copy gains nothing
             return f"its weight is also read by {other.name}"
     return None
 
 
-def _quantize_linear(graph: ModelGraph, node: fx.Node, number_format: NumberFormat) -> None:
+def _quantize_linear(graph: ModelGraph, node: fx.Node, number_format: WeightFormat) -> None:
     x, weight, bias = node.args
     parts = _parts(graph, weight, number_format, before=node)
-    num_outputs = node.meta["val"].shape[-1]
-    _replace(graph, node, graph.call(quantized_linear, x, *parts, bias, num_outputs, before=node))
+    arguments: tuple[Any, ...]
+    if isinstance(number_format, NumberFormat):
+        op, arguments = quantized_linear, (x, *_with_offsets(parts), bias, node.meta["val"].shape[-1])
+    else:
+        op, arguments = fp8_linear, (x, *parts.values(), bias, number_format.block_size)
+    _replace(graph, node, graph.call(op, *arguments, before=node))
 
 
-def _quantize_moe(graph: ModelGraph, node: fx.Node, number_format: NumberFormat) -> None:
+def _quantize_moe(graph: ModelGraph, node: fx.Node, number_format: WeightFormat) -> None:
     x, indices, weights, gate_up, down, *rest = node.args
     up_parts, down_parts = (_parts(graph, weight, number_format, before=node) for weight in (gate_up, down))
     biases, facts = rest[:2], rest[2:]
     experts = graph.recipe(down)
     assert experts is not None
-    arguments = (x, indices, weights, *up_parts, *down_parts, *biases, experts.shape[0], *facts)
-    _replace(graph, node, graph.call(quantized_moe, *arguments, before=node))
+    arguments: tuple[Any, ...]
+    if isinstance(number_format, NumberFormat):
+        op = quantized_moe
+        arguments = (*_with_offsets(up_parts), *_with_offsets(down_parts), *biases, experts.shape[0])
+    else:
+        op = fp8_moe
+        arguments = (*up_parts.values(), *down_parts.values(), *biases, experts.shape[0], number_format.block_size)
+    _replace(graph, node, graph.call(op, x, indices, weights, *arguments, *facts, before=node))
 
 
 def _replace(graph: ModelGraph, node: fx.Node, replacement: fx.Node) -> None:
@@ -126,20 +143,24 @@ def _replace(graph: ModelGraph, node: fx.Node, replacement: fx.Node) -> None:
     graph.graph.erase_node(node)
 
 
-def _parts(
-    graph: ModelGraph, weight: object, number_format: NumberFormat, *, before: fx.Node
-) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-    """Nodes for the numbers, scales and offsets of a weight; experts' rows one after another."""
+def _parts(graph: ModelGraph, weight: object, number_format: WeightFormat, *, before: fx.Node) -> dict[Part, fx.Node]:
+    """Nodes for the parts of a weight, in order; experts' rows one after another."""
     recipe = graph.recipe(weight)
     assert recipe is not None and isinstance(weight, fx.Node)
     rows = math.prod(recipe.shape[:-1])
     matrix = recipe if len(recipe.shape) == 2 else Reshape(recipe, (rows, recipe.shape[-1]))
-    name = str(weight.target)
-    numbers = graph.weight(f"{name}_int{number_format.bits}", Quantize(matrix, number_format, "numbers"), before=before)
-    scales = graph.weight(f"{name}_scales", Quantize(matrix, number_format, "scales"), before=before)
-    if not number_format.has_offsets:
-        return numbers, scales, None
-    return numbers, scales, graph.weight(f"{name}_offsets", Quantize(matrix, number_format, "offsets"), before=before)
+    return {
+        part: graph.weight(
+            f"{weight.target}_{number_format.name if part == 'numbers' else part}",
+            Quantize(matrix, number_format, part),
+            before=before,
+        )
+        for part in number_format.parts
+    }
+
+
+def _with_offsets(parts: dict[Part, fx.Node]) -> tuple[fx.Node | None, ...]:
+    return parts["numbers"], parts["scales"], parts.get("offsets")
 
 
 def _head(graph: ModelGraph) -> fx.Node | None:
