@@ -9,12 +9,10 @@ the same condition: nothing may depend on a tensor's value in Python. Steps of a
 and the report says so.
 """
 
-import contextlib
 import functools
-import threading
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autodeploy.compile.bind import bind_kernels
+from autodeploy.compile.observe import depends_on_values, noticing_reads, storages, tensors
 from autodeploy.compile.program import GraphFunction
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport
@@ -43,9 +42,6 @@ REPEATED = "replay"
 LEAST_PAGES = 16
 """Least width of page tables, so that short sequences bring no shapes of their own."""
 
-_READS = ("tolist", "numpy", "__array__")
-"""Methods of a tensor that look at values behind operators' backs; others call an operator that says so."""
-_DATA_DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _MAKES_MEMORY = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided")
 _MADE_TO_BE_CHANGED = ("aten::clone", "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::new_zeros")
 _MAX_CONSTANT_BYTES = 16 << 20
@@ -130,6 +126,10 @@ class Step:
         self.result = torch.empty(0)
         self.obstacle = ""
 
+    def forbid(self, reason: str) -> None:
+        """The step must not be repeated; the first reason stays."""
+        self.obstacle = self.obstacle or reason
+
     def run(self, batch: Sequence[Tensor]) -> Tensor:
         for mine, given in zip(self.inputs, batch, strict=True):
             mine.copy_(given)
@@ -146,7 +146,7 @@ def record(
 ) -> tuple["Step", Tensor]:
     """Run a step on copies of batch inputs, and on states, and write it down; returns it and what it gave."""
     step = Step(tuple(value.clone() for value in batch), memory)
-    with watching(step.tape.add_native), _noticing_reads(step), _Observer(step, (*step.inputs, *states)):
+    with watching(step.tape.add_native), noticing_reads(step.forbid), _Observer(step, (*step.inputs, *states)):
         step.result = function(*step.inputs, *states)
     step.tape.finish()
     return step, step.result.clone()
@@ -163,7 +163,7 @@ class _Observer(TorchDispatchMode):
     def __init__(self, step: Step, varying: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._step = step
-        self._varying, self._fixed = _storages(varying), set[int]()
+        self._varying, self._fixed = storages(varying), set[int]()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -178,15 +178,15 @@ class _Observer(TorchDispatchMode):
         kwargs, memory, facts = kwargs or {}, self._step.memory, _facts(func)
         if facts.makes_memory:
             made = memory.like(func(*args, **kwargs))
-            self._varying |= _storages([made])
+            self._varying |= storages([made])
             return made
         result = func(*args, **kwargs)
         if facts.is_view and _shares_memory(result, args[0]):
             return result
-        given, results = _tensors((args, kwargs)), _tensors(result)
-        if facts.depends_on_values and not _is_plain_index(func, given):
-            self._step.obstacle = self._step.obstacle or f"{func} gives what depends on values"
-        old, new = _storages(given), _storages(results)
+        given, results = tensors((args, kwargs)), tensors(result)
+        if depends_on_values(func, given):
+            self._step.forbid(f"{func} gives what depends on values")
+        old, new = storages(given), storages(results)
         if facts.is_mutable:
             self._note_change(func, args, kwargs)
         elif new <= old:
@@ -196,7 +196,7 @@ class _Observer(TorchDispatchMode):
             return memory.constant((str(func), *map(_identity, tree_leaves(args)), *kwargs), given, result)
         elif not new & old:
             own = [memory.like(value) for value in results]
-            self._varying |= _storages(own)
+            self._varying |= storages(own)
             if compute_natively(func, args, kwargs, own):
                 return own[0] if isinstance(result, Tensor) else type(result)(own)
         self._varying |= new
@@ -212,12 +212,12 @@ class _Observer(TorchDispatchMode):
     def _note_change(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """What an operator changes in place differs from step to step, and must not have counted as constant."""
         named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-        changed = _storages(
-            _tensors([named.get(argument.name) for argument in func._schema.arguments if argument.is_write])
+        changed = storages(
+            tensors([named.get(argument.name) for argument in func._schema.arguments if argument.is_write])
         )
         self._varying |= changed
         if changed & self._fixed:
-            self._step.obstacle = self._step.obstacle or f"{func} changes what other operators took for constant"
+            self._step.forbid(f"{func} changes what other operators took for constant")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +226,6 @@ class _Facts:
 
     is_view: bool
     is_mutable: bool
-    depends_on_values: bool
     makes_memory: bool
     is_made_to_be_changed: bool
 
@@ -238,7 +237,6 @@ def _facts(func: Any) -> _Facts:
     return _Facts(
         is_view=func.is_view,
         is_mutable=func._schema.is_mutable,
-        depends_on_values=any(tag in func.tags for tag in _DATA_DEPENDENT),
         makes_memory=name in _MAKES_MEMORY,
         is_made_to_be_changed=name in _MADE_TO_BE_CHANGED,
     )
@@ -252,10 +250,6 @@ def _shares_memory(result: Any, given: Any) -> bool:
     return bool(first.untyped_storage()._cdata == given.untyped_storage()._cdata)
 
 
-def _storages(tensors: Sequence[Tensor]) -> set[int]:
-    return {tensor.untyped_storage()._cdata for tensor in tensors}
-
-
 def _identity(value: Any) -> Any:
     """What an argument is told apart by: a tensor by where and how it lies."""
     return (value.data_ptr(), value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value
@@ -266,40 +260,11 @@ def _repeat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: S
 
     def repeat() -> None:
         again = func(*args, **kwargs)
-        for kept, new in zip(results, _tensors(again), strict=True):
+        for kept, new in zip(results, tensors(again), strict=True):
             if kept is not new and kept.data_ptr() != new.data_ptr():
                 kept.copy_(new)
 
     return repeat
-
-
-@contextlib.contextmanager
-def _noticing_reads(step: Step) -> Iterator[None]:
-    """While this lasts, reads of values by this thread are the step's obstacle.
-
-    The methods themselves are replaced: a torch function mode would see every use of a tensor, a third of the time that
-    a step takes to be written down.
-    """
-    thread, own = threading.get_ident(), {name: vars(Tensor).get(name) for name in _READS}
-
-    def noticed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def read(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == thread:
-                step.obstacle = step.obstacle or f"a kernel reads values in Python ({name})"
-            return method(*args, **kwargs)
-
-        return read
-
-    for name in _READS:
-        setattr(Tensor, name, noticed(name, getattr(Tensor, name)))
-    try:
-        yield
-    finally:
-        for name, method in own.items():
-            if method is None:
-                delattr(Tensor, name)
-            else:
-                setattr(Tensor, name, method)
 
 
 class Memory:
@@ -344,14 +309,3 @@ def _widened(name: str, value: Tensor) -> Tensor:
         return value
     width = max(LEAST_PAGES, 1 << (value.shape[1] - 1).bit_length())
     return value if width == value.shape[1] else torch.nn.functional.pad(value, (0, width - value.shape[1]))
-
-
-def _is_plain_index(func: Any, given: Sequence[Tensor]) -> bool:
-    """Whether an indexing is by numbers, whose result has the shape of its indices."""
-    return func._schema.name in ("aten::index", "aten::index_put", "aten::index_put_") and not any(
-        value.dtype in (torch.bool, torch.uint8) for value in given[1:]
-    )
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
