@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 
+from autodeploy.runtime.demo import DemoEngine
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams
 
 
-def generated(engine: Engine, prompts: Iterable[Sequence[int]], params: SamplingParams) -> list[list[int]]:
+def generated(engine: Engine | DemoEngine, prompts: Iterable[Sequence[int]], params: SamplingParams) -> list[list[int]]:
     """Add one request per prompt, all at once, and run the engine to the end; the tokens of each, in order."""
     tokens: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):

@@ -20,9 +20,9 @@ from torch import fx, nn
 
 from autodeploy.checkpoint.load import load_weights, weight_bytes
 from autodeploy.checkpoint.recipe import ReadTensor, renamed
-from autodeploy.compile.eager import compile_eager
-from autodeploy.compile.program import DraftHead, GraphFunction, NamedGraph, Program
-from autodeploy.compile.replay import compile_replay
+from autodeploy.compile.backends import compile_graph, resolve_backend
+from autodeploy.compile.cuda_graph import GraphedFunction
+from autodeploy.compile.program import DraftHead, NamedGraph, Program
 from autodeploy.config import CompileOptions, Options, SpeculativeOptions
 from autodeploy.debug.isolation import check_isolation
 from autodeploy.errors import ConfigError
@@ -31,7 +31,7 @@ from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport
 from autodeploy.graph.verify import verify
 from autodeploy.graph_cache import GraphCache
-from autodeploy.kernels.provider import prepare, unavailable
+from autodeploy.kernels.provider import prepare
 from autodeploy.models.limits import longest_context
 from autodeploy.models.locate import LocatedModel, locate_model
 from autodeploy.ops.fp8_linear import fp8_linear
@@ -353,7 +353,7 @@ def _finish(
     for each in graphs:
         clock.lowered(each)
     with clock.stage("compile", f"compiling ({backend})"):
-        named = {each.name: _compiled(each, backend, clock.report) for each in graphs}
+        named = {each.name: _compiled(each, backend, device, options, clock.report) for each in graphs}
     program = Program(
         graphs=named,
         states=tuple(graph.states),
@@ -379,9 +379,13 @@ def _draft_head(graph: ModelGraph, head: ModelGraph) -> DraftHead:
     return DraftHead(states=tuple(head.states), hidden_state=kept_state(graph), own_hidden_state=kept_state(head))
 
 
-def _compiled(graph: ModelGraph, backend: str, report: BuildReport) -> NamedGraph:
-    function = compile_graph(graph, backend, report)
-    return NamedGraph(graph.name, function, graph.batch_inputs(), tuple(spec.name for spec in graph.states))
+def _compiled(
+    graph: ModelGraph, backend: str, device: torch.device, options: CompileOptions, report: BuildReport
+) -> NamedGraph:
+    function = compile_graph(graph, backend, device, report, options.cudagraph_capture_sizes)
+    preparation = function if isinstance(function, GraphedFunction) else None
+    names = tuple(spec.name for spec in graph.states)
+    return NamedGraph(graph.name, function, graph.batch_inputs(), names, preparation)
 
 
 def _count_flops(graph: ModelGraph) -> tuple[int, int]:
@@ -442,32 +446,3 @@ def _unread_bytes(graph: ModelGraph) -> int:
     unread = sum(weight_bytes(graph.weights[name]) for name in tables if name in graph.weights)
     experts = [(node.meta["val"], count) for node, count, _ in _chosen_weights(graph)]
     return unread + sum(int(value.numel() - count) * int(value.element_size()) for value, count in experts)
-
-
-def resolve_backend(wanted: str, device: torch.device) -> str:
-    """The compile backend that `wanted` stands for; `auto` repeats small steps where there are native kernels.
-
-    Raises:
-        ConfigError: a backend that this device has not.
-    """
-    if wanted not in ("auto", "replay"):
-        return wanted
-    lacking = unavailable(device) if device.type == "cpu" else {device.type: "kernels on this device are not repeated"}
-    if wanted == "auto":
-        return "torch-simple" if lacking else "replay"
-    if lacking:
-        why = "; ".join(lacking.values())
-        raise ConfigError(f"compile_backend='replay' repeats native CPU kernels: {why}; use 'torch-simple'")
-    return wanted
-
-
-def compile_graph(graph: ModelGraph, backend: str, report: BuildReport) -> GraphFunction:
-    """A function of a lowered graph's inputs in order, by a backend's name; the graph holds its weights."""
-    if backend == "torch-simple":
-        return compile_eager(graph)
-    if backend == "replay":
-        return compile_replay(graph, report)
-    # Importing Inductor takes a second that others need not pay.
-    from autodeploy.compile.inductor import compile_inductor
-
-    return compile_inductor(graph)

@@ -13,7 +13,9 @@ from typing import Any
 
 from autodeploy.errors import ConfigError
 
-COMPILE_BACKENDS = ("auto", "torch-simple", "replay", "torch-compile")
+COMPILE_BACKENDS = ("auto", "torch-simple", "replay", "torch-compile", "torch-cudagraph", "torch-opt")
+INDUCTOR_BACKENDS = ("torch-compile", "torch-opt")
+"""Backends that put the graph, or regions of it, through Inductor."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 INTEGERS = ("int8", "int4")
 QUANTIZATIONS = (None, *INTEGERS, "fp8", "fp8_per_block")
@@ -54,8 +56,12 @@ class CompileOptions:
     Attributes:
         device: `auto` takes CUDA where there is one, else the CPU.
         compile_backend: `torch-simple` runs the transformed graph as it is; `replay` does, and repeats steps of few
-            tokens without Python between their kernels; `torch-compile` puts it through Inductor. `auto` is `replay` on
-            a CPU with native kernels.
+            tokens without Python between their kernels; `torch-compile` puts it through Inductor; `torch-cudagraph`
+            repeats steps of few tokens as CUDA graphs, `torch-opt` does with regions that Inductor compiled. `auto` is
+            `torch-cudagraph` on CUDA, `replay` on a CPU with native kernels.
+        cudagraph_capture_sizes: numbers of tokens that CUDA graphs are captured for; batches are padded to the next.
+            Default: 1, 2, 4 and multiples of 8 up to `max_num_seqs` for batches of one token per sequence, and a dozen
+            sizes up to 512 for others.
         attn_backend: provider preferred for attention kernels; `auto` takes the first that supports the case.
         quantization: weights of products are rounded while they are read, to whole numbers (`int8`, `int4`) or to 8-bit
             floating point (`fp8`, `fp8_per_block`); default: as `dtype` says.
@@ -72,6 +78,7 @@ class CompileOptions:
 
     device: str = "auto"
     compile_backend: str = "auto"
+    cudagraph_capture_sizes: list[int] | None = None
     attn_backend: str = "auto"
     quantization: str | None = None
     quantization_group_size: int | None = None
@@ -237,6 +244,19 @@ def check_options(options: Options) -> None:
     _one_of("load_format", options.model.load_format, ("auto", "dummy"))
     _one_of("compile_backend", options.compile.compile_backend, COMPILE_BACKENDS)
     _one_of("quantization", options.compile.quantization, QUANTIZATIONS)
+    sizes = options.compile.cudagraph_capture_sizes
+    if sizes is not None:
+        if not isinstance(sizes, list | tuple) or not sizes:
+            raise ConfigError(
+                f"cudagraph_capture_sizes must be a list of whole numbers such as [1, 2, 4]; got {sizes!r}"
+            )
+        for size in sizes:
+            _at_least_one("each of cudagraph_capture_sizes", size)
+        if options.compile.compile_backend not in ("auto", "torch-cudagraph", "torch-opt"):
+            raise ConfigError(
+                f"cudagraph_capture_sizes is given, and compile_backend={options.compile.compile_backend!r} captures "
+                "no graphs; leave it out, or use compile_backend='torch-cudagraph'"
+            )
     group_size = options.compile.quantization_group_size
     if group_size is not None and (group_size not in range(32, 2**31, 32) or isinstance(group_size, bool)):
         raise ConfigError(f"quantization_group_size must be a multiple of 32, got {group_size!r}")

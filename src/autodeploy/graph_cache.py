@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from autodeploy.cache_dir import entry, fill
-from autodeploy.config import Options
+from autodeploy.config import INDUCTOR_BACKENDS, Options
 from autodeploy.errors import ConfigError
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport, TransformReport
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 COMPILER_HALF = ("capture", "checkpoint", "graph", "kernels", "models", "ops", "transforms", "build.py")
 """Parts of the package whose text decides what a lowered graph looks like."""
+
+WITHOUT_EFFECT = ("instant_on", "cudagraph_capture_sizes")
+"""Options that a lowered graph does not depend on."""
 
 KEPT_FACTS = ("captured_nodes", "layers", "isolation")
 """Facts of the report that only the first build can find."""
@@ -48,7 +51,7 @@ class GraphCache:
     def is_wanted(options: Options) -> bool:
         """Whether graphs are kept under these options."""
         is_kept = options.compile.graph_cache and not options.model.trust_remote_code
-        return is_kept and options.compile.compile_backend != "torch-compile"
+        return is_kept and options.compile.compile_backend not in INDUCTOR_BACKENDS
 
     @classmethod
     def kept(cls, model: LocatedModel, device: torch.device, options: Options) -> "GraphCache | None":
@@ -74,7 +77,7 @@ class GraphCache:
             "dtype": options.model.dtype,
             "model_kwargs": repr(sorted(options.model.model_kwargs.items())),
             "device": str(device),
-            "options": {name: repr(value) for name, value in compile_options.items() if name != "instant_on"},
+            "options": {name: repr(value) for name, value in compile_options.items() if name not in WITHOUT_EFFECT},
             "versions": [torch.__version__, version("transformers")],
             "unavailable": unavailable(device),
             "code": _code_hash(),

@@ -97,10 +97,10 @@ class LLM:
         self.constraints = Constraints(grammars)
         length = parsed.model.max_model_len
         if parsed.engine.runtime == "demollm":
-            engine: Engine | DemoEngine = DemoEngine(program, parsed.engine, length, grammars)
+            engine: Engine | DemoEngine = DemoEngine(program, parsed.engine, length, grammars, progress=progress)
         else:
             draft = _draft_program(parsed, progress)
-            engine = Engine(program, parsed.engine, length, self._successor, grammars, draft=draft)
+            engine = Engine(program, parsed.engine, length, self._successor, grammars, draft=draft, progress=progress)
         self.name = type(model).__name__ if located is None else located.name
         self.options: Options = parsed
         self.max_model_len: int = engine.max_model_len

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from autodeploy.build import build, resolve_backend
+from autodeploy.build import build
+from autodeploy.compile.backends import resolve_backend
 from autodeploy.compile.program import Program
 from autodeploy.compile.replay import MAX_SHAPES, MAX_TOKENS, Memory, Replay, record
 from autodeploy.config import EngineOptions, parse_options
@@ -255,7 +256,7 @@ def test_contradictory_inputs_of_a_repeated_step_are_an_error() -> None:
 
 def test_who_can_repeat_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_backend("auto", torch.device("cpu")) == "replay"
-    assert resolve_backend("auto", torch.device("cuda", 0)) == "torch-simple"
+    assert resolve_backend("auto", torch.device("cuda", 0)) == "torch-cudagraph"
     with pytest.raises(ConfigError, match="not repeated"):
         resolve_backend("replay", torch.device("cuda", 0))
     monkeypatch.setenv("AUTODEPLOY_NATIVE", "0")

@@ -8,13 +8,27 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 
 from autodeploy.compile.bind import bind_kernels
 from autodeploy.compile.program import GraphFunction
+from autodeploy.compile.segments import CompileRegion, SegmentFunction
 from autodeploy.graph.model_graph import ModelGraph
+
+
+def region_compiler(graph: ModelGraph) -> CompileRegion:
+    """What compiles the regions of a graph, each for every number of tokens."""
+
+    def compile_region(module: fx.GraphModule) -> SegmentFunction:
+        inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+        with torch.no_grad(), tracing(TracingContext(graph.fake_mode)):
+            compiled: Any = compile_fx(module, inputs)
+        function: SegmentFunction = compiled
+        return function
+
+    return compile_region
 
 
 def compile_inductor(graph: ModelGraph) -> GraphFunction:

@@ -6,6 +6,7 @@ specs those graphs need, and the batch inputs they read.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,42 @@ from autodeploy.graph.report import BuildReport
 from autodeploy.ops.state import StateSpec
 
 GraphFunction = Callable[..., Tensor]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchLimits:
+    """The largest steps that a runtime will ask for.
+
+    Attributes:
+        max_num_seqs: sequences in one step.
+        max_num_batched_tokens: tokens in one step.
+        max_model_len: tokens of one sequence.
+        page_size: tokens per page.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    page_size: int
+
+    @property
+    def max_pages(self) -> int:
+        """Pages of one sequence: the widest page table."""
+        return -(-self.max_model_len // self.page_size)
+
+
+class Preparation(Protocol):
+    """What a graph does before it serves, where its backend prepares anything: CUDA graphs are captured."""
+
+    def reserved_bytes(self, limits: BatchLimits) -> int:
+        """Memory of the device, in bytes, that `prepare` will take beside states; found by a trial without any."""
+
+    def prepare(self, states: Mapping[str, Tensor], limits: BatchLimits, progress: Progress) -> None:
+        """Make ready for steps over these states and within these limits; holds until it is called anew.
+
+        The scratch page and the scratch slot of the states are written to, and nothing else.
+        """
 
 
 @dataclass(frozen=True)
@@ -24,6 +61,7 @@ class NamedGraph:
     function: GraphFunction
     batch_inputs: tuple[str, ...]
     state_names: tuple[str, ...]
+    preparation: Preparation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +120,32 @@ class Program:
     def batch_inputs(self, graph: str = "text") -> tuple[str, ...]:
         """Names of the batch inputs this graph reads (see `ops/batch_inputs.py`)."""
         return self.graphs[graph].batch_inputs
+
+    def reserved_bytes(self, limits: BatchLimits, graph: str = "text") -> int:
+        """Memory of the device, in bytes, that `prepare` will take; 0 where a backend prepares nothing."""
+        preparation = self.graphs[graph].preparation
+        return 0 if preparation is None else preparation.reserved_bytes(limits)
+
+    def prepare(
+        self,
+        states: Mapping[str, Tensor],
+        limits: BatchLimits,
+        graph: str = "text",
+        progress: Progress | None = None,
+    ) -> None:
+        """Make a graph ready for steps over these states; no-op where a backend prepares nothing.
+
+        A graph that was not prepared, or for other states, runs all the same, and slower. What was prepared before is
+        dropped. Scratch pages and slots are written to.
+
+        Args:
+            states: every state tensor by spec name; they stay where they are from now on.
+            limits: the largest steps that will come; larger ones run all the same.
+            progress: called with one line when something takes a while.
+        """
+        preparation = self.graphs[graph].preparation
+        if preparation is not None:
+            preparation.prepare(states, limits, progress or (lambda _: None))
 
     @torch.inference_mode()
     def run(self, batch: Mapping[str, Tensor], states: Mapping[str, Tensor], graph: str = "text") -> Tensor:

@@ -14,10 +14,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from autodeploy.build import Progress, compile_graph, resolve_backend, resolve_device
+from autodeploy.build import Progress, resolve_device
 from autodeploy.capture.export import capture
 from autodeploy.checkpoint.index import ModuleReader
 from autodeploy.checkpoint.load import load_weights
+from autodeploy.compile.backends import compile_graph, resolve_backend
 from autodeploy.config import Options
 from autodeploy.debug.check_report import FAILED, INCONCLUSIVE, PASSED, CheckReport, CheckRow
 from autodeploy.debug.clone import Clone, logits_of, tiny_clone
@@ -252,7 +253,7 @@ class _Check:
             for name, tensor in load_weights(self.graph.weights, self.weights.read, device=self.device).items():
                 setattr(self.graph.module, name, nn.Parameter(tensor, requires_grad=False))
             ways = self._ways()  # before nodes are bound to kernels
-            function = compile_graph(self.graph, backend, BuildReport())
+            function = compile_graph(self.graph, backend, self.device, BuildReport())
             for way, schedule in ways.items():
                 logits[way] = run_function(function, self.graph, self.rows, schedule, self.device)
         self._judge(

@@ -56,6 +56,8 @@ class Kernel:
             kernel, an opaque call to the compiler.
         batch_invariant: a token's result has the same bits whatever else the step computes, and however its sequence is
             cut into steps.
+        capture_safe: a device can capture a call and repeat it on other values of the same shapes: it launches what
+            follows from shapes, reads nothing back, and plans nothing on the host.
     """
 
     provider: str
@@ -63,6 +65,7 @@ class Kernel:
     supports: SupportFunction
     fuses_with_neighbours: bool = False
     batch_invariant: bool = False
+    capture_safe: bool = True
 
 
 @dataclass(eq=False)
@@ -121,6 +124,10 @@ class Op:
         """Parameter names in order."""
         return tuple(inspect.signature(self.reference).parameters)
 
+    def is_capture_safe(self, provider: str) -> bool:
+        """Whether a call by this provider is `capture_safe`, see `Kernel`; an opaque reference looks at values."""
+        return not self.opaque if provider == REFERENCE else self.kernels[provider].capture_safe
+
     def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Positional and keyword arguments as one dictionary by parameter name, defaults filled in."""
         bound = inspect.signature(self.reference).bind(*args, **kwargs)
@@ -134,13 +141,15 @@ class Op:
         *,
         fuses_with_neighbours: bool = False,
         batch_invariant: bool = False,
+        capture_safe: bool = True,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register an implementation; its signature must be the op's own."""
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             if tuple(inspect.signature(function).parameters) != self.parameters:
                 raise TypeError(f"kernel {provider!r} of op {self.name!r} must take exactly {self.parameters}")
-            self.kernels[provider] = Kernel(provider, function, supports, fuses_with_neighbours, batch_invariant)
+            traits = (fuses_with_neighbours, batch_invariant, capture_safe)
+            self.kernels[provider] = Kernel(provider, function, supports, *traits)
             return function
 
         return register

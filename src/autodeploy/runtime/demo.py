@@ -12,7 +12,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from autodeploy.compile.program import Program
+from autodeploy.compile.program import Program, Progress
 from autodeploy.config import EngineOptions
 from autodeploy.errors import EngineDeadError, InvalidRequestError
 from autodeploy.ops.batch_inputs import lookup
@@ -29,7 +29,7 @@ from autodeploy.runtime.request import (
     new_sequences,
 )
 from autodeploy.runtime.sampler import Sampler
-from autodeploy.runtime.states import allocate_states, copy_slot, plan_states
+from autodeploy.runtime.states import allocate_states, batch_limits, copy_slot, plan_states, reserved_bytes
 from autodeploy.runtime.stats import EngineStats
 
 SLOT = 1
@@ -44,6 +44,8 @@ class DemoEngine:
         options: EngineOptions,
         max_model_len: int | None = None,
         grammars: GrammarCompiler | None = None,
+        *,
+        progress: Progress | None = None,
     ) -> None:
         # Windows are a matter of the kernels; here every layer keeps all its pages, so there is one page table.
         self._specs = [replace(spec, window=None) if isinstance(spec, PagedState) else spec for spec in program.states]
@@ -53,11 +55,13 @@ class DemoEngine:
             device=program.device,
             max_model_len=max_model_len,
             model_limit=program.max_model_len,
+            reserved_bytes=reserved_bytes(program, replace(options, max_num_seqs=1), max_model_len),
         )
         self.program, self.options, self.max_model_len = program, options, self.plan.max_model_len
         self._limits = Limits(program.vocab_size, self.max_model_len, program.eos_token_ids)
         self._states = allocate_states(self._specs, self.plan, program.device)
         self._sampler = Sampler(options.seed, grammars)
+        program.prepare(self._states, batch_limits(options, 1, self.max_model_len), "text", progress)
         self._queue: list[Sequence] = []
         self._num_arrivals = self._num_steps = self._prompt_tokens = self._generation_tokens = 0
         self._model_seconds = 0.0

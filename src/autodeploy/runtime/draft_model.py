@@ -25,10 +25,12 @@ from autodeploy.runtime.request import Limits, Sequence
 from autodeploy.runtime.states import (
     StatePlan,
     allocate_states,
+    batch_limits,
     bytes_per_sequence,
     copy_slot,
     memory_budget,
     plan_states,
+    reserved_bytes,
 )
 
 
@@ -49,7 +51,9 @@ def draft_model_beside(
             "speculative_config needs a draft model with the same vocabulary"
         )
     limits = [limit for limit in (max_model_len, program.max_model_len, draft.max_model_len) if limit is not None]
-    plan, options = _plan_beside(program, draft.states, options, min(limits, default=None))
+    length = min(limits, default=None)
+    reserved = reserved_bytes(program, options, length) + reserved_bytes(draft, options, length)
+    plan, options = _plan_beside(program, draft.states, options, length, reserved)
     return DraftModel(draft, plan, options), options
 
 
@@ -65,14 +69,20 @@ def plan_of_head(
     if program.head is None:
         raise ConfigError("speculative_config names a draft head, and the program was built without one; build it anew")
     limits = [limit for limit in (max_model_len, program.max_model_len) if limit is not None]
-    return _plan_beside(program, program.head.states, options, min(limits, default=None))
+    length = min(limits, default=None)
+    reserved = reserved_bytes(program, options, length) + reserved_bytes(program, options, length, "head")
+    return _plan_beside(program, program.head.states, options, length, reserved)
 
 
 def _plan_beside(
-    program: Program, draft_states: SequenceOf[StateSpec], options: EngineOptions, max_model_len: int | None
+    program: Program,
+    draft_states: SequenceOf[StateSpec],
+    options: EngineOptions,
+    max_model_len: int | None,
+    reserved_bytes: int,
 ) -> tuple[StatePlan, EngineOptions]:
     """A plan for the states of who drafts, and the options with the memory that is left."""
-    budget = memory_budget(options, program.device)
+    budget = memory_budget(options, program.device, reserved_bytes)
     own, drafts = (bytes_per_sequence(specs, options) for specs in (program.states, draft_states))
     draft_bytes = budget * drafts // max(1, own + drafts)
     plan = plan_states(
@@ -150,6 +160,8 @@ class DraftModel:
             device=program.device,
         )
         self._shadows: dict[Sequence, Sequence] = {}
+        limits = batch_limits(options, plan.num_slots - 1, plan.max_model_len)
+        program.prepare(self._states, limits, self._graph)
 
     def propose(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
         """Drafts for the sequences that have grown and are caught up now; long ones take several calls for that."""

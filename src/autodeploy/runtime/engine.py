@@ -19,7 +19,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from autodeploy.compile.program import Program
+from autodeploy.compile.program import Program, Progress
 from autodeploy.config import EngineOptions, Options, SpeculativeOptions, check_options
 from autodeploy.errors import ConfigError, EngineDeadError, EngineOverloadedError, InvalidRequestError
 from autodeploy.ops.state import SlotState
@@ -42,7 +42,14 @@ from autodeploy.runtime.request import (
 from autodeploy.runtime.sampler import Choice, Sampler
 from autodeploy.runtime.scheduler import ScheduledStep, Scheduler
 from autodeploy.runtime.speculative import NgramProposer, Proposer, may_speculate
-from autodeploy.runtime.states import StatePlan, allocate_states, copy_slot, plan_states
+from autodeploy.runtime.states import (
+    StatePlan,
+    allocate_states,
+    batch_limits,
+    copy_slot,
+    plan_states,
+    reserved_bytes,
+)
 from autodeploy.runtime.stats import EngineStats
 from autodeploy.runtime.verify import Extension, extend_by_choice, extend_sequences
 
@@ -81,6 +88,7 @@ class Engine:
             computed anew. One that failed is reported once, and `program` goes on.
         draft: the draft model, when `speculative_config` names one.
         clock: seconds, never going back; for the timeouts of requests.
+        progress: called with one line when getting ready takes a while.
     Raises:
         ConfigError: an option with a bad value.
         OutOfMemoryError: the states of one sequence do not fit.
@@ -96,6 +104,7 @@ class Engine:
         *,
         draft: Program | None = None,
         clock: Callable[[], float] = time.monotonic,
+        progress: Progress | None = None,
     ) -> None:
         check_options(Options(engine=options))
         self._successor = successor
@@ -128,13 +137,15 @@ class Engine:
             is_asynchronous = program.device.type == "cuda"
         self._overlaps = is_asynchronous and self._speculation is None
         self._sampler = Sampler(options.seed, grammars)
-        self._run_with(program, options, max_model_len)
+        self._run_with(program, options, max_model_len, progress)
         if head_plan is not None and program.head is not None:
             kept = self._states[program.head.hidden_state]
             hidden = HiddenStates(kept, self._allocator.page_tables["full"])
             self._proposer = DraftModel(program, head_plan, options, hidden)
 
-    def _run_with(self, program: Program, options: EngineOptions, max_model_len: int | None) -> None:
+    def _run_with(
+        self, program: Program, options: EngineOptions, max_model_len: int | None, progress: Progress | None = None
+    ) -> None:
         """Plan and allocate the states of a program, and all that works with them."""
         plan = plan_states(
             program.states,
@@ -142,6 +153,7 @@ class Engine:
             device=program.device,
             max_model_len=max_model_len,
             model_limit=program.max_model_len,
+            reserved_bytes=reserved_bytes(program, options, max_model_len),
         )
         self.program = program
         self.options = options
@@ -167,6 +179,7 @@ class Engine:
             max_num_batched_tokens=options.max_num_batched_tokens,
             device=program.device,
         )
+        program.prepare(self._states, batch_limits(options, plan.num_slots - 1, plan.max_model_len), "text", progress)
 
     def add_request(
         self,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autodeploy.compile.program import BatchLimits, Program
 from autodeploy.config import EngineOptions
 from autodeploy.errors import OutOfMemoryError
 from autodeploy.memory import available_bytes
@@ -80,11 +81,33 @@ class StateBytes:
         return StateBytes(page_bytes=pages, slot_bytes=slot_bytes)
 
 
-def memory_budget(options: EngineOptions, device: torch.device) -> int:
-    """Bytes that all states together may take."""
+def memory_budget(options: EngineOptions, device: torch.device, reserved_bytes: int = 0) -> int:
+    """Bytes that all states together may take, of what is free beside `reserved_bytes`."""
     if options.kv_cache_memory_bytes is not None:
         return options.kv_cache_memory_bytes
-    return int(available_bytes(device) * options.memory_fraction)
+    return int(max(0, available_bytes(device) - reserved_bytes) * options.memory_fraction)
+
+
+def reserved_bytes(program: Program, options: EngineOptions, max_model_len: int | None, graph: str = "text") -> int:
+    """Memory that a graph's preparation will take beside states, in bytes; 0 where the user said how much states take.
+
+    Args:
+        max_model_len: the longest sequence that there may be, as far as that is known before states are planned.
+    """
+    if options.kv_cache_memory_bytes is not None:
+        return 0
+    length = max_model_len or program.max_model_len or UNLIMITED_MODEL_LEN
+    return program.reserved_bytes(batch_limits(options, options.max_num_seqs, length), graph)
+
+
+def batch_limits(options: EngineOptions, max_num_seqs: int, max_model_len: int) -> BatchLimits:
+    """The largest steps of an engine with these options."""
+    return BatchLimits(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max(options.max_num_batched_tokens, max_num_seqs),
+        max_model_len=max_model_len,
+        page_size=options.page_size,
+    )
 
 
 def bytes_per_sequence(specs: Iterable[StateSpec], options: EngineOptions, num_tokens: int = MIN_MODEL_LEN) -> int:
@@ -99,16 +122,18 @@ def plan_states(
     device: torch.device,
     max_model_len: int | None,
     model_limit: int | None,
+    reserved_bytes: int = 0,
 ) -> StatePlan:
     """Decide page and slot counts within the memory budget.
 
     Args:
         max_model_len: the user's context limit. It fits or is refused; it never shrinks.
         model_limit: the model's own limit, used when the user sets none; it shrinks to what fits.
+        reserved_bytes: memory of the device that is free and is wanted for something else.
     Raises:
         OutOfMemoryError: one sequence does not fit; says the bytes needed and available, and which option to change.
     """
-    budget = memory_budget(options, device)
+    budget = memory_budget(options, device, reserved_bytes)
     sizes = StateBytes.of(specs, options.page_size)
     wanted = max_model_len or model_limit or UNLIMITED_MODEL_LEN
     length = min(wanted, _longest_fitting(sizes, options, wanted, budget))

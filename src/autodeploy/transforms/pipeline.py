@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from autodeploy.config import CompileOptions
+from autodeploy.config import INDUCTOR_BACKENDS, CompileOptions
 from autodeploy.errors import ConfigError
 from autodeploy.graph.levels import Level
 from autodeploy.graph.transform import Pipeline, Stage, Transform
@@ -123,5 +123,5 @@ def kernel_choice(device: torch.device, options: CompileOptions) -> SelectKernel
     return SelectKernels(
         priority=priority(device),
         mixer_priority=mixer_priority(device, options.attn_backend),
-        compiled=options.compile_backend == "torch-compile",
+        compiled=options.compile_backend in INDUCTOR_BACKENDS,
     )

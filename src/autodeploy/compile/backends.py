@@ -1,0 +1,74 @@
+"""Backends by name: a lowered graph and the name of a backend go in, a function of one step comes out."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from autodeploy.compile.capture import Capture, CudaCapture
+from autodeploy.compile.cuda_graph import compile_cuda_graph
+from autodeploy.compile.eager import compile_eager
+from autodeploy.compile.program import GraphFunction
+from autodeploy.compile.replay import compile_replay
+from autodeploy.errors import ConfigError
+from autodeploy.graph.model_graph import ModelGraph
+from autodeploy.graph.report import BuildReport
+from autodeploy.kernels.provider import unavailable
+
+
+def resolve_backend(wanted: str, device: torch.device) -> str:
+    """The compile backend that `wanted` stands for; `auto` repeats steps where that can be done.
+
+    Raises:
+        ConfigError: a backend that this device has not.
+    """
+    if wanted == "auto" and device.type == "cuda":
+        return "torch-cudagraph"
+    if wanted in ("torch-cudagraph", "torch-opt"):
+        graph_capture(device)
+    if wanted not in ("auto", "replay"):
+        return wanted
+    lacking = unavailable(device) if device.type == "cpu" else {device.type: "kernels on this device are not repeated"}
+    if wanted == "auto":
+        return "torch-simple" if lacking else "replay"
+    if lacking:
+        why = "; ".join(lacking.values())
+        raise ConfigError(f"compile_backend='replay' repeats native CPU kernels: {why}; use 'torch-simple'")
+    return wanted
+
+
+def graph_capture(device: torch.device) -> Callable[[], Capture]:
+    """What captures graphs on a device. Raises ConfigError where there are none."""
+    if device.type != "cuda":
+        raise ConfigError(
+            f"compile_backend='torch-cudagraph' and 'torch-opt' capture CUDA graphs, and the device is {device.type}; "
+            "use 'auto', or device='cuda'"
+        )
+    return lambda: CudaCapture(device)
+
+
+def compile_graph(
+    graph: ModelGraph,
+    backend: str,
+    device: torch.device,
+    report: BuildReport,
+    capture_sizes: Sequence[int] | None = None,
+) -> GraphFunction:
+    """A function of a lowered graph's inputs in order, by a backend's name; the graph holds its weights.
+
+    One that captures CUDA graphs is a `GraphedFunction`, which is to be prepared.
+
+    Args:
+        capture_sizes: see the option `cudagraph_capture_sizes`.
+    """
+    if backend == "torch-simple":
+        return compile_eager(graph)
+    if backend == "replay":
+        return compile_replay(graph, report)
+    if backend == "torch-cudagraph":
+        return compile_cuda_graph(graph, device, report, graph_capture(device), capture_sizes)
+    # Importing Inductor takes a second that others need not pay.
+    from autodeploy.compile.inductor import compile_inductor, region_compiler
+
+    if backend == "torch-opt":
+        return compile_cuda_graph(graph, device, report, graph_capture(device), capture_sizes, region_compiler(graph))
+    return compile_inductor(graph)

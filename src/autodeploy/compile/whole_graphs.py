@@ -1,0 +1,61 @@
+"""Whole graphs: steps in which every sequence brings one token, captured for a few numbers of sequences."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from autodeploy.compile.capture import Capture, Work
+from autodeploy.compile.program import BatchLimits
+from autodeploy.compile.segments import Segments
+from autodeploy.compile.static_batch import BatchSize, StaticBatch, StaticInput, dummy_batch
+
+
+class WholeGraphs:
+    """Graphs of whole steps. Page tables are as wide as they can be, as kernels look at what a sequence has alone.
+
+    Args:
+        segments: the step.
+        inputs: all batch inputs.
+        states: state tensors by name; they stay where they are.
+        max_sequences: of a step.
+        vocab_size: token ids of trial runs are below it.
+    """
+
+    def __init__(
+        self,
+        segments: Segments,
+        inputs: Sequence[StaticInput],
+        states: Mapping[str, Tensor],
+        limits: BatchLimits,
+        *,
+        max_sequences: int,
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        self._segments, self._inputs, self._states = segments, inputs, states
+        self._limits, self._vocab_size, self._device = limits, vocab_size, device
+        self._batch = StaticBatch(inputs, BatchSize(max_sequences, max_sequences), limits, device)
+        self._logits: Tensor | None = None
+        self._replays: dict[int, Work] = {}
+
+    def capture(self, num_sequences: int, capture: Capture) -> None:
+        """Capture a step of this many sequences, the largest number first. Raises RuntimeError with the reason."""
+        self._batch.fill(dummy_batch(self._inputs, [1] * num_sequences, self._limits, self._vocab_size, self._device))
+        inputs = {**self._batch.views(BatchSize(num_sequences, num_sequences)), **self._states}
+
+        def work() -> None:
+            logits = self._segments.run(inputs)
+            if self._logits is None:
+                self._logits = torch.empty_like(logits)
+            self._logits[:num_sequences].copy_(logits)
+
+        capture.warm_up(work)
+        self._replays[num_sequences] = capture.record(work)
+
+    def run(self, num_sequences: int, batch: Mapping[str, Tensor]) -> Tensor:
+        """A step by the graph for this many sequences, no fewer than the batch has and than it wants rows of logits."""
+        assert self._logits is not None
+        self._batch.fill(batch)
+        self._replays[num_sequences]()
+        return self._logits[: batch["logits_indices"].numel()].clone()
