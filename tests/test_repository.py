@@ -21,7 +21,8 @@ README_LINES = 200
 # Part of the package -> the parts it may import, besides itself. The longest prefix of a module's name decides, so a
 # line for `transforms.lower` overrules the one for `transforms`. A part that is missing here fails the test.
 _BASE = ("errors", "env", "config", "cache_dir", "memory", "start_up")
-_RUNTIME = ("errors", "env", "config", "memory", "start_up", "ops.batch_inputs", "ops.state", "compile.program")
+_RUNTIME_OPS = ("ops.batch_inputs", "ops.state", "ops.sampling")
+_RUNTIME = ("errors", "env", "config", "memory", "start_up", *_RUNTIME_OPS, "compile.program")
 _COMPILER = (*_BASE, "graph", "ops", "checkpoint", "kernels", "models", "capture", "transforms", "compile")
 _SERVING = (*_RUNTIME, "outputs", "graph.report")
 _WHOLE = (*_COMPILER, "runtime", "server", "build", "outputs", "llm", "bench", "debug")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses import FakeTensorMode
 
 from autodeploy.checkpoint.load import load_weights, weight_bytes
 from autodeploy.checkpoint.recipe import ReadTensor, renamed
@@ -31,15 +32,17 @@ from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport
 from autodeploy.graph.verify import verify
 from autodeploy.graph_cache import GraphCache
-from autodeploy.kernels.provider import prepare
+from autodeploy.kernels.provider import kernel_for, prepare
 from autodeploy.models.limits import longest_context
 from autodeploy.models.locate import LocatedModel, locate_model
 from autodeploy.ops.fp8_linear import fp8_linear
 from autodeploy.ops.fp8_moe import fp8_moe
 from autodeploy.ops.linear import linear
 from autodeploy.ops.moe import expert_linear, moe
+from autodeploy.ops.op import Kernel
 from autodeploy.ops.quantized_linear import quantized_linear
 from autodeploy.ops.quantized_moe import quantized_moe
+from autodeploy.ops.sampling import choose_tokens
 from autodeploy.transforms.cache.keep_hidden_states import KeepHiddenStates, kept_state
 
 # Importing transformers, and torch.export, takes longer than the whole start of a model whose graph was kept. So the
@@ -354,10 +357,14 @@ def _finish(
         clock.lowered(each)
     with clock.stage("compile", f"compiling ({backend})"):
         named = {each.name: _compiled(each, backend, device, options, clock.report) for each in graphs}
+    vocab_size = int(logits.meta["val"].shape[-1])  # type: ignore[union-attr]
+    chooser = kernel_of_choice(vocab_size, subject.dtype, device)
+    if chooser is not None:
+        clock.report.kernels[choose_tokens.name] = {chooser.provider: 1}
     program = Program(
         graphs=named,
         states=tuple(graph.states),
-        vocab_size=int(logits.meta["val"].shape[-1]),  # type: ignore[union-attr]
+        vocab_size=vocab_size,
         max_model_len=min((n for n in (subject.max_model_len, graph.max_length) if n is not None), default=None),
         dtype=subject.dtype,
         device=device,
@@ -367,12 +374,21 @@ def _finish(
         flops_per_logits_row=head_flops,
         eos_token_ids=subject.eos_token_ids,
         head=draft_head,
+        choose_tokens=None if chooser is None else chooser.function,
         report=clock.report,
     )
     if options.check_isolation and "isolation" not in clock.report.facts:
         with clock.stage("check", "checking that packed sequences stay apart"):
             clock.report.facts["isolation"] = check_isolation(program, graph)
     return program
+
+
+def kernel_of_choice(vocab_size: int, dtype: torch.dtype, device: torch.device) -> Kernel | None:
+    """The kernel that chooses tokens from a program's logits; None where the runtime does without."""
+    with FakeTensorMode():
+        logits = torch.empty(1, vocab_size, dtype=dtype, device=device)
+    arguments = dict.fromkeys(choose_tokens.parameters)
+    return kernel_for(choose_tokens, device, **{**arguments, "logits": logits})
 
 
 def _draft_head(graph: ModelGraph, head: ModelGraph) -> DraftHead:

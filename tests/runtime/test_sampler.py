@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from autodeploy.runtime.draw import NUM_CANDIDATES, draw, draw_together
+from autodeploy.ops.sampling import choose_tokens
 from autodeploy.runtime.request import Limits, Request, SamplingParams, Sequence
 from autodeploy.runtime.sampler import Sampler
 
@@ -126,7 +126,7 @@ def test_a_long_tail_is_cut_where_the_whole_distribution_says() -> None:
     logits = (2.5 * np.random.default_rng(0).standard_normal(4000)).tolist()
     # A little more than what stays: at the limit float32 may round.
     kept = set(np.flatnonzero(expected_probabilities(logits, SamplingParams(top_p=0.981))).tolist())
-    assert NUM_CANDIDATES < len(kept) < 2000
+    assert 256 < len(kept) < 2000
     sampler = Sampler(seed=0)
     alone = make_sequence(vocab=4000, top_p=0.98, seed=1)
     pair = [make_sequence(vocab=4000, top_p=0.98, seed=1), make_sequence(vocab=4000, top_k=700, top_p=0.9, seed=1)]
@@ -143,10 +143,10 @@ def test_a_long_tail_is_cut_where_the_whole_distribution_says() -> None:
     assert set(seen) & set(unlikely), "the less likely half of what is kept is drawn from too"
 
 
-def test_a_flat_distribution_needs_more_than_the_candidates() -> None:
-    vocab = NUM_CANDIDATES * 4
+def test_a_flat_distribution_has_many_likely_tokens() -> None:
+    vocab = 1024
     logits = np.linspace(0, 0.01, vocab).tolist()
-    for params in ({"top_p": 0.5}, {"top_k": vocab // 2}, {"min_p": 0.995}, {"top_k": NUM_CANDIDATES, "top_p": 0.5}):
+    for params in ({"top_p": 0.5}, {"top_k": vocab // 2}, {"min_p": 0.995}, {"top_k": 256, "top_p": 0.5}):
         probabilities = expected_probabilities(logits, SamplingParams(**params))
         tokens = sample_many(logits, 3000, vocab=vocab, **params)
         allowed = set(np.flatnonzero(probabilities).tolist())
@@ -259,16 +259,23 @@ def test_a_seeded_row_is_independent_of_its_neighbours_and_of_the_batch() -> Non
 
 
 def test_all_rows_at_once_are_drawn_like_one_row_after_the_other() -> None:
-    """The CPU looks at likely tokens row by row, other devices at all rows together."""
+    """The CPU looks at likely tokens row by row, other devices at all rows together; greedy rows among them."""
     generator = torch.Generator().manual_seed(4)
     each: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 40}, {"min_p": 0.01, "top_p": 0.7}, {"top_p": 0.999}]
-    for params in ([SamplingParams(**given) for given in each], [SamplingParams(top_k=k) for k in (1, 2, 9, 200, 255)]):
-        logits = 3 * torch.randn(5, 5000, generator=generator)
-        numbers = np.random.default_rng(5).random((50, 5))
-        best = logits.max(-1).values
-        one_by_one = [draw(logits, best, params, row).tolist() for row in numbers]
-        assert [draw_together(logits.softmax(-1), params, row).tolist() for row in numbers] == one_by_one
-        assert len({tuple(tokens) for tokens in one_by_one}) > 30
+    each += [{"temperature": 0}, {"temperature": 0.3, "logprobs": 2, "presence_penalty": 0.5, "seed": 3}]
+    for given in (each, [{"top_k": k} for k in (1, 2, 9, 200, 255)], [{}, {"temperature": 0.5}], [{"temperature": 0}]):
+        here, there = Sampler(seed=2), Sampler(seed=2, choose_tokens=choose_tokens.reference)
+        sequences = [make_sequence(vocab=5000, arrival=at, **params) for at, params in enumerate(given)]
+        seen = set()
+        for _ in range(40):
+            logits = 3 * torch.randn(len(given), 5000, generator=generator)
+            expected, found = here.sample(logits, sequences), there.sample(logits, sequences)
+            assert found.token_ids == expected.token_ids and found.logprobs == expected.logprobs
+            seen.add(tuple(expected.token_ids))
+            for sequence, token in zip(sequences, expected.token_ids, strict=True):
+                assert token is not None
+                sequence.append(token)
+        assert len(seen) > 30
 
 
 def test_requests_without_a_seed_have_randomness_of_their_own_wherever_they_run() -> None:

@@ -15,6 +15,8 @@ from autodeploy.graph.report import BuildReport
 from autodeploy.ops.state import StateSpec
 
 GraphFunction = Callable[..., Tensor]
+ChooseTokens = Callable[..., tuple[Tensor, Tensor]]
+"""The op `choose_tokens`, or a kernel of it."""
 Progress = Callable[[str], None]
 
 
@@ -100,6 +102,7 @@ class Program:
         flops_per_logits_row: the same for each row of logits: the head.
         eos_token_ids: ids that end a generation, from the model's generation config.
         head: of a program with a graph `head`.
+        choose_tokens: the kernel of that op for the device, if there is one; logits go through it.
         report: what the build did.
     """
 
@@ -115,6 +118,7 @@ class Program:
     flops_per_logits_row: int = 0
     eos_token_ids: tuple[int, ...] = ()
     head: DraftHead | None = None
+    choose_tokens: ChooseTokens | None = None
     report: BuildReport = field(default_factory=BuildReport)
 
     def batch_inputs(self, graph: str = "text") -> tuple[str, ...]:

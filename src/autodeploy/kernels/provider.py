@@ -1,12 +1,13 @@
 """Providers: who implements ops besides the reference, whether they can run here, and in which order they are asked."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from autodeploy.errors import ConfigError
 from autodeploy.kernels import cpu, triton
-from autodeploy.ops.op import REFERENCE
+from autodeploy.ops.op import REFERENCE, Kernel, Op
 
 PROVIDERS: dict[str, tuple[str, ...]] = {"cpu": (cpu.PROVIDER,), "cuda": (triton.PROVIDER,)}
 """Device type -> providers of kernels for it, in order of preference; the reference comes last and is not listed."""
@@ -42,6 +43,12 @@ def mixer_priority(device: torch.device, attn_backend: str) -> tuple[str, ...]:
             f"attn_backend={attn_backend!r} is not available on {device.type}; choose one of auto, {', '.join(known)}"
         )
     return () if attn_backend == REFERENCE else (attn_backend,)
+
+
+def kernel_for(op: Op, device: torch.device, **arguments: Any) -> Kernel | None:
+    """The preferred kernel of an op that is called outside of graphs, for (fake) arguments; None: the reference."""
+    kernels = (op.kernels.get(name) for name in priority(device))
+    return next((k for k in kernels if k is not None and k.supports(**arguments) is None), None)
 
 
 def is_prepared(device: torch.device) -> bool:

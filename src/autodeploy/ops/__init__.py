@@ -21,6 +21,7 @@ keep_rows.py     a value of every token, kept for a reader beside the graph
 norm.py rope.py linear.py mlp.py moe.py   token-wise operations
 quantized_linear.py quantized_moe.py       products with weights of 8 or 4 bits
 fp8_linear.py fp8_moe.py       the same with 8-bit floating point
+sampling.py      tokens chosen from rows of logits, beside the graph
 """
 
 from autodeploy.ops.attention import attention, cached_attention
@@ -44,6 +45,7 @@ from autodeploy.ops.quantized_linear import quantized_linear
 from autodeploy.ops.quantized_moe import quantized_moe
 from autodeploy.ops.recurrence import recurrence
 from autodeploy.ops.rope import rope
+from autodeploy.ops.sampling import choose_tokens
 from autodeploy.ops.sparse_attention import cached_sparse_attention, sparse_attention
 from autodeploy.ops.ssm import cached_selective_scan, cached_ssd, selective_scan, ssd
 from autodeploy.ops.token_shift import token_shift
@@ -66,6 +68,7 @@ __all__ = [
     "captured_attention",
     "captured_mask",
     "causal_conv",
+    "choose_tokens",
     "delta_rule",
     "expert_linear",
     "find_op",

@@ -60,7 +60,7 @@ class DemoEngine:
         self.program, self.options, self.max_model_len = program, options, self.plan.max_model_len
         self._limits = Limits(program.vocab_size, self.max_model_len, program.eos_token_ids)
         self._states = allocate_states(self._specs, self.plan, program.device)
-        self._sampler = Sampler(options.seed, grammars)
+        self._sampler = Sampler(options.seed, grammars, program.choose_tokens)
         program.prepare(self._states, batch_limits(options, 1, self.max_model_len), "text", progress)
         self._queue: list[Sequence] = []
         self._num_arrivals = self._num_steps = self._prompt_tokens = self._generation_tokens = 0

@@ -1,17 +1,12 @@
-"""Random choice: logits and sampling parameters go in, one token per row comes out, drawn with a given random number.
+"""Random choice on the CPU: logits, sampling parameters and random numbers go in, one token per row comes out.
 
-Temperature, then min-p, top-k and top-p, then the cumulative distribution of what they leave is inverted. Ties with the
-least likely token that is kept are kept too, so that no order of sorting matters.
+It is what the op `choose_tokens` says, done row by row, with a look at each one's likely tokens only.
 
-On the CPU a row looks at its likely tokens only; elsewhere all rows are sorted at once, and nothing waits for the
-device.
-
-Shapes: V vocabulary, N rows, C candidates.
+Shapes: V vocabulary, N rows, C likely tokens.
 """
 
 import math
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,9 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autodeploy.runtime.request import SamplingParams
-
-NUM_CANDIDATES = 256
-"""Tokens that are ranked where every row's top_k is below that; else all are."""
 
 _REACH, _LAST_REACH = 3.5, 40.0
 """By how much, times the temperature, the search for a row's likely tokens goes further below the greatest logit each
@@ -32,14 +24,11 @@ Uniforms = NDArray[np.float64]
 
 
 def draw(logits_NV: Tensor, best_N: Tensor, params: SequenceOf[SamplingParams], uniforms_N: Uniforms) -> Tensor:
-    """Tokens [N] int64 on the logits' device, for logits of any float dtype. Unusable rows give any token.
+    """Tokens [N] int64, for logits on the CPU of any float dtype. Unusable rows give any token.
 
     Args:
         best_N: the greatest logit of each row.
     """
-    if logits_NV.device.type != "cpu":
-        scaled_NV = logits_NV.float() / on_device([p.temperature for p in params], best_N, torch.float32).unsqueeze(1)
-        return draw_together(torch.softmax(scaled_NV, dim=-1), params, uniforms_N)
     tokens = []
     # Row by row in float32, so that a row stays in the processor's cache.
     for row_V, best, each, uniform in zip(logits_NV, best_N.tolist(), params, uniforms_N.tolist(), strict=True):
@@ -49,7 +38,8 @@ def draw(logits_NV: Tensor, best_N: Tensor, params: SequenceOf[SamplingParams], 
 
 def on_device(values: SequenceOf[float] | SequenceOf[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Values as a tensor beside another, by default of its dtype, without waiting for the device."""
-    return torch.tensor(values, dtype=dtype or like.dtype).to(like.device, non_blocking=True)
+    tensor = torch.tensor(values, dtype=dtype or like.dtype, pin_memory=like.is_cuda)
+    return tensor.to(like.device, non_blocking=True)
 
 
 def _draw_row(logits_V: Row, best: float, params: SamplingParams, uniform: float) -> int:
@@ -114,51 +104,3 @@ def _threshold(sorted_C: Row, params: SamplingParams, total: float | None, *, is
         num_left = num_reached
     least: np.float32 = sorted_C[num_left - 1]
     return least
-
-
-def draw_together(probabilities_NV: Tensor, params: SequenceOf[SamplingParams], uniforms_N: Uniforms) -> Tensor:
-    """The same for all rows at once, without a look at any value."""
-    if any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params):
-        thresholds = _thresholds(probabilities_NV, params)
-        probabilities_NV = probabilities_NV.masked_fill(probabilities_NV < thresholds, 0.0)
-    cumulative = probabilities_NV.cumsum(dim=-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    target = torch.from_numpy(uniforms_N).to(total.device, non_blocking=True).unsqueeze(1) * total
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    return tokens.clamp_(max=probabilities_NV.shape[-1] - 1)
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """top_k (the vocabulary for off), top_p and min_p as columns [N, 1]."""
-
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor
-
-    @staticmethod
-    def of(params: SequenceOf[SamplingParams], like: Tensor) -> "_Limits":
-        vocab_size = like.shape[-1]
-        top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
-        columns = (top_k, [p.top_p for p in params], [p.min_p for p in params])
-        return _Limits(*(on_device(values, like).unsqueeze(1) for values in columns))
-
-
-def _thresholds(probabilities_NV: Tensor, params: SequenceOf[SamplingParams]) -> Tensor:
-    """Smallest probability [N, 1] that survives the filters; 0 for a row without filters."""
-    vocab_size = probabilities_NV.shape[-1]
-    if all(0 < p.top_k < NUM_CANDIDATES for p in params):
-        sorted_NC = probabilities_NV.topk(min(NUM_CANDIDATES, vocab_size), dim=-1).values
-    else:
-        sorted_NC = probabilities_NV.sort(dim=-1, descending=True).values
-    limits = _Limits.of(params, probabilities_NV)
-    rank = torch.arange(sorted_NC.shape[-1], device=sorted_NC.device)
-    keep = (sorted_NC >= limits.min_p * sorted_NC[:, :1]) & (rank < limits.top_k)
-    is_cut = (limits.min_p > 0) | (limits.top_k < vocab_size)
-    kept = torch.where(keep, sorted_NC, 0.0)
-    mass = torch.where(is_cut, kept.sum(dim=-1, keepdim=True), 1.0)
-    before = kept.cumsum(dim=-1) - kept
-    final = keep & ((before < limits.top_p * mass) | (limits.top_p >= 1.0))
-    last = final.sum(dim=-1, keepdim=True) - 1
-    return sorted_NC.gather(-1, last.clamp(min=0))

@@ -156,6 +156,7 @@ class Engine:
             reserved_bytes=reserved_bytes(program, options, max_model_len),
         )
         self.program = program
+        self._sampler.choose_tokens = program.choose_tokens
         self.options = options
         self.plan = plan
         self.max_model_len = plan.max_model_len

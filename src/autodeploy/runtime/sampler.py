@@ -1,9 +1,9 @@
 """Sampling: logits and the sequences they belong to go in, one token per row and its log-probabilities come out.
 
 The order is: penalties, constraints, temperature, min-p, top-k, top-p, then one random number per row through the
-cumulative distribution (`draw.py`). Every row depends on its own logits, parameters and random number only, never on
-its neighbours in the batch; the random number depends on the seed and the token's position only. Random numbers are
-made on the host: a seed means the same on every device.
+cumulative distribution. Every row depends on its own logits, parameters and random number only, never on its neighbours
+in the batch; the random number depends on the seed and the token's position only, and is the same on every device. On
+the CPU rows are drawn one by one (`draw.py`), elsewhere all at once by the op `choose_tokens`.
 
 Choosing and looking at what was chosen are two things: between them the device may still be at work.
 
@@ -20,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from autodeploy.compile.program import ChooseTokens
+from autodeploy.ops.sampling import choose_tokens
 from autodeploy.runtime.constraints import Constraints
 from autodeploy.runtime.draw import draw, on_device
 from autodeploy.runtime.grammar import GrammarCompiler
@@ -113,11 +115,14 @@ class Sampler:
     Attributes:
         seed: sequences without a seed get theirs from this one and from when they came; None takes one from the system.
         grammars: compiles what guided sequences follow; None serves none.
+        choose_tokens: the op of that name, or a kernel of it, for the program's logits; None takes the reference, and
+            on the CPU what is faster there.
         constraints: what sequences may say next.
     """
 
     seed: int | None = None
     grammars: GrammarCompiler | None = None
+    choose_tokens: ChooseTokens | None = None
     constraints: Constraints = field(init=False)
     _key: int = field(init=False)
     _keys: dict[Sequence, int] = field(init=False, default_factory=dict)
@@ -144,26 +149,19 @@ class Sampler:
         Args:
             latest_R: the tokens that `Sequence.pending_row` means, on the device.
         """
-        if all(sequence.is_plain for sequence in sequences):
+        is_one_by_one = self.choose_tokens is None and logits_RV.is_cpu
+        if is_one_by_one and all(sequence.is_plain for sequence in sequences):
             return Choice(*_best(logits_RV))
-        if logits_RV.device.type == "cpu" and all(each.is_plain or each.is_plainly_guided for each in sequences):
+        if is_one_by_one and all(each.is_plain or each.is_plainly_guided for each in sequences):
             return self._best_allowed(logits_RV, sequences)
         raw_RV = logits_RV
         if any(sequence.params.has_penalties or sequence.params.has_constraints for sequence in sequences):
             penalised_RV = self._penalise(raw_RV.float(), sequences, latest_R)
             logits_RV = self.constraints.apply(penalised_RV, sequences)
-        tokens_R, best_R = _best(logits_RV)
-        chosen = [sequence for sequence in sequences if not sequence.params.is_greedy]
-        if chosen:
-            params = [sequence.params for sequence in chosen]
-            keys, positions = map(self._key_of, chosen), (sequence.num_tokens for sequence in chosen)
-            numbers = uniforms(keys, positions, len(chosen))
-            if len(chosen) == len(sequences):
-                tokens_R = draw(logits_RV, best_R, params, numbers)
-            else:
-                random_rows = [row for row, sequence in enumerate(sequences) if not sequence.params.is_greedy]
-                rows = on_device(random_rows, tokens_R)
-                tokens_R[rows] = draw(logits_RV[rows], best_R[rows], params, numbers)
+        if is_one_by_one:
+            tokens_R, best_R = self._choose_one_by_one(logits_RV, sequences)
+        else:
+            tokens_R, best_R = self._choose_together(logits_RV, sequences)
         wanted = [(row, s.params.logprobs) for row, s in enumerate(sequences) if s.params.logprobs is not None]
         if not wanted:
             return Choice(tokens_R, best_R)
@@ -184,6 +182,38 @@ class Sampler:
             left_RV = self.constraints.apply(logits_RV[refused], [sequences[row] for row in refused])
             tokens_R[refused], best_R[refused] = _best(left_RV)
         return Choice(tokens_R, best_R)
+
+    def _choose_one_by_one(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> tuple[Tensor, Tensor]:
+        tokens_R, best_R = _best(logits_RV)
+        random_rows = [row for row, sequence in enumerate(sequences) if not sequence.params.is_greedy]
+        if not random_rows:
+            return tokens_R, best_R
+        chosen = [sequences[row] for row in random_rows]
+        params = [sequence.params for sequence in chosen]
+        keys, positions = map(self._key_of, chosen), (sequence.num_tokens for sequence in chosen)
+        numbers = uniforms(keys, positions, len(chosen))
+        if len(chosen) == len(sequences):
+            return draw(logits_RV, best_R, params, numbers), best_R
+        rows = torch.tensor(random_rows)
+        tokens_R[rows] = draw(logits_RV[rows], best_R[rows], params, numbers)
+        return tokens_R, best_R
+
+    def _choose_together(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> tuple[Tensor, Tensor]:
+        choose = self.choose_tokens or choose_tokens.reference
+        params = [sequence.params for sequence in sequences]
+        if all(each.is_greedy for each in params):
+            return choose(logits_RV, None, None, None, None, None, None)
+        num_rows = len(sequences)
+        shares = [0.0 if p.is_greedy else p.temperature for p in params]
+        shares += [p.top_p for p in params]
+        shares += [p.min_p for p in params]
+        temperature, top_p, min_p = on_device(shares, logits_RV, torch.float32).view(3, num_rows)
+        keys = [0 if s.params.is_greedy else _as_int64(self._key_of(s)) for s in sequences]
+        numbers = [max(p.top_k, 0) for p in params] + keys + [s.num_tokens for s in sequences]
+        top_k, keys_R, positions = on_device(numbers, logits_RV, torch.int64).view(3, num_rows)
+        if any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params):
+            return choose(logits_RV, temperature, top_k, top_p, min_p, keys_R, positions)
+        return choose(logits_RV, temperature, None, None, None, keys_R, positions)
 
     def _penalise(self, logits_RV: Tensor, sequences: SequenceOf[Sequence], latest_R: Tensor | None = None) -> Tensor:
         """Repetition penalty over prompt and output, frequency and presence penalty over output."""
@@ -224,11 +254,13 @@ class Sampler:
         return key
 
 
+def _as_int64(key: int) -> int:
+    """The number with the bits of an unsigned one of 64 bits."""
+    return key - (1 << 64) if key >> 63 else key
+
+
 def _best(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """The token with the greatest logit of each row, and that logit. A NaN counts as the greatest."""
-    if logits_RV.device.type != "cpu":
-        best = logits_RV.max(dim=-1)
-        return best.indices, best.values
+    """The token with the greatest logit of each row, and that logit, on the CPU. A NaN counts as the greatest."""
     tokens_R = _best_by_bits(logits_RV)
     if tokens_R is None:
         # NumPy, because torch's CPU argmax is not vectorised: 5 against 75 microseconds for a row of 49152.

@@ -220,6 +220,20 @@ def fp8_moe() -> list[Arguments]:
     return [sample(1, None), sample(64, 128)]
 
 
+def choose_tokens() -> list[Arguments]:
+    numbers = functools.partial(empty, dtype=torch.float32)
+
+    def sample(rows: int, is_random: bool, is_filtered: bool) -> Arguments:
+        draws = {"temperature": numbers(rows), "keys": empty(rows, dtype=torch.int64)}
+        draws |= {"positions": empty(rows, dtype=torch.int64)}
+        filters = {"top_k": empty(rows, dtype=torch.int32), "top_p": numbers(rows), "min_p": numbers(rows)}
+        nothing = dict.fromkeys((*draws, *filters))
+        given = (draws if is_random else {}) | (filters if is_filtered else {})
+        return {"logits": empty(rows, 128256), **nothing, **given}
+
+    return [sample(1, True, True), sample(256, True, False), sample(64, False, False)]
+
+
 SIZES: dict[str, Callable[[], list[Arguments]]] = {
     "cached_attention": cached_attention,
     "cached_causal_conv": cached_causal_conv,
@@ -235,6 +249,7 @@ SIZES: dict[str, Callable[[], list[Arguments]]] = {
     "add_rms_norm": add_rms_norm,
     "gated_rms_norm": gated_rms_norm,
     "layer_norm": layer_norm,
+    "choose_tokens": choose_tokens,
     "gated_activation": gated_activation,
     "rope": rope,
     "quantized_linear": quantized_linear,

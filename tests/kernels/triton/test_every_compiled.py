@@ -21,8 +21,8 @@ NAMES = [name for name, op in OPS.items() for kernel in op.kernels if kernel in 
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 """Of a thread block, by compute capability (CUDA programming guide, technical specifications)."""
 NEWEST = max(SHARED_BYTES)
-SPILLED_BYTES = {"_ssd_chunks": 128, "_go_through_chunks": 512, "_solve_chunks": 64}
-"""What chunks of recurrences keep in local memory: mostly addresses that stay as they are while a loop runs."""
+SPILLED_BYTES = {"_ssd_chunks": 128, "_go_through_chunks": 512, "_solve_chunks": 64, "_choose": 64}
+"""What chunks of recurrences, and choices of tokens, keep in local memory: mostly what stays as it is in a loop."""
 
 pytestmark = pytest.mark.skipif(bool(provider.unavailable(CUDA)), reason=str(provider.unavailable(CUDA)))
 

@@ -13,6 +13,7 @@ attention.py mla.py   attention over pages read in place
 sequences.py   what kernels over slot states share
 causal_conv.py ssm.py recurrence.py   convolutions, state-space and other recurrences of channels
 matrix_memory.py   delta rules and linear attention
+sampling.py   tokens chosen from rows of logits
 
 Nothing of Triton is imported before `load`, so that a program for the CPU does not pay for it.
 """
@@ -41,6 +42,7 @@ MODULES = (
     "quantized_moe",
     "recurrence",
     "rope",
+    "sampling",
     "ssm",
 )
 """Modules that hold kernels."""
