@@ -18,6 +18,7 @@ INDUCTOR_BACKENDS = ("torch-compile", "torch-opt")
 """Backends that put the graph, or regions of it, through Inductor."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 INTEGERS = ("int8", "int4")
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2")
 QUANTIZATIONS = (None, *INTEGERS, "fp8", "fp8_per_block")
 RUNTIMES = ("engine", "demollm")
 MAX_SPECULATIVE_TOKENS = 64
@@ -67,6 +68,8 @@ class CompileOptions:
             floating point (`fp8`, `fp8_per_block`); default: as `dtype` says.
         quantization_group_size: for `int8` and `int4`, inputs of a weight that share a scale, a multiple of 32;
             default: a row for `int8`, 32 for `int4`.
+        kv_cache_dtype: `fp8` (`fp8_e4m3`) or `fp8_e5m2` keeps keys and values in 8-bit floating point, without scales;
+            `auto` in the model's dtype.
         batch_invariant: a request's tokens and log-probabilities have the same bits whatever runs beside it, however
             its prompt is cut, and whatever of it was cached; slower. A model for which that cannot be kept is refused.
         transforms: overrides by transform name, e.g. `{"fuse_qkv": {"enabled": False}}`.
@@ -82,6 +85,7 @@ class CompileOptions:
     attn_backend: str = "auto"
     quantization: str | None = None
     quantization_group_size: int | None = None
+    kv_cache_dtype: str = "auto"
     batch_invariant: bool = False
     transforms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     strict: bool = False
@@ -244,6 +248,7 @@ def check_options(options: Options) -> None:
     _one_of("load_format", options.model.load_format, ("auto", "dummy"))
     _one_of("compile_backend", options.compile.compile_backend, COMPILE_BACKENDS)
     _one_of("quantization", options.compile.quantization, QUANTIZATIONS)
+    _one_of("kv_cache_dtype", options.compile.kv_cache_dtype, KV_CACHE_DTYPES)
     sizes = options.compile.cudagraph_capture_sizes
     if sizes is not None:
         if not isinstance(sizes, list | tuple) or not sizes:

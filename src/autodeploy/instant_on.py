@@ -74,6 +74,8 @@ def _is_worthwhile(model: LocatedModel, options: Options) -> bool:
     asked_for = options.compile.instant_on and not options.compile.strict and options.model.load_format == "auto"
     if not asked_for or options.engine.runtime != "engine" or options.compile.quantization is not None:
         return False  # the model's own code would answer with other numbers than its graph with rounded weights
+    if options.compile.kv_cache_dtype != "auto":
+        return False  # nor does it round keys and values
     if device.type != "cpu" or num_bytes < LEAST_BYTES or COPIES * num_bytes > available_bytes(device):
         return False
     if not GraphCache.is_wanted(options) or _work(model, options) is None:

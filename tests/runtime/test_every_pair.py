@@ -85,6 +85,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "compile_backend=torch-compile": {"compile_backend": "torch-compile"},
     "attn_backend=torch": {"attn_backend": "torch"},
     "quantization": {"quantization": "int8"},
+    "kv_cache_dtype": {"kv_cache_dtype": "fp8"},
     "async_scheduling": {"async_scheduling": True},
     "enable_prefix_caching": {"enable_prefix_caching": True},
 }

@@ -45,6 +45,7 @@ from autodeploy.graph.report import BuildReport, TransformReport
 from autodeploy.graph.transform import Stage, Transform
 from autodeploy.graph.verify import verify
 from autodeploy.kernels.provider import prepare
+from autodeploy.ops.attention import is_float8
 from autodeploy.transforms.lower.select_kernels import SelectKernels
 from autodeploy.transforms.pipeline import configure, default_pipeline, kernel_choice
 
@@ -188,6 +189,7 @@ class _Check:
     def _allowed(self, tolerance: float) -> float:
         """The tolerance, and no less than what a value on the border of two levels makes, where there are levels."""
         rounds = any(op.rounds_activations for _, op in self.graph.op_nodes())
+        rounds = rounds or any(is_float8(spec.dtype) for spec in self.graph.states)
         return max(tolerance, QUANTIZED_TOLERANCE) if rounds else tolerance
 
     def _compare(self, stage: str, name: str, transform: TransformReport | None, tolerance: float) -> None:

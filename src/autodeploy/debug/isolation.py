@@ -15,6 +15,7 @@ from autodeploy.compile.program import Program
 from autodeploy.debug.packed_run import Span, fresh_states, run_packed, step_batch
 from autodeploy.errors import TokenMixingError
 from autodeploy.graph.model_graph import ModelGraph, module_path, source_line
+from autodeploy.ops.attention import is_float8
 from autodeploy.ops.op import OPS
 
 LENGTHS = (5, 7)
@@ -23,7 +24,7 @@ SPLIT = 2
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 """Largest difference of a logit, as a share of the largest logit, that rounding in that dtype may cause."""
 QUANTIZED_TOLERANCE = 5e-2
-"""The same where activations are rounded to few levels: the last bit of a sum may decide between two of them."""
+"""The same where activations or keys are rounded to few levels: the last bit of a sum may decide between two."""
 
 
 def check_isolation(program: Program, graph: ModelGraph | None = None) -> str:
@@ -53,7 +54,8 @@ def _check_once(program: Program, graph: ModelGraph | None, seed: int) -> str:
     alone = torch.cat([run_packed(program, [row]) for row in rows])
     joined = run_packed(program, [torch.cat(rows)])
     tolerance = TOLERANCE.get(program.dtype, 1e-3)
-    if any(OPS[name].rounds_activations for name in program.report.kernels):
+    rounds_activations = any(OPS[name].rounds_activations for name in program.report.kernels)
+    if rounds_activations or any(is_float8(spec.dtype) for spec in program.states):
         tolerance = max(tolerance, QUANTIZED_TOLERANCE)
     if not bool(torch.isfinite(alone).all()):
         return "inconclusive: the model's logits are not finite"

@@ -170,6 +170,33 @@ def _of_row(sinks: Tensor | None, row: slice) -> Tensor | None:
     return sinks[0, row] if sinks is not None and sinks.dim() == 3 else sinks
 
 
+def write_entries(cache: Tensor, slot_mapping: Tensor, entries: Tensor) -> None:
+    """Write an entry per token `[T, ...]` into `[pages, page_size, ...]`, in the cache's dtype.
+
+    What is larger than the largest number of 8-bit floating point becomes that; a NaN stays one.
+    """
+    flat = cache.view(-1, *cache.shape[2:])
+    if is_float8(cache.dtype):
+        largest = torch.finfo(cache.dtype).max
+        # as bytes: torch copies no float8 entries by index
+        flat, entries = (
+            flat.view(torch.uint8),
+            entries.float().clamp(-largest, largest).to(cache.dtype).view(torch.uint8),
+        )
+    flat.index_copy_(0, slot_mapping, entries.to(flat.dtype))
+
+
+def read_pages(cache: Tensor, pages: Tensor, dtype: torch.dtype) -> Tensor:
+    """The entries of some pages, one after another, in a dtype."""
+    stored = cache.view(torch.uint8) if is_float8(cache.dtype) else cache
+    return stored.index_select(0, pages).flatten(0, 1).view(cache.dtype).to(dtype)
+
+
+def is_float8(dtype: torch.dtype) -> bool:
+    """Whether numbers are 8-bit floating point."""
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
 def _cached_attention_fake(
     query: Tensor,
     key: Tensor,
@@ -218,13 +245,13 @@ def cached_attention(
         query, key, value: the new tokens, `[1, T, N, H]`, `[1, T, K, H]`, `[1, T, K, V]`.
         cu_seqlens: int `[S+1]`, new tokens of each sequence. seq_lens: int `[S]`, tokens including the new ones.
         page_table: int `[S, P]`. slot_mapping: int `[T]`, where each new token's entry goes.
-        key_cache: `[pages, page_size, K, H]`. value_cache: `[pages, page_size, K, V]`.
+        key_cache: `[pages, page_size, K, H]`. value_cache: `[pages, page_size, K, V]`. Of the query's dtype, or float8.
     Returns:
         `[1, T, N, V]`.
     """
     page_size = key_cache.shape[1]
-    key_cache.view(-1, *key_cache.shape[2:]).index_copy_(0, slot_mapping, key[0].to(key_cache.dtype))
-    value_cache.view(-1, *value_cache.shape[2:]).index_copy_(0, slot_mapping, value[0].to(value_cache.dtype))
+    write_entries(key_cache, slot_mapping, key[0])
+    write_entries(value_cache, slot_mapping, value[0])
     output = value.new_empty(*query.shape[:-1], value.shape[-1])
     borders, lengths = cu_seqlens.tolist(), seq_lens.tolist()
     for index, (start, end) in enumerate(itertools.pairwise(borders)):
@@ -236,8 +263,8 @@ def cached_attention(
         seen = slice(0, length - first * page_size)
         output[0, start:end] = _attend_fused(
             query[0, start:end],
-            key_cache.index_select(0, pages).flatten(0, 1)[seen].to(query.dtype),
-            value_cache.index_select(0, pages).flatten(0, 1)[seen].to(query.dtype),
+            read_pages(key_cache, pages, query.dtype)[seen],
+            read_pages(value_cache, pages, query.dtype)[seen],
             _of_row(sinks, slice(start, end)),
             scale,
             causal,
@@ -299,14 +326,12 @@ def _attend_fused(
 
 @attention.with_states(cached_attention)
 def _attention_states(key: Tensor, value: Tensor, sliding_window: int | None, **_: Any) -> dict[str, StateSpec]:
-    return {
-        "key_cache": PagedState(
-            name="key_cache", shape=tuple(key.shape[2:]), dtype=key.dtype, window=sliding_window, shard_dim=0
-        ),
-        "value_cache": PagedState(
-            name="value_cache", shape=tuple(value.shape[2:]), dtype=value.dtype, window=sliding_window, shard_dim=0
-        ),
-    }
+    def kept(name: str, x: Tensor) -> PagedState:
+        return PagedState(
+            name=name, shape=tuple(x.shape[2:]), dtype=x.dtype, window=sliding_window, may_be_rounded=True
+        )
+
+    return {"key_cache": kept("key_cache", key), "value_cache": kept("value_cache", value)}
 
 
 @attention.with_work

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autodeploy.ops.attention import attend
+from autodeploy.ops.attention import attend, read_pages, write_entries
 from autodeploy.ops.op import op
 from autodeploy.ops.state import PagedState, StateSpec
 
@@ -81,13 +81,12 @@ def cached_mla(
     Args:
         cu_seqlens: int `[S+1]`, new tokens of each sequence. seq_lens: int `[S]`, tokens including the new ones.
         page_table: int `[S, P]`. slot_mapping: int `[T]`, where each new token's entry goes.
-        latent_cache: `[pages, page_size, 1, C + R]`.
+        latent_cache: `[pages, page_size, 1, C + R]`, of the query's dtype or float8.
     Returns:
         `[1, T, N, V]`.
     """
     latent_dim, shared_dim = latent.shape[2], shared_key.shape[2]
-    entries = torch.cat((latent, shared_key), dim=-1)[0].unsqueeze(1).to(latent_cache.dtype)
-    latent_cache.view(-1, *latent_cache.shape[2:]).index_copy_(0, slot_mapping, entries)
+    write_entries(latent_cache, slot_mapping, torch.cat((latent, shared_key), dim=-1)[0].unsqueeze(1))
     page_size = latent_cache.shape[1]
     absorbed = absorbed_query(query[0], up, latent_dim, shared_dim)
     mixed = latent.new_zeros(*absorbed.shape[:2], latent_dim)
@@ -96,15 +95,16 @@ def cached_mla(
             continue
         length = int(seq_lens[index])
         pages = page_table[index, : -(-length // page_size)]
-        kept = latent_cache.index_select(0, pages).flatten(0, 1)[:length].to(query.dtype)
+        kept = read_pages(latent_cache, pages, query.dtype)[:length]
         mixed[start:end] = _causal(absorbed[start:end], kept, kept[..., :latent_dim], scale)
     return values_of(mixed, up, query.shape[3] - shared_dim).unsqueeze(0).contiguous()  # as a compiler was told
 
 
 @mla.with_states(cached_mla)
 def _states(latent: Tensor, shared_key: Tensor, **_: Any) -> dict[str, StateSpec]:
-    width = latent.shape[2] + shared_key.shape[2]
-    return {"latent_cache": PagedState(name="latent_cache", shape=(1, width), dtype=latent.dtype, shard_dim=None)}
+    shape = 1, latent.shape[2] + shared_key.shape[2]
+    spec = PagedState(name="latent_cache", shape=shape, dtype=latent.dtype, shard_dim=None, may_be_rounded=True)
+    return {"latent_cache": spec}
 
 
 @mla.with_samples

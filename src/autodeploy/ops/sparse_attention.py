@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autodeploy.ops.attention import visible_keys
+from autodeploy.ops.attention import read_pages, visible_keys, write_entries
 from autodeploy.ops.op import op
 from autodeploy.ops.state import PagedState, StateSpec
 
@@ -157,7 +157,7 @@ def cached_sparse_attention(
     """
     caches = (key_cache, value_cache, index_key_cache)
     for cache, new in zip(caches, (key, value, index_key), strict=True):
-        cache.view(-1, *cache.shape[2:]).index_copy_(0, slot_mapping, new[0].to(cache.dtype))
+        write_entries(cache, slot_mapping, new[0])
     page_size = key_cache.shape[1]
     output = value.new_empty(*query.shape[:-1], value.shape[-1])
     for index, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
@@ -165,9 +165,7 @@ def cached_sparse_attention(
             continue
         length = int(seq_lens[index])
         pages = page_table[index, : -(-length // page_size)]
-        keys, values, index_keys = (
-            cache.index_select(0, pages).flatten(0, 1)[:length].to(query.dtype) for cache in caches
-        )
+        keys, values, index_keys = (read_pages(cache, pages, query.dtype)[:length] for cache in caches)
         new_query, new_index_query, new_weights = _rows((query, index_query, index_weights), slice(start, end))
         chosen: Any = (new_index_query, index_keys, new_weights)
         facts: Any = (sinks, scale, top_k, block_size, local_blocks)
@@ -177,9 +175,10 @@ def cached_sparse_attention(
 
 @sparse_attention.with_states(cached_sparse_attention)
 def _states(key: Tensor, value: Tensor, index_key: Tensor, **_: Any) -> dict[str, StateSpec]:
+    key_shape, value_shape = tuple(key.shape[2:]), tuple(value.shape[2:])
     return {
-        "key_cache": PagedState(name="key_cache", shape=tuple(key.shape[2:]), dtype=key.dtype),
-        "value_cache": PagedState(name="value_cache", shape=tuple(value.shape[2:]), dtype=value.dtype),
+        "key_cache": PagedState(name="key_cache", shape=key_shape, dtype=key.dtype, may_be_rounded=True),
+        "value_cache": PagedState(name="value_cache", shape=value_shape, dtype=value.dtype, may_be_rounded=True),
         "index_key_cache": PagedState(
             name="index_key_cache", shape=tuple(index_key.shape[2:]), dtype=index_key.dtype, shard_dim=None
         ),

@@ -26,6 +26,7 @@ class PagedState:
         window: tokens a query can look back on, itself included (sliding window); None means all. Pages that lie
             wholly before the window of every future query may be freed and reused.
         shard_dim: dimension of `shape` that tensor parallelism splits, or None when every rank keeps all of it.
+        may_be_rounded: the op converts what it writes and reads, so that entries may be stored in another dtype.
     """
 
     name: str
@@ -33,6 +34,7 @@ class PagedState:
     dtype: torch.dtype
     window: int | None = None
     shard_dim: int | None = 0
+    may_be_rounded: bool = False
 
     @property
     def group(self) -> str:

@@ -14,6 +14,7 @@ from autodeploy.kernels.provider import invariant_priority, mixer_priority, prio
 from autodeploy.transforms.cache.gather_logits import GatherLogits
 from autodeploy.transforms.cache.insert_cached_ops import InsertCachedOps
 from autodeploy.transforms.cache.keep_hidden_states import KeepHiddenStates
+from autodeploy.transforms.cache.round_kv_cache import RoundKVCache
 from autodeploy.transforms.canonicalize.bind_boundaries import BindBoundaries
 from autodeploy.transforms.canonicalize.drop_no_ops import DropNoOps
 from autodeploy.transforms.canonicalize.fold_weights import FoldWeights
@@ -70,8 +71,8 @@ def default_pipeline(device: torch.device, select_kernels: SelectKernels | None 
             Stage("fuse", (FuseQKV(), FuseGateUp(), FuseAddRMSNorm()), ensures=Level.CANONICAL),
             # Whole-sequence mixers become their twins over state; the head runs for wanted rows only.
             Stage("cache", (KeepHiddenStates(), InsertCachedOps(), GatherLogits()), ensures=Level.CACHED),
-            # Fused weights with fewer bits, where they are wanted.
-            Stage("quantize", (QuantizeWeights(),), ensures=Level.CACHED),
+            # Fused weights, and what is kept of tokens, with fewer bits, where they are wanted.
+            Stage("quantize", (QuantizeWeights(), RoundKVCache()), ensures=Level.CACHED),
             # The device, and a kernel provider for every op.
             Stage("lower", (PlaceOnDevice(device=device), select_kernels or SelectKernels()), ensures=Level.LOWERED),
         )
@@ -97,6 +98,10 @@ def configure(pipeline: Pipeline, options: CompileOptions) -> Pipeline:
     if options.quantization is not None:
         wanted = {"enabled": True, "format": options.quantization, "group_size": options.quantization_group_size}
         overrides[QuantizeWeights.name()] = wanted | overrides.get(QuantizeWeights.name(), {})
+
+    if options.kv_cache_dtype != "auto":
+        wanted = {"enabled": True, "dtype": options.kv_cache_dtype}
+        overrides[RoundKVCache.name()] = wanted | overrides.get(RoundKVCache.name(), {})
 
     def override(transform: Transform) -> Transform:
         values = overrides.get(transform.name())

@@ -19,13 +19,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from autodeploy.kernels import triton as provider
 from autodeploy.kernels.triton.launch import Launch, written_down
 from autodeploy.ops import OPS
-from tests.kernels.triton.sizes import SIZES, capabilities
+from autodeploy.ops.attention import is_float8
+from tests.kernels.triton.sizes import SIZES
 
+_FLOAT8_CAPABILITY = 89
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -65,11 +68,19 @@ def resources(launch: Launch, configuration: Any, capability: int) -> dict[str, 
     }
 
 
-def compiled(name: str, wanted: Iterable[int], every: bool) -> Iterator[dict[str, Any]]:
-    """The first configuration, or every one, of each launch for each wanted capability that the op is compiled for."""
-    for capability in set(wanted) & set(capabilities(name)):
+def has_float8(launch: Launch) -> bool:
+    """Whether some of its numbers are float8, which devices before 8.9 do not convert."""
+    tensors = [argument for argument in launch.arguments if isinstance(argument, Tensor)]
+    return any(is_float8(tensor.dtype) for tensor in tensors)
+
+
+def compiled(name: str, capabilities: Iterable[int], every: bool) -> Iterator[dict[str, Any]]:
+    """The first configuration, or every one, of each launch for each capability that has what it needs."""
+    for capability in capabilities:
         triton.runtime.driver.set_active(driver(capability))
         for launch in launches(name):
+            if has_float8(launch) and capability < _FLOAT8_CAPABILITY:
+                continue
             for configuration in launch.kernel.configurations if every else launch.kernel.configurations[:1]:
                 yield resources(launch, configuration, capability)
 

@@ -47,25 +47,27 @@ def paged(num_tokens: int, num_sequences: int) -> Arguments:
 
 
 def cached_attention() -> list[Arguments]:
-    def step(num_tokens: int, num_sequences: int) -> Arguments:
+    def step(num_tokens: int, num_sequences: int, cache_dtype: torch.dtype = torch.bfloat16) -> Arguments:
         query, key, value = empty(1, num_tokens, 48, 128).split([32, 8, 8], dim=2)
-        cache = empty(4096, 32, 8, 128)
+        cache = empty(4096, 32, 8, 128, dtype=cache_dtype)
         facts = {"sinks": None, "scale": 0.1, "causal": True, "sliding_window": None, "chunk_size": None}
         facts |= {"softcap": None, "slopes": None, "distance_logits": None, "key_cache": cache, "value_cache": cache}
         return {"query": query, "key": key, "value": value, **facts, **paged(num_tokens, num_sequences)}
 
     everything = {"sliding_window": 512, "softcap": 50.0, "sinks": empty(32), "slopes": empty(32)}
-    return [step(1, 1), step(2048, 2) | everything]
+    in_8_bits = step(1, 1, torch.float8_e4m3fn), step(2048, 2, torch.float8_e4m3fn)
+    return [step(1, 1), step(2048, 2) | everything, *in_8_bits]
 
 
 def cached_mla() -> list[Arguments]:
-    def step(num_tokens: int, num_sequences: int) -> Arguments:
+    def step(num_tokens: int, num_sequences: int, cache_dtype: torch.dtype = torch.bfloat16) -> Arguments:
         latent, shared_key = empty(1, num_tokens, 576).split([512, 64], dim=2)
         given = {"query": empty(1, num_tokens, 128, 192), "latent": latent, "shared_key": shared_key}
-        given |= {"up": empty(128 * 256, 512), "latent_cache": empty(4096, 32, 1, 576), "scale": 0.1}
+        given |= {"up": empty(128 * 256, 512), "scale": 0.1}
+        given["latent_cache"] = empty(4096, 32, 1, 576, dtype=cache_dtype)
         return given | paged(num_tokens, num_sequences)
 
-    return [step(4, 4)]
+    return [step(4, 4), step(4, 4, torch.float8_e4m3fn)]
 
 
 def gated_activation() -> list[Arguments]:
@@ -259,11 +261,3 @@ SIZES: dict[str, Callable[[], list[Arguments]]] = {
     "fp8_linear": fp8_linear,
     "fp8_moe": fp8_moe,
 }
-
-
-_NEEDS_FLOAT8 = ("fp8_linear", "fp8_moe")
-
-
-def capabilities(name: str) -> tuple[int, int]:
-    """Compute capabilities that an op's kernels are compiled for: the oldest that has what they need, the newest."""
-    return (89 if name in _NEEDS_FLOAT8 else 80), 90

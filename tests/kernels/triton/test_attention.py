@@ -44,6 +44,23 @@ def test_head_sizes(widths: tuple[int, int], dtype: torch.dtype) -> None:
     Case([140, 9], [1, 2], widths=widths, dtype=dtype).check("triton")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("counts", [[1, 1, 1], [21, 33, 0]], ids=str)
+def test_keys_and_values_in_8_bits(dtype: torch.dtype, counts: list[int]) -> None:
+    """What is written to pages, and what is made of it, are the reference's, numbers beyond the largest included."""
+    torch.manual_seed(0)
+    given = Case([21, 150, 9], counts, heads=(6, 2)).arguments()
+    given["key"] = given["key"].clone().contiguous()
+    given["key"][0, 0, 0, :2] = torch.tensor([1e6, -1e-9])
+    for name in ("key_cache", "value_cache"):
+        given[name] = given[name].nan_to_num().to(dtype)
+    again = given | {name: given[name].clone() for name in ("key_cache", "value_cache")}
+    assert cached_attention.kernels["triton"].supports(**given) is None
+    torch.testing.assert_close(attend(**given), cached_attention.reference(**again), rtol=2e-5, atol=2e-5)
+    for name in ("key_cache", "value_cache"):
+        assert torch.equal(given[name].float(), again[name].float())
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (5, 1), (7, 1), (33, 1)], ids=str)
 def test_head_counts(heads: tuple[int, int]) -> None:
     torch.manual_seed(0)

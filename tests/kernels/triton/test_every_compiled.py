@@ -12,17 +12,20 @@ import torch
 
 from autodeploy.kernels import provider
 from autodeploy.ops import OPS
-from tests.kernels.triton.sizes import SIZES, capabilities
+from tests.kernels.triton.sizes import SIZES
 
 ROOT = Path(__file__).parents[3]
 CUDA = torch.device("cuda")
 PRIORITY = provider.priority(CUDA)
 NAMES = [name for name, op in OPS.items() for kernel in op.kernels if kernel in PRIORITY]
-SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
 """Of a thread block, by compute capability (CUDA programming guide, technical specifications)."""
 NEWEST = max(SHARED_BYTES)
 SPILLED_BYTES = {"_ssd_chunks": 128, "_go_through_chunks": 512, "_solve_chunks": 64, "_choose": 64}
-"""What chunks of recurrences, and choices of tokens, keep in local memory: mostly what stays as it is in a loop."""
+SPILLED_BYTES |= {"_attend": 8, "_attend_latents": 48}
+"""What chunks of recurrences, choices of tokens, and attention to keys in 8 bits keep in local memory: mostly what stays
+as it is in a loop.
+"""
 
 pytestmark = pytest.mark.skipif(bool(provider.unavailable(CUDA)), reason=str(provider.unavailable(CUDA)))
 
@@ -52,7 +55,7 @@ def test_every_kernel_has_sizes() -> None:
 
 
 def check(launches: list[dict[str, Any]], *capabilities: int) -> None:
-    assert {launch["capability"] for launch in launches} == set(capabilities)
+    assert NEWEST in {launch["capability"] for launch in launches} <= set(capabilities)
     for launch in launches:
         assert launch["shared_bytes"] <= SHARED_BYTES[launch["capability"]], launch
         most = SPILLED_BYTES.get(launch["function"], 0)
@@ -68,5 +71,5 @@ def test_fits_the_devices(name: str, defaults: Launches) -> None:
 def test_every_configuration_fits_the_devices(tmp_path: Path) -> None:
     found = compiled(tmp_path, "--every", *map(str, SHARED_BYTES))
     assert set(found) == set(NAMES)
-    for name, launches in found.items():
-        check(launches, *capabilities(name))
+    for launches in found.values():
+        check(launches, *SHARED_BYTES)

@@ -34,6 +34,13 @@ def test_chunks_and_sequences_without_new_tokens() -> None:
     check(mla_arguments([60, 7, 130, 9], [50, 0, 3, 1]))
 
 
+def test_latents_in_8_bits() -> None:
+    torch.manual_seed(0)
+    given = mla_arguments([60, 7, 13, 9], [50, 0, 3, 1])
+    given["latent_cache"] = given["latent_cache"].nan_to_num().to(torch.float8_e4m3fn)
+    check(given)
+
+
 @pytest.mark.parametrize("heads", [3, 70])
 def test_head_counts(heads: int) -> None:
     torch.manual_seed(0)

@@ -25,9 +25,10 @@ from autodeploy.kernels.triton.paged import (
     softmax_step,
     store_rows,
     tokens_per_tile,
+    why_not_kept,
     write_entries,
 )
-from autodeploy.ops.attention import cached_attention
+from autodeploy.ops.attention import cached_attention, is_float8
 
 _MOST_ROWS = 128
 _MOST_WIDTH_BYTES = 1024
@@ -82,6 +83,7 @@ def _attend_blocks(
         key = tl.load(key_cache + entries[None, :] * HEAD_DIM + width[:, None], mask=key_mask, other=0.0)
         value_mask = inside[:, None] & (value_width < VALUE_DIM)[None, :]
         value = tl.load(value_cache + entries[:, None] * VALUE_DIM + value_width[None, :], mask=value_mask, other=0.0)
+        key, value = key.to(query.dtype), value.to(query.dtype)
         scores = dot(query, key, tl.zeros([query.shape[0], BLOCK_K], tl.float32))
         distance = position[:, None] - keys[None, :]
         scores = _add_facts(scores, distance, slope, logits, SCALE, SOFTCAP, NUM_DISTANCES)
@@ -179,7 +181,8 @@ def _supports(
         return f"heads of {max(widths)} {query.dtype}; there are kernels up to {_MOST_WIDTH_BYTES} bytes"
     if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
         return "caches with gaps"
-    return why_refused(query, key, value, key_cache, value_cache)
+    caches = [cache for cache in (key_cache, value_cache) if not is_float8(cache.dtype)]
+    return why_refused(query, key, value, *caches) or why_not_kept(key_cache, value_cache)
 
 
 @cached_attention.kernel("triton", _supports)

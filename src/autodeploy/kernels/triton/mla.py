@@ -23,8 +23,10 @@ from autodeploy.kernels.triton.paged import (
     softmax_step,
     store_rows,
     tokens_per_tile,
+    why_not_kept,
     write_entries,
 )
+from autodeploy.ops.attention import is_float8
 from autodeploy.ops.mla import cached_mla, values_of
 
 _MOST_ROWS = 32
@@ -69,6 +71,7 @@ def _attend_latents(
         latent = tl.load(cache + entries[:, None] + latent_width[None, :], mask=latent_mask, other=0.0)
         shared_mask = inside[None, :] & is_shared[:, None]
         shared_key = tl.load(cache + entries[None, :] + LATENT + shared_width[:, None], mask=shared_mask, other=0.0)
+        latent, shared_key = latent.to(query.dtype), shared_key.to(query.dtype)
         scores = dot(query_shared, shared_key, tl.zeros([BLOCK_M, BLOCK_K], tl.float32))
         scores = dot(query, tl.trans(latent), scores) * (SCALE * LOG2_E)
         visible = inside[None, :] & (keys[None, :] <= position[:, None])
@@ -97,7 +100,8 @@ def _supports(
         return f"latents of {latent.shape[2]} {latent.dtype}; there are kernels up to {_MOST_LATENT_BYTES} bytes"
     if not latent_cache.is_contiguous():
         return "a cache with gaps"
-    return why_refused(query, latent, shared_key, up, latent_cache)
+    caches = [] if is_float8(latent_cache.dtype) else [latent_cache]
+    return why_refused(query, latent, shared_key, up, *caches) or why_not_kept(latent_cache)
 
 
 @cached_mla.kernel("triton", _supports)

@@ -14,7 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from autodeploy.kernels.triton.arithmetic import dot
+from autodeploy.kernels.triton.float8 import to_float8, why_no_float8
 from autodeploy.kernels.triton.launch import Launcher, num_processors
+from autodeploy.ops.attention import is_float8
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 """Softmax is computed with powers of two, which the hardware has."""
@@ -51,21 +53,27 @@ def configurations(*choices: tuple[int, int, int]) -> list[Any]:
 @triton.jit
 def _write_entries(
     x, cache, slot_mapping, token_stride, head_stride, ENTRY: tl.constexpr, NUM_HEADS: tl.constexpr, DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token).to(tl.int64)
     element = tl.arange(0, BLOCK)
     mask = element < NUM_HEADS * DIM
     entry = tl.load(x + token * token_stride + element // DIM * head_stride + element % DIM, mask=mask)
-    tl.store(cache + slot * ENTRY + element, entry.to(cache.dtype.element_ty), mask=mask)
+    place = cache + slot * ENTRY + element
+    if LARGEST is None:
+        tl.store(place, entry.to(cache.dtype.element_ty), mask=mask)
+    else:
+        entry = entry.to(tl.float32)
+        bounded = tl.clamp(entry, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(place, to_float8(bounded, cache.dtype.element_ty), mask=mask)
 
 
 _write = Launcher(_write_entries)
 
 
 def write_entries(x: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
-    """Write each token's heads to its slot.
+    """Write each token's heads to its slot, in the cache's dtype; float8 at most the largest number of its.
 
     Args:
         x: `[1, T, K, D]`. slot_mapping: int `[T]`.
@@ -75,7 +83,13 @@ def write_entries(x: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
     _, num_tokens, num_heads, dim = x.shape
     sizes = {"ENTRY": cache.stride(1), "NUM_HEADS": num_heads, "DIM": dim}
     block = triton.next_power_of_2(num_heads * dim)
-    _write((num_tokens,), x, cache, slot_mapping, x.stride(1), x.stride(2), **sizes, BLOCK=block)
+    largest = torch.finfo(cache.dtype).max if is_float8(cache.dtype) else None
+    _write((num_tokens,), x, cache, slot_mapping, x.stride(1), x.stride(2), **sizes, BLOCK=block, LARGEST=largest)
+
+
+def why_not_kept(*caches: Tensor) -> str | None:
+    """The reason that entries of float8 cannot be converted on the caches' device, or None."""
+    return next((why_no_float8(cache.device) for cache in caches if is_float8(cache.dtype)), None)
 
 
 @triton.jit
