@@ -22,6 +22,7 @@ from torch._subclasses import FakeTensorMode
 from autodeploy.checkpoint.load import load_weights, weight_bytes
 from autodeploy.checkpoint.recipe import ReadTensor, renamed
 from autodeploy.compile.backends import compile_graph, resolve_backend
+from autodeploy.compile.bind import bind_plans
 from autodeploy.compile.cuda_graph import GraphedFunction
 from autodeploy.compile.program import DraftHead, NamedGraph, Program
 from autodeploy.config import CompileOptions, Options, SpeculativeOptions
@@ -32,7 +33,7 @@ from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport
 from autodeploy.graph.verify import verify
 from autodeploy.graph_cache import GraphCache
-from autodeploy.kernels.provider import kernel_for, prepare
+from autodeploy.kernels.provider import kernel_for, mixer_priority, prepare
 from autodeploy.models.limits import longest_context
 from autodeploy.models.locate import LocatedModel, locate_model
 from autodeploy.ops.fp8_linear import fp8_linear
@@ -73,6 +74,7 @@ def build(
     options = options or Options()
     clock = _Clock(BuildReport(), progress or (lambda _: None), lowered or (lambda _: None))
     device = resolve_device(options.compile.device)
+    mixer_priority(device, options.compile.attn_backend)  # refuses, or loads, before anything is done
     speculation = SpeculativeOptions.of(options.engine.speculative_config)
     if speculation is not None and speculation.uses_head:
         return _build_with_head(model, options, speculation, device, clock)
@@ -398,10 +400,11 @@ def _draft_head(graph: ModelGraph, head: ModelGraph) -> DraftHead:
 def _compiled(
     graph: ModelGraph, backend: str, device: torch.device, options: CompileOptions, report: BuildReport
 ) -> NamedGraph:
+    plans = bind_plans(graph)
     function = compile_graph(graph, backend, device, report, options.cudagraph_capture_sizes)
     preparation = function if isinstance(function, GraphedFunction) else None
     names = tuple(spec.name for spec in graph.states)
-    return NamedGraph(graph.name, function, graph.batch_inputs(), names, preparation)
+    return NamedGraph(graph.name, function, graph.batch_inputs(), names, preparation, plans)
 
 
 def _count_flops(graph: ModelGraph) -> tuple[int, int]:

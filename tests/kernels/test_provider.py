@@ -1,5 +1,7 @@
 """Providers: the order they are asked in, attention backends by name, and what is said while they compile."""
 
+from importlib.metadata import PackageNotFoundError
+
 import pytest
 import torch
 
@@ -24,6 +26,29 @@ def test_attention_backends() -> None:
 def test_an_unknown_attention_backend_is_refused_with_what_there_is(device: torch.device) -> None:
     with pytest.raises(ConfigError, match=rf"'flashy' is not available on {device.type}; choose one of auto, .*torch"):
         provider.mixer_priority(device, "flashy")
+
+
+def test_flashinfer_is_asked_first_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[bool] = []
+    monkeypatch.setattr(provider.flashinfer, "why_unavailable", lambda: None)
+    monkeypatch.setattr(provider.flashinfer, "load", lambda: loaded.append(True))
+    assert provider.mixer_priority(CUDA, "auto") == ("triton",) and not loaded
+    assert provider.mixer_priority(CUDA, "flashinfer") == ("flashinfer", "triton") and loaded
+
+
+@pytest.mark.parametrize("found", [None, "0.2.14"])
+def test_flashinfer_that_cannot_be_used_is_refused_with_the_reason(
+    found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(provider.flashinfer, "version", version)
+    reason = "not installed; install autodeploy" if found is None else "0.2.14 is installed; 0.7 or newer is needed"
+    with pytest.raises(ConfigError, match=f"attn_backend='flashinfer' cannot be used: .*{reason}"):
+        provider.mixer_priority(CUDA, "flashinfer")
 
 
 def test_a_backend_of_another_device_is_refused() -> None:

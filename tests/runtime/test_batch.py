@@ -101,6 +101,14 @@ def test_names_shapes_dtypes_and_layout_are_as_declared() -> None:
         assert tensor.is_contiguous(), name
 
 
+def test_what_steps_are_planned_from_is_at_hand_on_the_host() -> None:
+    allocator = make_allocator()
+    sequence = make_sequence(allocator, list(range(9)), computed=4, count=5)
+    batch = make_builder(allocator).build({sequence: 5})
+    assert batch.on_host.keys() == {"cu_seqlens", "seq_lens", "page_table_full", "page_table_window_3"}
+    assert all(value.tolist() == batch.inputs[name].tolist() for name, value in batch.on_host.items())
+
+
 def test_decode_only_and_prefill_only_steps() -> None:
     allocator = make_allocator()
     decodes = [make_sequence(allocator, [n] * 6, computed=5, count=1) for n in (7, 8)]

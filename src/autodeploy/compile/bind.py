@@ -8,7 +8,10 @@ from torch import fx
 from torch._ops import OpOverload
 
 from autodeploy.graph.model_graph import ModelGraph
-from autodeploy.ops.op import NAMESPACE, REFERENCE, Op, find_op
+from autodeploy.ops.op import NAMESPACE, REFERENCE, Op, PlanFacts, StepPlan, find_op
+
+PLAN = "plan"
+"""Where a node keeps the plan of its kernel."""
 
 _libraries: dict[str, torch.library.Library] = {}
 
@@ -26,9 +29,31 @@ def bind_kernels(graph: ModelGraph, *, keep_opaque: bool = False, keep_kernels: 
         if provider == REFERENCE:
             if not (op.opaque and keep_opaque):
                 node.target = op.reference
+        elif PLAN in node.meta:
+            node.target = node.meta[PLAN].run
         else:
             node.target = kernel_operator(op, provider) if keep_kernels else op.kernels[provider].function
     graph.module.recompile()
+
+
+def bind_plans(graph: ModelGraph) -> tuple[StepPlan, ...]:
+    """The plans to prepare before each step, for the calls of kernels that plan on the host; to be done first."""
+    plans: dict[PlanFacts, StepPlan] = {}
+    for node, op in graph.op_nodes():
+        kernel = op.kernels.get(node.meta["provider"])
+        if kernel is None or kernel.plan_facts is None:
+            continue
+        nodes = op.arguments(node.args, node.kwargs)
+        inputs = {
+            name: str(value.target)
+            for name, value in nodes.items()
+            if isinstance(value, fx.Node) and value.op == "placeholder"
+        }
+        facts = kernel.plan_facts(inputs, **fx.map_arg(nodes, lambda argument: argument.meta["val"]))
+        if facts not in plans:
+            plans[facts] = facts.start()
+        node.meta[PLAN] = plans[facts]
+    return tuple(plans.values())
 
 
 def kernel_function(node: fx.Node) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from autodeploy.graph.report import BuildReport
+from autodeploy.ops.op import StepPlan
 from autodeploy.ops.state import StateSpec
 
 GraphFunction = Callable[..., Tensor]
@@ -57,13 +58,14 @@ class Preparation(Protocol):
 
 @dataclass(frozen=True)
 class NamedGraph:
-    """One executable graph. `inputs` are keyword names, batch inputs first, then states."""
+    """One executable graph. `inputs` are keyword names, batch inputs first, then states; `plans` go before a step."""
 
     name: str
     function: GraphFunction
     batch_inputs: tuple[str, ...]
     state_names: tuple[str, ...]
     preparation: Preparation | None = None
+    plans: tuple[StepPlan, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,16 +154,25 @@ class Program:
             preparation.prepare(states, limits, progress or (lambda _: None))
 
     @torch.inference_mode()
-    def run(self, batch: Mapping[str, Tensor], states: Mapping[str, Tensor], graph: str = "text") -> Tensor:
+    def run(
+        self,
+        batch: Mapping[str, Tensor],
+        states: Mapping[str, Tensor],
+        graph: str = "text",
+        on_host: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Run one step of a named graph; states are updated in place.
 
         Args:
             batch: every name in `batch_inputs(graph)`; other names are ignored.
             states: every state tensor by spec name.
+            on_host: those batch inputs that are known on the host; planning a step waits for the device without.
         Returns:
             Logits `[R, vocab_size]` in the program's dtype, one row per entry of `logits_indices`.
         """
         chosen = self.graphs[graph]
+        for plan in chosen.plans:
+            plan.prepare({**batch, **(on_host or {})}, states)
         inputs = [batch[name] for name in chosen.batch_inputs]
         inputs += [states[name] for name in chosen.state_names]
         return chosen.function(*inputs)

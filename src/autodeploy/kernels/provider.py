@@ -6,11 +6,14 @@ from typing import Any
 import torch
 
 from autodeploy.errors import ConfigError
-from autodeploy.kernels import cpu, triton
+from autodeploy.kernels import cpu, flashinfer, triton
 from autodeploy.ops.op import REFERENCE, Kernel, Op
 
 PROVIDERS: dict[str, tuple[str, ...]] = {"cpu": (cpu.PROVIDER,), "cuda": (triton.PROVIDER,)}
 """Device type -> providers of kernels for it, in order of preference; the reference comes last and is not listed."""
+
+NAMED: dict[str, tuple[str, ...]] = {"cuda": (flashinfer.PROVIDER,)}
+"""Providers that are asked only where `attn_backend` names them."""
 
 
 def priority(device: torch.device) -> tuple[str, ...]:
@@ -30,14 +33,21 @@ def invariant_priority(device: torch.device) -> tuple[str, ...]:
 
 
 def mixer_priority(device: torch.device, attn_backend: str) -> tuple[str, ...]:
-    """Providers to ask for attention kernels: `auto` asks them all, a provider's name that one, `torch` none.
+    """Providers to ask for attention kernels: `auto` asks the device's, a provider's name that one first, `torch` none.
 
     Raises:
-        ConfigError: an attention backend that has no kernels for this device.
+        ConfigError: an attention backend that has no kernels for this device, or is not installed.
     """
     if attn_backend == "auto":
         return priority(device)
-    known = (*priority(device), REFERENCE)
+    named = NAMED.get(device.type, ())
+    if attn_backend in named:
+        reason = flashinfer.why_unavailable()
+        if reason is not None:
+            raise ConfigError(f"attn_backend={attn_backend!r} cannot be used: {reason}, or take attn_backend='auto'")
+        flashinfer.load()
+        return (attn_backend, *priority(device))
+    known = (*priority(device), *named, REFERENCE)
     if attn_backend not in known:
         raise ConfigError(
             f"attn_backend={attn_backend!r} is not available on {device.type}; choose one of auto, {', '.join(known)}"

@@ -6,11 +6,13 @@ provider). The op table `OPS` is the package's only process-global state: tests,
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 
 from autodeploy.ops.state import StateSpec
@@ -25,6 +27,32 @@ StateFunction = Callable[..., dict[str, StateSpec]]
 SampleFunction = Callable[[], list[dict[str, Any]]]
 SupportFunction = Callable[..., str | None]
 WorkFunction = Callable[..., "Work"]
+FactsFunction = Callable[..., "PlanFacts"]
+
+
+class StepPlan(ABC):
+    """What a kernel works out on the host, once for a step and all calls that share the plan."""
+
+    @abstractmethod
+    def prepare(self, batch: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> None:
+        """Plan a step; holds until the next one is planned.
+
+        Args:
+            batch: the step's batch inputs by name, on the host where they are known there.
+            states: the states by name.
+        """
+
+    @abstractmethod
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The kernel in the step that was planned, with the op's parameters."""
+
+
+class PlanFacts(Hashable, Protocol):
+    """What calls that share a plan have in common: equal facts, one plan."""
+
+    def start(self) -> StepPlan:
+        """A new plan, for any number of steps one after the other."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +86,8 @@ class Kernel:
             cut into steps.
         capture_safe: a device can capture a call and repeat it on other values of the same shapes: it launches what
             follows from shapes, reads nothing back, and plans nothing on the host.
+        plan_facts: of a kernel that plans steps on the host. Given the names of graph inputs that are arguments, by
+            parameter, and the op's (fake) arguments. `function` makes a plan of its own for each call.
     """
 
     provider: str
@@ -66,6 +96,7 @@ class Kernel:
     fuses_with_neighbours: bool = False
     batch_invariant: bool = False
     capture_safe: bool = True
+    plan_facts: FactsFunction | None = None
 
 
 @dataclass(eq=False)
@@ -142,13 +173,14 @@ class Op:
         fuses_with_neighbours: bool = False,
         batch_invariant: bool = False,
         capture_safe: bool = True,
+        plan_facts: FactsFunction | None = None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register an implementation; its signature must be the op's own."""
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             if tuple(inspect.signature(function).parameters) != self.parameters:
                 raise TypeError(f"kernel {provider!r} of op {self.name!r} must take exactly {self.parameters}")
-            traits = (fuses_with_neighbours, batch_invariant, capture_safe)
+            traits = (fuses_with_neighbours, batch_invariant, capture_safe, plan_facts)
             self.kernels[provider] = Kernel(provider, function, supports, *traits)
             return function
 

@@ -15,6 +15,9 @@ from autodeploy.runtime.request import Sequence
 
 IntArray = NDArray[np.int64]
 
+_PLANNED_FROM = ("cu_seqlens", "seq_lens")
+"""What, with page tables, kernels plan steps from."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -33,6 +36,8 @@ class Batch:
     num_tokens: int
     num_sampled_rows: int
     prompt_rows: list[tuple[Sequence, int, int]] = field(default_factory=list)
+    on_host: dict[str, Tensor] = field(default_factory=dict)
+    """those of the inputs that say where sequences are and how long, on the host"""
 
     @property
     def has_drafts(self) -> bool:
@@ -132,6 +137,7 @@ class BatchBuilder:
         pages, entries = positions // self._page_size, positions % self._page_size
         num_pages = -(-int(ends.max()) // self._page_size)
         inputs: dict[str, Tensor] = {}
+        on_host: dict[str, Tensor] = {}
         for name in self._names:
             if name.startswith(PAGE_TABLE):
                 value: NDArray[np.integer] = self._page_tables[name.removeprefix(PAGE_TABLE)][slots, :num_pages]
@@ -141,10 +147,12 @@ class BatchBuilder:
             else:
                 value = values[name]
             inputs[name] = self._place(name, value)
+            if name in _PLANNED_FROM or name.startswith(PAGE_TABLE):
+                on_host[name] = torch.from_numpy(value)
         if latest_R is not None and "input_ids" in inputs and values["input_ids"].min() < 0:
             inputs["input_ids"] = _filled_in(inputs["input_ids"], latest_R)
         sampled = [sequence for sequence, complete in zip(scheduled, is_complete.tolist(), strict=True) if complete]
-        return Batch(inputs, sampled, num_tokens, num_sampled_rows, prompt_rows)
+        return Batch(inputs, sampled, num_tokens, num_sampled_rows, prompt_rows, on_host)
 
     def _place(self, name: str, value: NDArray[np.integer]) -> Tensor:
         """The value as a contiguous tensor on the device, through the name's pinned buffer when there is a copy."""

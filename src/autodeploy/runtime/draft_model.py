@@ -257,7 +257,7 @@ class DraftModel:
             return {}
         batch = self._batches.build(scheduled)
         inputs = batch.inputs if hidden is None else batch.inputs | {HIDDEN_STATES: hidden.rows(spans)}
-        logits = self._program.run(inputs, self._states, self._graph)
+        logits = self._program.run(inputs, self._states, self._graph, batch.on_host)
         for shadow, count in scheduled.items():
             shadow.num_computed_tokens += count
         tokens = torch.argmax(logits[: len(batch.sampled)].float(), dim=-1).tolist()

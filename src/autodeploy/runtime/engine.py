@@ -332,7 +332,7 @@ class Engine:
                 if sequence.draft_token_ids:
                     self._copy_slot(sequence.slot, self.plan.backup_row(sequence.slot))
         began = time.perf_counter()
-        logits_RV = self.program.run(batch.inputs, self._states)
+        logits_RV = self.program.run(batch.inputs, self._states, on_host=batch.on_host)
         if batch.has_drafts:
             flight = Flight(batch, logits_RV=logits_RV)
         else:

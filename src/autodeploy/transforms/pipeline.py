@@ -125,8 +125,9 @@ def kernel_choice(device: torch.device, options: CompileOptions) -> SelectKernel
     """
     if options.batch_invariant:
         return SelectKernels(priority=invariant_priority(device), batch_invariant=True)
+    of_device, mixers = priority(device), mixer_priority(device, options.attn_backend)
     return SelectKernels(
-        priority=priority(device),
-        mixer_priority=mixer_priority(device, options.attn_backend),
+        priority=(*of_device, *(name for name in mixers if name not in of_device)),
+        mixer_priority=mixers,
         compiled=options.compile_backend in INDUCTOR_BACKENDS,
     )

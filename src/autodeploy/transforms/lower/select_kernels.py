@@ -11,7 +11,7 @@ from torch import fx
 from autodeploy.errors import ConfigError, UnsupportedModelError
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.transform import Transform, TransformResult
-from autodeploy.ops.op import OPS, REFERENCE, Op
+from autodeploy.ops.op import OPS, REFERENCE, Kernel, Op
 from autodeploy.transforms.lower.invariant_operators import require_invariant_operators
 
 
@@ -64,8 +64,7 @@ class SelectKernels(Transform):
             kernel = op.kernels.get(provider)
             if kernel is None or (self.batch_invariant and not kernel.batch_invariant):
                 continue
-            left = self.compiled and kernel.fuses_with_neighbours
-            reason = "left to the compiler, which fuses it" if left else kernel.supports(**arguments)
+            reason = self._why_left(kernel) or kernel.supports(**arguments)
             if reason is None:
                 return provider
             self.reasons.setdefault(op.name, set()).add(f"{provider}: {reason}")
@@ -76,3 +75,10 @@ class SelectKernels(Transform):
                 "batch_invariant out for this model"
             )
         return REFERENCE
+
+    def _why_left(self, kernel: Kernel) -> str | None:
+        if self.compiled and kernel.fuses_with_neighbours:
+            return "left to the compiler, which fuses it"
+        if self.compiled and kernel.plan_facts is not None:
+            return "it plans steps on the host, and compiled code has no place for that"
+        return None
