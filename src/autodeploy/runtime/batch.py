@@ -115,11 +115,7 @@ class BatchBuilder:
             positions = self._arange[:num_tokens] + np.repeat(starts - offsets[:-1], counts)
         is_complete = ends >= lengths
         rows = offsets[1:][is_complete] - 1
-        num_drafts = (ends - lengths)[is_complete]
-        if num_drafts.any():
-            rows = np.concatenate(
-                [self._arange[end - more : end + 1] for end, more in zip(rows, num_drafts, strict=True)]
-            )
+        rows = self._with_drafts(rows, num_drafts=(ends - lengths)[is_complete])
         num_sampled_rows = len(rows)
         prompt_rows = _prompt_rows(scheduled)
         if prompt_rows:
@@ -153,6 +149,12 @@ class BatchBuilder:
             inputs["input_ids"] = _filled_in(inputs["input_ids"], latest_R)
         sampled = [sequence for sequence, complete in zip(scheduled, is_complete.tolist(), strict=True) if complete]
         return Batch(inputs, sampled, num_tokens, num_sampled_rows, prompt_rows, on_host)
+
+    def _with_drafts(self, rows: IntArray, num_drafts: IntArray) -> IntArray:
+        """Each row after as many rows before it as it has drafts."""
+        if not num_drafts.any():
+            return rows
+        return np.concatenate([self._arange[row - more : row + 1] for row, more in zip(rows, num_drafts, strict=True)])
 
     def _place(self, name: str, value: NDArray[np.integer]) -> Tensor:
         """The value as a contiguous tensor on the device, through the name's pinned buffer when there is a copy."""
