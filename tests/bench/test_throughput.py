@@ -35,7 +35,7 @@ def test_the_result_follows_from_the_samples(
     result = throughput.run(str(folder), options, num_prompts=8, json_path=path, **lengths)
 
     samples = json.loads(path.read_text())["samples"]
-    requests = throughput._random_requests(tiny.VOCAB_SIZE, 8, (2, 20), (3, 6))
+    requests = throughput.random_requests(tiny.VOCAB_SIZE, 8, (2, 20), (3, 6))
     num_input, num_output = sum(len(prompt) for prompt, _ in requests), sum(length for _, length in requests)
     assert sum(samples["step_tokens"]) == num_output
     assert result.seconds == pytest.approx(sum(samples["step_seconds"]))
@@ -49,11 +49,11 @@ def test_the_result_follows_from_the_samples(
 
 
 def test_requests_stay_within_their_ranges_and_differ() -> None:
-    requests = throughput._random_requests(100, 50, (3, 5), (1, 1))
+    requests = throughput.random_requests(100, 50, (3, 5), (1, 1))
     assert {len(prompt) for prompt, _ in requests} == {3, 4, 5}
     assert {length for _, length in requests} == {1}
     assert len({tuple(prompt) for prompt, _ in requests}) == 50
-    assert requests == throughput._random_requests(100, 50, (3, 5), (1, 1))
+    assert requests == throughput.random_requests(100, 50, (3, 5), (1, 1))
 
 
 @pytest.mark.parametrize(

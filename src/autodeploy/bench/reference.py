@@ -49,9 +49,13 @@ def load(model: str, options: ModelOptions, device: torch.device) -> PreTrainedM
     return reference
 
 
-def compiled_static_cache() -> dict[str, Any]:
-    """Arguments of `generate` for its static cache and compiled forward, which it leaves out on CPUs unless told."""
-    config = CompileConfig(mode="default")
+def compiled_static_cache(device: str = "cpu") -> dict[str, Any]:
+    """Arguments of `generate` for its static cache and compiled forward, which it leaves out on CPUs unless told.
+
+    Args:
+        device: type of the model's; on CUDA the forward is compiled as `generate` does by itself, with CUDA graphs.
+    """
+    config = CompileConfig() if device == "cuda" else CompileConfig(mode="default")
     config._compile_all_devices = True  # type: ignore[assignment]
     return {"cache_implementation": "static", "compile_config": config}
 

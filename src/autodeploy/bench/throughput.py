@@ -51,7 +51,7 @@ class ThroughputResult:
 
 
 @dataclass
-class _Load:
+class Load:
     """What was measured while the requests ran: seconds, batch and tokens of each step."""
 
     seconds: list[float] = field(default_factory=list)
@@ -92,9 +92,9 @@ def run(
     program = build(model, options) if watch is None else watch.build(model, options)
     engine = Engine(program, options.engine, options.model.max_model_len)
     build_seconds = time.perf_counter() - start
-    requests = _random_requests(program.vocab_size, num_prompts, input_len, output_len)
-    _serve(engine, requests[:1], options.engine.max_queued_requests)  # what compiles lazily does so here
-    load = _serve(engine, requests, options.engine.max_queued_requests)
+    requests = random_requests(program.vocab_size, num_prompts, input_len, output_len)
+    serve(engine, requests[:1], options.engine.max_queued_requests)  # what compiles lazily does so here
+    load = serve(engine, requests, options.engine.max_queued_requests)
     limits = measure(program.device, program.dtype)
     result = _summarise(program, limits, requests, load, build_seconds, engine.stats().num_preemptions)
     Console().print(_table(result, f"{num_prompts} requests, {_num_input(requests)} tokens in, {sum(load.tokens)} out"))
@@ -133,7 +133,7 @@ def _summarise(
     program: Program,
     limits: MachineLimits,
     requests: Requests,
-    load: _Load,
+    load: Load,
     build_seconds: float,
     num_preemptions: int,
 ) -> ThroughputResult:
@@ -155,7 +155,7 @@ def _summarise(
     )
 
 
-def _random_requests(vocab_size: int, count: int, input_len: tuple[int, int], output_len: tuple[int, int]) -> Requests:
+def random_requests(vocab_size: int, count: int, input_len: tuple[int, int], output_len: tuple[int, int]) -> Requests:
     """The same on every run."""
     source = random.Random(0)
     return [
@@ -164,9 +164,9 @@ def _random_requests(vocab_size: int, count: int, input_len: tuple[int, int], ou
     ]
 
 
-def _serve(engine: Engine, requests: Requests, max_queued: int) -> _Load:
+def serve(engine: Engine, requests: Requests, max_queued: int) -> Load:
     """Run all requests to their end, keeping the queue as full as it may be."""
-    load, waiting = _Load(), list(enumerate(requests))
+    load, waiting = Load(), list(enumerate(requests))
     while waiting or engine.has_unfinished_requests():
         start = time.perf_counter()
         while waiting and engine.stats().num_waiting < max_queued:
