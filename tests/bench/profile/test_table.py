@@ -11,6 +11,7 @@ from autodeploy.bench.profile.table import Phase, Row, make_rows, show
 from autodeploy.bench.profile.timeline import Timeline
 from autodeploy.bench.profile.trace import Coverage
 from autodeploy.debug.costs import Cost, Step
+from autodeploy.graph.report import BuildReport
 
 LIMITS = MachineLimits(
     device="cuda", dtype="bfloat16", threads=1, memory_gb_per_second=1.0, matmul_gflop_per_second=10.0, matmul_size=64
@@ -60,12 +61,15 @@ def test_text(on_device: bool) -> None:
         coverage=Coverage(steps=8, covered_steps=6, unit="kernels", counted=80, covered=60),
     )
     text = io.StringIO()
-    show([phase], LIMITS, "torch-cudagraph", Console(file=text, width=300))
+    graphs = {"text": {"not_captured": {"in pieces": "out of memory"}}}
+    report = BuildReport(facts={"compile_backend": "torch-cudagraph", "cuda_graphs": graphs})
+    show([phase], LIMITS, report, Console(file=text, width=300))
     said = text.getvalue()
     assert "decode: 2 tokens of 2 sequences, context 100" in said
     assert "linear │ triton   │ 8x4     │ 2     │ 10.000 │ 50.0% │     4.000 │      40% │ memory" in said
     assert "(torch-cudagraph): 25.000 ms" in said and "10.000 ms, 40% of the served step" in said
     assert "graphs: 6 of 8 steps, 60 of 80 kernels in them" in said
+    assert "no graphs of steps in pieces: out of memory" in said and "replay" not in said
     if on_device:
         assert "10.0% idle between steps, 50.0% within them" in said
         assert "20.000 of 25.000 ms busy: 20.0% idle" in said

@@ -1,9 +1,16 @@
-"""ServedStep: the size of a step follows from its batch inputs, as counted by hand."""
+"""Watch: steps are seen only while they are to be, and their sizes are those counted by hand."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
-from autodeploy.bench.profile.watch import ServedStep
+from autodeploy.bench.profile import watch as module
+from autodeploy.bench.profile.watch import ServedStep, Watch
+from autodeploy.compile.program import BatchLimits, NamedGraph, Program, Progress
+from autodeploy.config import Options
 from autodeploy.debug.costs import Step
 
 
@@ -44,3 +51,37 @@ def test_a_graph_that_reads_no_contexts() -> None:
     step = _step(input_ids=torch.zeros(1, 2, dtype=torch.int64), state_slots=torch.tensor([1, 2]))
     assert step.size == Step(tokens=2, sequences=2, context=0, keys=0, rows=2)
     assert step.decodes
+
+
+class _Preparation:
+    def reserved_bytes(self, limits: BatchLimits) -> int:
+        return 0
+
+    def prepare(self, states: Mapping[str, Tensor], limits: BatchLimits, progress: Progress) -> None: ...
+
+
+def test_what_is_seen_of_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    preparation, served = _Preparation(), []
+
+    def function(ids: Tensor, state: Tensor) -> Tensor:
+        served.append(state)
+        return ids + 1
+
+    graph = NamedGraph("text", function, ("input_ids",), ("memory",), preparation=preparation)
+    traits: dict[str, Any] = {"vocab_size": 8, "max_model_len": None, "dtype": torch.float32}
+    program = Program(graphs={"text": graph}, states=(), device=torch.device("cpu"), **traits)
+    monkeypatch.setattr(module, "build", lambda model, options, *, lowered: program)
+    watch = Watch()
+    seen = watch.build("m", Options())
+    assert seen.graphs["text"].preparation is preparation  # what captures graphs still does
+
+    ids, state = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(3)
+    results = []
+    for watch.is_recording, watch.is_copying in ((False, False), (True, False), (True, True)):
+        results.append(seen.run({"input_ids": ids}, {"memory": state}))
+    ids.fill_(5)  # the runtime may fill its buffers anew
+    assert all(torch.equal(result, torch.ones_like(ids)) for result in results)
+    assert all(given is state for given in served) and len(served) == 3
+    plain, copied = watch.steps
+    assert plain.inputs == {} and plain.begin < plain.end <= copied.begin
+    assert copied.inputs["memory"] is state and copied.inputs["input_ids"].tolist() == [[0, 0]]

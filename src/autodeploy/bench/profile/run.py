@@ -247,11 +247,10 @@ def _write(
     arguments: Mapping[str, Any],
 ) -> None:
     program = engine.program
-    backend = str(program.report.facts["compile_backend"])
     shown = Console()
-    show(phases, limits, backend, shown if shown.is_terminal else Console(width=TEXT_WIDTH))
+    show(phases, limits, program.report, shown if shown.is_terminal else Console(width=TEXT_WIDTH))
     with (folder / "profile.txt").open("w", encoding="utf-8") as file:
-        show(phases, limits, backend, Console(file=file, width=TEXT_WIDTH))
+        show(phases, limits, program.report, Console(file=file, width=TEXT_WIDTH))
     record.write(
         folder / "profile.json",
         benchmark="profile",

@@ -12,6 +12,7 @@ from autodeploy.bench.profile.op_by_op import Call
 from autodeploy.bench.profile.timeline import Timeline
 from autodeploy.bench.profile.trace import Coverage
 from autodeploy.debug.costs import Step, roofline
+from autodeploy.graph.report import BuildReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,18 +102,28 @@ def make_rows(calls: Sequence[Call], seconds: Mapping[str, float], step: Step, l
     return sorted(rows, key=lambda row: -row.seconds)
 
 
-def show(phases: Sequence[Phase], limits: MachineLimits, backend: str, console: Console) -> None:
-    """Print phases as text."""
+def show(phases: Sequence[Phase], limits: MachineLimits, report: BuildReport, console: Console) -> None:
+    """Print phases as text, and what the build's report says of graphs that could not be."""
+    backend = str(report.facts["compile_backend"])
     for phase in phases:
         console.print(_table(phase))
         for line in remarks(phase, backend):
             console.print(line, markup=False)
         console.print()
+    for line in obstacles(report):
+        console.print(line, markup=False)
     console.print(
         f"limits measured in this run: {limits.memory_gb_per_second:.1f} GB/s, "
         f"{limits.matmul_gflop_per_second:.0f} GFLOP/s in {limits.dtype} ({limits.device}, {limits.threads} threads)",
         markup=False,
     )
+
+
+def obstacles(report: BuildReport) -> list[str]:
+    """Why some steps are not repeated, or captured as graphs."""
+    captured = report.facts.get("cuda_graphs", {}).get("text", {})
+    lines = [f"no graphs of steps {what}: {why}" for what, why in captured.get("not_captured", {}).items()]
+    return lines + ([f"replay: {report.facts['replay']}"] if "replay" in report.facts else [])
 
 
 def remarks(phase: Phase, backend: str) -> list[str]:
