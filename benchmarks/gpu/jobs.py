@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -96,8 +97,10 @@ def _process(
         env=os.environ | variables | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         text=True,
+        process_group=0,
     )
-    timer = threading.Timer(max(seconds, 1.0), process.kill)
+    # With those that compile for it, which would hold the pipe open.
+    timer = threading.Timer(max(seconds, 1.0), os.killpg, (process.pid, signal.SIGKILL))
     timer.start()
     with process:
         assert process.stdout is not None

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from autodeploy.bench.latency import one_request, random_prompt, state_bytes_read
 from autodeploy.bench.machine import MachineLimits, measure, synchronize
 from autodeploy.bench.profile.run import checked, profile_steps
@@ -71,7 +73,7 @@ def options_of(precision: str, load: Load, *, smoke: bool) -> Options:
     values |= {"max_queued_requests": 4096, "instant_on": False}
     if precision != "bf16":
         values["quantization"] = precision
-    values |= {"kv_cache_memory_bytes": 2**24} if smoke else {"memory_fraction": 0.85}
+    values |= {"kv_cache_memory_bytes": 2**24} if smoke else {"memory_fraction": 0.8}
     return parse_options(values)
 
 
@@ -81,9 +83,13 @@ def built(name: str, precision: str, folder: Path, profiles: Path, *, smoke: boo
     watch, options = Watch(), checked(options_of(precision, load, smoke=smoke))
     start = time.perf_counter()
     program = watch.build(models.subject(name, folder, smoke=smoke), options)
-    engine = Engine(program, options.engine)
     seconds = time.perf_counter() - start
-    limits = measure(program.device, program.dtype)
+    limits = measure(program.device, program.dtype)  # before the states take the memory that this needs
+    if program.device.type == "cuda":
+        torch.cuda.empty_cache()
+    start = time.perf_counter()
+    engine = Engine(program, options.engine, options.model.max_model_len)
+    seconds += time.perf_counter() - start
     report = program.report
     figures = {"seconds": seconds, "stages": report.seconds, "kernels": report.kernels, "facts": report.facts}
     made = Built(watch=watch, engine=engine, options=options, limits=limits, load=load, profiles=profiles)
@@ -178,7 +184,7 @@ def first_token(name: str, precision: str, folder: Path, *, smoke: bool) -> Figu
     """A build as a user's, and one token: what is kept of an earlier one is used."""
     options = options_of(precision, SMOKE if smoke else Load(), smoke=smoke)
     program = build(models.subject(name, folder, smoke=smoke), options)
-    engine = Engine(program, options.engine)
+    engine = Engine(program, options.engine, options.model.max_model_len)
     one_request(engine, "first", random_prompt(program.vocab_size, 16, 0), 1)
     return {"stages": program.report.seconds}
 

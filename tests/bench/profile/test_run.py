@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ import torch
 
 from autodeploy.bench import latency, throughput
 from autodeploy.bench.machine import MachineLimits
-from autodeploy.bench.profile.run import DECODE_STEPS, NUM_TOKENS, WARM_STEPS
-from autodeploy.bench.profile.trace import read_trace
+from autodeploy.bench.profile.op_by_op import Call
+from autodeploy.bench.profile.run import DECODE_STEPS, NUM_TOKENS, REPEATS, WARM_STEPS, _device_seconds
+from autodeploy.bench.profile.trace import Range, Trace, Work, read_trace
+from autodeploy.bench.profile.watch import Watch
 from autodeploy.config import parse_options
+from autodeploy.debug.costs import Cost
 from autodeploy.errors import ConfigError
 from autodeploy.kernels.provider import unavailable
 from tests import tiny
@@ -86,6 +90,24 @@ def test_a_full_batch_of_a_hybrid(tmp_path: Path) -> None:
     assert results["prefill"]["step"]["tokens"] == 20
     rows = results["decode"]["rows"]
     assert {"cached_ssd", "cached_attention"} <= {row["op"] for row in rows}
+
+
+def test_times_on_a_device_are_medians_without_the_first_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many runs of a prefill as of a decode step; the first of each may be slower."""
+    calls = [Call(name, "linear", "triton", "", Cost()) for name in ("first", "second")]
+    watch = Watch()
+    monkeypatch.setattr(Watch, "ops", SimpleNamespace(calls=calls))
+    ranges, work = [], []
+    for run in range(2 * REPEATS):
+        for index, call in enumerate(calls):
+            begin = 10.0 * run + index
+            ranges.append(Range(call.label, 1, begin, begin + 0.5))
+            slow = 100.0 if run % REPEATS == 0 else 1.0
+            length = slow * (1 + index) * (1 if run < REPEATS else 0.25)
+            work.append(Work("kernel", begin, begin + length, (begin + 0.1, 1), False))
+    found = _device_seconds(watch, Trace(ranges, work))
+    assert found["prefill"] == pytest.approx({"first": 1.0, "second": 2.0})
+    assert found["decode"] == pytest.approx({"first": 0.25, "second": 0.5})
 
 
 def test_what_cannot_be_profiled_is_refused(tmp_path: Path) -> None:

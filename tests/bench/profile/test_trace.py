@@ -51,6 +51,19 @@ def test_work_goes_to_the_step_that_launched_it() -> None:
     assert trace.device_seconds(["step", "absent"]) == {"step": pytest.approx([80e-6, 90e-6])}
 
 
+def test_a_launch_that_was_not_recorded() -> None:
+    """The kernel tells the operator in which it was made."""
+    events = [
+        {**_event("user_annotation", "step", 0, 10), "args": {"External id": 1}},
+        {**_event("cpu_op", "aten::mm", 2, 5), "args": {"External id": 2}},
+        {**_event("kernel", "gemm", 20, 5, STREAM), "args": {"External id": 2, "correlation": 9}},
+        {**_event("kernel", "norm", 30, 3, STREAM), "args": {"External id": 1, "correlation": 10}},
+        {**_event("kernel", "lost", 40, 3, STREAM), "args": {"correlation": 11}},
+    ]
+    trace = parse_trace(events)
+    assert [owner for owner, _ in trace.launched_in(trace.named("step"))] == [0, 0, None]
+
+
 def test_gaps_on_the_device() -> None:
     trace = parse_trace(EVENTS)
     found = timeline(trace.device_spans(trace.named("step")))

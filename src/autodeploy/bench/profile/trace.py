@@ -1,7 +1,8 @@
 """A profiler's trace goes in, in Chrome's format; out comes what a device did, for whom, and from a graph or not.
 
 A kernel has the correlation number of the call that launched it: of a launch of its own, or of a whole CUDA graph's.
-That call lies within a range of the thread that made it: a served step, or one call of a graph.
+That call lies within a range of the thread that made it: a served step, or one call of a graph. Where the call itself
+was not recorded, the kernel's external number names the operator or range that it was made in.
 """
 
 import json
@@ -18,6 +19,7 @@ from autodeploy.compile.replay import REPEATED
 
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
+_CALLERS = ("cpu_op", "user_annotation")
 _NUM_CALLS = re.compile(rf"{REPEATED}: (\d+) native calls, (\d+) others")
 
 
@@ -153,6 +155,11 @@ def parse_trace(events: Sequence[Mapping[str, Any]]) -> Trace:
         for event in complete
         if event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})
     }
+    callers = {
+        event["args"]["External id"]: event
+        for event in complete
+        if event.get("cat") in _CALLERS and "External id" in event.get("args", {})
+    }
     ranges, work = [], []
     for event in complete:
         begin = event["ts"] / 1e6
@@ -160,7 +167,8 @@ def parse_trace(events: Sequence[Mapping[str, Any]]) -> Trace:
         if event.get("cat") == "user_annotation":
             ranges.append(Range(event["name"], event["tid"], begin, end))
         elif event.get("cat") in _ON_DEVICE:
-            launch = launches.get(event.get("args", {}).get("correlation"))
+            known = event.get("args", {})
+            launch = launches.get(known.get("correlation")) or callers.get(known.get("External id"))
             launched = None if launch is None else (launch["ts"] / 1e6, launch["tid"])
             from_graph = launch is not None and "GraphLaunch" in launch["name"]
             work.append(Work(event["name"], begin, end, launched, from_graph))
