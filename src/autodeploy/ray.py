@@ -7,6 +7,7 @@ Calls that begin alike go to the same replica, whose prefix cache knows them. Wh
 answer is asked of another one. Needs the packages of `autodeploy[ray]`.
 """
 
+import asyncio
 import dataclasses
 import hashlib
 import importlib.util
@@ -32,8 +33,8 @@ from autodeploy.server.options import NAMES, ServerOptions, parse_server_options
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 3
-"""How many replicas a call is given to, one after another died with it."""
+WAITS_SECONDS = (0.0, 0.1, 0.3, 1.0, 3.0)
+"""Before each attempt to give a call to a replica; one that died Ray may still offer for a moment."""
 
 PREFIX_CHARACTERS = 1024
 """Calls whose texts are equal so far go to the same replica."""
@@ -192,7 +193,8 @@ class Ingress:
             body=bytes(body),
             prompt=prompt_text(asked)[:TREE_CHARACTERS] or path,
         )
-        for _ in range(ATTEMPTS):
+        for wait_seconds in WAITS_SECONDS:
+            await asyncio.sleep(wait_seconds)
             parts = self._parts(call, key)
             try:
                 head = await anext(parts)
