@@ -53,7 +53,13 @@ def converted(sample: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     def is_converted(value: object) -> bool:
         return isinstance(value, Tensor) and value.dtype in (torch.float32, torch.bfloat16)
 
-    return {name: value.to(dtype) if is_converted(value) else value for name, value in sample.items()}
+    def of(value: object) -> object:
+        if is_converted(value):
+            assert isinstance(value, Tensor)
+            return value.to(dtype)
+        return dtype if value is torch.float32 else value
+
+    return {name: of(value) for name, value in sample.items()}
 
 
 def results(value: object) -> list[Tensor]:

@@ -18,6 +18,7 @@ from autodeploy.bench.machine import MachineLimits
 from autodeploy.checkpoint.load import weight_bytes
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.ops.op import Work, find_op
+from autodeploy.ops.quantized_embedding import quantized_embedding
 from autodeploy.ops.state import PagedState, SlotState
 
 aten = torch.ops.aten
@@ -30,7 +31,7 @@ _VIEWS = {
 }  # fmt: skip
 """calls that move nothing"""
 
-_LOOKUPS = {aten.embedding.default, aten.index_select.default}
+_LOOKUPS = {aten.embedding.default, aten.index_select.default, quantized_embedding.overload}
 _RECURRENCE_FLOPS = 6
 """per element of a recurrent state and token: decay it, add to it, read it"""
 

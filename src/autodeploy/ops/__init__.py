@@ -20,6 +20,7 @@ token_shift.py   the token some places back, whole and cached
 keep_rows.py     a value of every token, kept for a reader beside the graph
 norm.py rope.py linear.py mlp.py moe.py   token-wise operations
 quantized_linear.py quantized_moe.py       products with weights of 8 or 4 bits
+quantized_embedding.py       rows of such weights, looked up
 fp8_linear.py fp8_moe.py       the same with 8-bit floating point
 sampling.py      tokens chosen from rows of logits, beside the graph
 """
@@ -41,6 +42,7 @@ from autodeploy.ops.mlstm import mlstm
 from autodeploy.ops.moe import expert_linear, moe
 from autodeploy.ops.norm import add_rms_norm, gated_rms_norm, layer_norm, rms_norm
 from autodeploy.ops.op import OPS, Kernel, Op, find_op, op
+from autodeploy.ops.quantized_embedding import quantized_embedding
 from autodeploy.ops.quantized_linear import quantized_linear
 from autodeploy.ops.quantized_moe import quantized_moe
 from autodeploy.ops.recurrence import recurrence
@@ -86,6 +88,7 @@ __all__ = [
     "mlstm",
     "moe",
     "op",
+    "quantized_embedding",
     "quantized_linear",
     "quantized_moe",
     "recurrence",

@@ -113,6 +113,19 @@ def test_a_weight_that_something_else_reads_is_left_and_a_table_is_not() -> None
     assert head.sources()[0] in ("embed.weight", "head.weight")
 
 
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_head_that_is_the_embedding_too_is_kept_once(name: str) -> None:
+    model = _mlp()
+    model.head.weight = model.embed.weight
+    graph = _linears(model)
+    before = run(graph, model)
+    assert QuantizeWeights(enabled=True, format=name).run(graph).rewritten == 3
+    assert counts(graph) == {"quantized_embedding": 1, "quantized_linear": 3}
+    assert len([weight for weight in graph.weights if "embed" in weight or "head" in weight]) == 2  # numbers, scales
+    after = run(graph, model)
+    assert (after - before).norm() < 0.15 * before.norm() and not torch.equal(after, before)
+
+
 def test_a_computed_weight_is_left_with_the_reason() -> None:
     model = _mlp()
     model.body = lambda self, x: nn.functional.linear(x, self.up.weight.tanh())[..., :64]

@@ -2,7 +2,7 @@
 
 native.py      compiles and loads csrc/, and says why it cannot
 linear.py moe.py         products with few rows, bound by memory bandwidth
-quantized_linear.py quantized_moe.py   products with weights of 8 or 4 bits
+quantized_linear.py quantized_moe.py quantized_embedding.py   weights of 8 or 4 bits, multiplied or looked up
 norm.py rope.py mlp.py   token-wise ops, one call each
 attention.py mla.py   attention over pages read in place
 recurrence.py  convolutions, scans and linear recurrences over slot states
@@ -22,6 +22,7 @@ from autodeploy.kernels.cpu import (
     mlp,
     moe,
     norm,
+    quantized_embedding,
     quantized_linear,
     quantized_moe,
     recurrence,
@@ -43,6 +44,7 @@ __all__ = [
     "mlp",
     "moe",
     "norm",
+    "quantized_embedding",
     "quantized_linear",
     "quantized_moe",
     "recurrence",

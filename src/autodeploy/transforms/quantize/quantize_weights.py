@@ -18,6 +18,7 @@ from autodeploy.ops.fp8_moe import fp8_moe
 from autodeploy.ops.linear import linear
 from autodeploy.ops.moe import expert_linear, moe
 from autodeploy.ops.op import find_op
+from autodeploy.ops.quantized_embedding import quantized_embedding
 from autodeploy.ops.quantized_linear import quantized_linear
 from autodeploy.ops.quantized_moe import quantized_moe
 
@@ -42,8 +43,9 @@ class QuantizeWeights(Transform):
     """`linear(x, w)`  becomes  `quantized_linear(x, numbers(w), scales(w))` or `fp8_linear`, `moe`  `quantized_moe` or
     `fp8_moe`. Changes numbers on purpose.
 
-    The head gets 8 bits at least. Left as they are: tables that are looked up, and routers, products whose
-    result is only compared to choose from, where rounding would choose others.
+    The head gets 8 bits at least; where its weight is the table of embeddings too, whole numbers serve both. Left as
+    they are: other tables that are looked up, and routers, products whose result is only compared to choose from, where
+    rounding would choose others.
 
     Attributes:
         format: a name in `FORMATS`.
@@ -117,9 +119,23 @@ def _quantize_linear(graph: ModelGraph, node: fx.Node, number_format: WeightForm
     arguments: tuple[Any, ...]
     if isinstance(number_format, NumberFormat):
         op, arguments = quantized_linear, (x, *_with_offsets(parts), bias, node.meta["val"].shape[-1])
+        _share_with_lookups(graph, weight, parts)
     else:
         op, arguments = fp8_linear, (x, *parts.values(), bias, number_format.block_size)
     _replace(graph, node, graph.call(op, *arguments, before=node))
+
+
+def _share_with_lookups(graph: ModelGraph, weight: object, parts: dict[Part, fx.Node]) -> None:
+    """Let embeddings of a weight look up the parts that it was rounded to, so that it need not be kept itself."""
+    assert isinstance(weight, fx.Node)
+    for lookup in [user for user in weight.users if user.target == aten.embedding.default and user.args[0] is weight]:
+        with graph.graph.inserting_before(lookup):
+            copies = {part: graph.graph.get_attr(str(node.target)) for part, node in parts.items()}
+        for part, copy in copies.items():
+            copy.meta["val"] = parts[part].meta["val"]
+        rows = lookup.meta["val"]
+        arguments = (lookup.args[1], *_with_offsets(copies), rows.shape[-1], rows.dtype)
+        _replace(graph, lookup, graph.call(quantized_embedding, *arguments, before=lookup))
 
 
 def _quantize_moe(graph: ModelGraph, node: fx.Node, number_format: WeightFormat) -> None:

@@ -27,6 +27,12 @@ struct fp16 {
     uint16_t bits;
 };
 
+// As `load_halves` below.
+inline float to_float(fp16 x) {
+    const float magnitude = bit_cast<float>((x.bits & 0x7fffu) << 13) * 0x1p112f;
+    return x.bits & 0x8000 ? -magnitude : magnitude;
+}
+
 template <class V>
 inline V load_halves(const uint16_t* from) {
     if constexpr (is_pair<V>::value) {
