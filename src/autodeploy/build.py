@@ -43,7 +43,7 @@ from autodeploy.ops.moe import expert_linear, moe
 from autodeploy.ops.op import Kernel
 from autodeploy.ops.quantized_linear import quantized_linear
 from autodeploy.ops.quantized_moe import quantized_moe
-from autodeploy.ops.sampling import choose_tokens
+from autodeploy.ops.sampling import accept_drafts, choose_tokens
 from autodeploy.transforms.cache.keep_hidden_states import KeepHiddenStates, kept_state
 
 # Importing transformers, and torch.export, takes longer than the whole start of a model whose graph was kept. So the
@@ -360,9 +360,8 @@ def _finish(
     with clock.stage("compile", f"compiling ({backend})"):
         named = {each.name: _compiled(each, backend, device, options, clock.report) for each in graphs}
     vocab_size = int(logits.meta["val"].shape[-1])  # type: ignore[union-attr]
-    chooser = kernel_of_choice(vocab_size, subject.dtype, device)
-    if chooser is not None:
-        clock.report.kernels[choose_tokens.name] = {chooser.provider: 1}
+    beside = kernels_beside(vocab_size, subject.dtype, device)
+    clock.report.kernels.update({name: {kernel.provider: 1} for name, kernel in beside.items()})
     program = Program(
         graphs=named,
         states=tuple(graph.states),
@@ -376,7 +375,7 @@ def _finish(
         flops_per_logits_row=head_flops,
         eos_token_ids=subject.eos_token_ids,
         head=draft_head,
-        choose_tokens=None if chooser is None else chooser.function,
+        **{name: kernel.function for name, kernel in beside.items()},
         report=clock.report,
     )
     if options.check_isolation and "isolation" not in clock.report.facts:
@@ -385,12 +384,17 @@ def _finish(
     return program
 
 
-def kernel_of_choice(vocab_size: int, dtype: torch.dtype, device: torch.device) -> Kernel | None:
-    """The kernel that chooses tokens from a program's logits; None where the runtime does without."""
+def kernels_beside(vocab_size: int, dtype: torch.dtype, device: torch.device) -> dict[str, Kernel]:
+    """Kernels of the ops that the runtime calls beside a program's graphs, by op; it does without what is not there."""
     with FakeTensorMode():
         logits = torch.empty(1, vocab_size, dtype=dtype, device=device)
-    arguments = dict.fromkeys(choose_tokens.parameters)
-    return kernel_for(choose_tokens, device, **{**arguments, "logits": logits})
+        tokens = torch.empty(1, dtype=torch.int64, device=device)
+    draws = dict.fromkeys(name for name in choose_tokens.parameters if name != "logits")
+    found = {
+        choose_tokens.name: kernel_for(choose_tokens, device, logits=logits, **draws),
+        accept_drafts.name: kernel_for(accept_drafts, device, tokens=tokens, drafts=tokens, starts=tokens),
+    }
+    return {name: kernel for name, kernel in found.items() if kernel is not None}
 
 
 def _draft_head(graph: ModelGraph, head: ModelGraph) -> DraftHead:

@@ -32,7 +32,7 @@ UNKNOWN_DTYPES = [
     (op, kernel, dtype)
     for op, kernel in KERNELS
     for dtype in (torch.float16, torch.float64)
-    if kernel.provider in NATIVE or dtype != torch.float16
+    if (kernel.provider in NATIVE or dtype != torch.float16) and op.name != "accept_drafts"  # of whole numbers alone
 ]
 SCHEDULES = [(op, kernel, dtype, seed) for op, kernel in CACHED for dtype in DTYPES for seed in range(4)]
 

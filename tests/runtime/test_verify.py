@@ -5,8 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from torch import Tensor
 
+from autodeploy.compile.program import ChooseTokens
 from autodeploy.config import EngineOptions
+from autodeploy.ops.sampling import choose_tokens
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams, TokenOutput
 from autodeploy.runtime.structured_outputs import StructuredOutputsParams
@@ -20,11 +23,15 @@ HIGHEST_CHI_SQUARE = 54.0  # 22 degrees of freedom: one sample in 5000 lies abov
 
 
 def make_engine(
-    layers: tuple[str, ...] = LAYERS, *, drafts: dict[str, Any] | None = DRAFT_MODEL, **program: Any
+    layers: tuple[str, ...] = LAYERS,
+    *,
+    drafts: dict[str, Any] | None = DRAFT_MODEL,
+    choose: ChooseTokens | None = None,
+    **program: Any,
 ) -> Engine:
     options = EngineOptions(page_size=4, max_num_seqs=130, seed=3, speculative_config=drafts)
     draft = toy_program(layers, err_every=3)
-    return Engine(toy_program(layers, **program), options, 64, draft=draft)
+    return Engine(replace(toy_program(layers, **program), choose_tokens=choose), options, 64, draft=draft)
 
 
 def run(engine: Engine, prompt: list[int], params: SamplingParams) -> list[TokenOutput]:
@@ -63,6 +70,46 @@ def test_the_tokens_are_those_without_drafts(params: SamplingParams) -> None:
     assert 0 < stats.accepted_tokens < stats.draft_tokens
     assert stats.acceptance_length == 1 + stats.accepted_tokens / stats.num_drafts
     assert stats.generation_tokens == 30 and plain.stats().acceptance_length == 1
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0, max_tokens=30, logprobs=2),
+        SamplingParams(temperature=0.03, max_tokens=30, seed=5),
+        SamplingParams(temperature=0.1, max_tokens=30, seed=6, top_p=0.8, logprobs=1),
+        SamplingParams(temperature=0.1, max_tokens=30, seed=6, presence_penalty=0.1),
+    ],
+    ids=str,
+)
+def test_rows_are_chosen_from_at_once_where_a_row_needs_no_token_before(params: SamplingParams) -> None:
+    """As on a device: one choice a step, and the same tokens; with penalties, a choice for each token."""
+    num_choices = 0
+
+    def choose(*arguments: Any) -> tuple[Tensor, Tensor]:
+        nonlocal num_choices
+        num_choices += 1
+        chosen: tuple[Tensor, Tensor] = choose_tokens.reference(*arguments)
+        return chosen
+
+    drafting = make_engine(choose=choose)
+    expected, outputs = run(make_engine(drafts=None), [1, 2, 3], params), run(drafting, [1, 2, 3], params)
+    assert tokens_of(outputs) == tokens_of(expected) and len(outputs) < len(expected)
+    entries = [[entry for output in each for entry in output.logprobs or ()] for each in (outputs, expected)]
+    assert [list(entry) for entry in entries[0]] == [list(entry) for entry in entries[1]]
+    assert 0 < drafting.stats().accepted_tokens < drafting.stats().draft_tokens
+    num_steps = drafting.stats().num_steps
+    assert num_choices > num_steps if params.has_penalties else num_choices == num_steps
+
+
+@pytest.mark.parametrize("end", ["stop", "error"])
+def test_rows_behind_an_end_are_left_out_though_they_were_chosen_from(end: str) -> None:
+    free = reference_tokens(LAYERS, [1, 2], 30)
+    at = next(at for at in range(6, 30) if free[at] not in (1, 2, *free[:at]))
+    given: dict[str, Any] = {"eos_token_ids": (free[at],)} if end == "stop" else {"poison": free[at]}
+    engine = make_engine(choose=choose_tokens.reference, **given)
+    outputs = run(engine, [1, 2], SamplingParams(temperature=0, max_tokens=30))
+    assert tokens_of(outputs) == free[: at + 1] and outputs[-1].finish_reason == end
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 4}, {"logprobs": 1, "seed": 5}])

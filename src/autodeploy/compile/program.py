@@ -17,7 +17,8 @@ from autodeploy.ops.state import StateSpec
 
 GraphFunction = Callable[..., Tensor]
 ChooseTokens = Callable[..., tuple[Tensor, Tensor]]
-"""The op `choose_tokens`, or a kernel of it."""
+AcceptDrafts = Callable[..., Tensor]
+"""The ops of these names, or kernels of them."""
 Progress = Callable[[str], None]
 
 
@@ -104,7 +105,7 @@ class Program:
         flops_per_logits_row: the same for each row of logits: the head.
         eos_token_ids: ids that end a generation, from the model's generation config.
         head: of a program with a graph `head`.
-        choose_tokens: the kernel of that op for the device, if there is one; logits go through it.
+        choose_tokens, accept_drafts: the kernels of those ops for the device, if there are any.
         report: what the build did.
     """
 
@@ -121,6 +122,7 @@ class Program:
     eos_token_ids: tuple[int, ...] = ()
     head: DraftHead | None = None
     choose_tokens: ChooseTokens | None = None
+    accept_drafts: AcceptDrafts | None = None
     report: BuildReport = field(default_factory=BuildReport)
 
     def batch_inputs(self, graph: str = "text") -> tuple[str, ...]:

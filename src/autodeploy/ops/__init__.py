@@ -47,7 +47,7 @@ from autodeploy.ops.quantized_linear import quantized_linear
 from autodeploy.ops.quantized_moe import quantized_moe
 from autodeploy.ops.recurrence import recurrence
 from autodeploy.ops.rope import rope
-from autodeploy.ops.sampling import choose_tokens
+from autodeploy.ops.sampling import accept_drafts, choose_tokens
 from autodeploy.ops.sparse_attention import cached_sparse_attention, sparse_attention
 from autodeploy.ops.ssm import cached_selective_scan, cached_ssd, selective_scan, ssd
 from autodeploy.ops.token_shift import token_shift
@@ -57,6 +57,7 @@ __all__ = [
     "OPS",
     "Kernel",
     "Op",
+    "accept_drafts",
     "add_rms_norm",
     "attention",
     "cached_attention",

@@ -1,4 +1,5 @@
-"""Choosing tokens: rows of logits, sampling parameters and random keys go in, one token per row comes out.
+"""Choosing tokens: rows of logits, sampling parameters and random keys go in, one token per row comes out; and how many
+drafts are what was chosen.
 
 Temperature, then min-p, top-k and top-p, then the cumulative distribution of what they leave is inverted at one random
 number. Ties with the least likely token that is kept are kept too, so that no order of sorting matters. Every row
@@ -54,6 +55,26 @@ def choose_tokens(
         probabilities = probabilities.masked_fill(probabilities < thresholds, 0.0)
     drawn = _invert(probabilities, uniform_numbers(keys, positions))
     return torch.where(is_random, drawn, tokens), best.squeeze(1)
+
+
+@op()
+def accept_drafts(tokens: Tensor, drafts: Tensor, starts: Tensor) -> Tensor:
+    """How many drafts of each sequence are accepted: those before the first that was not chosen.
+
+    A sequence with k drafts has k + 1 rows of logits, behind its last token and behind each draft. As rows are chosen
+    from with the random numbers of their positions, the tokens are those that would be chosen one after the other.
+
+    Args:
+        tokens: int64 `[R]`, what was chosen in each row.
+        drafts: int64 `[R]`, the draft that follows each row; -1 behind the last row of a sequence.
+        starts: int `[S+1]`, where each sequence's rows start; one row at least for each.
+    Returns:
+        int64 `[S]`.
+    """
+    rows = torch.arange(len(tokens), device=tokens.device)
+    ends = torch.where(tokens == drafts, len(tokens), rows)
+    first_ends = ends.flip(0).cummin(0).values.flip(0)
+    return first_ends[starts[:-1].long()] - starts[:-1].long()
 
 
 def uniform_numbers(keys: Tensor, positions: Tensor) -> Tensor:
@@ -118,3 +139,13 @@ def _samples() -> list[dict[str, Any]]:
     greedy = mixed | dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "keys", "positions"))
     usable = mixed | {"logits": torch.where(unusable.isfinite(), unusable, 0.0)}
     return [mixed, sample(300, None, [1.0, 0.0, 0.3]), greedy, greedy | {"logits": unusable}, usable]
+
+
+@accept_drafts.with_samples
+def _draft_samples() -> list[dict[str, Any]]:
+    starts = torch.tensor([0, 5, 6, 9, 49], dtype=torch.int32)
+    drafts = torch.randint(0, 3, (49,))
+    drafts[starts[1:].long() - 1] = -1
+    wrong = (drafts + torch.randint(0, 2, (49,))) % 3
+    right = drafts.clamp(min=0)
+    return [{"tokens": tokens, "drafts": drafts, "starts": starts} for tokens in (right, wrong, right.flip(0))]

@@ -22,6 +22,7 @@ from torch import Tensor
 from autodeploy.compile.program import Program, Progress
 from autodeploy.config import EngineOptions, Options, SpeculativeOptions, check_options
 from autodeploy.errors import ConfigError, EngineDeadError, EngineOverloadedError, InvalidRequestError
+from autodeploy.ops.sampling import accept_drafts
 from autodeploy.ops.state import SlotState
 from autodeploy.runtime.batch import Batch, BatchBuilder
 from autodeploy.runtime.draft_model import DraftModel, HiddenStates, draft_model_beside, plan_of_head
@@ -51,7 +52,7 @@ from autodeploy.runtime.states import (
     reserved_bytes,
 )
 from autodeploy.runtime.stats import EngineStats
-from autodeploy.runtime.verify import Extension, extend_by_choice, extend_sequences
+from autodeploy.runtime.verify import Extension, choose_at_once, extend_by_choice, extend_sequences
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +64,8 @@ class Flight:
     """A step that the device is at work on, or has done.
 
     Attributes:
-        choice: tokens for the sequences in `batch.sampled`, on their way to the host; None where drafts are to be
-            verified first.
+        choice: tokens for the sequences in `batch.sampled`, and of rows behind their drafts, on their way to the host;
+            None where one token has to be known before the next is chosen.
         latest_R: the same tokens [R], on the device.
         logits_RV: those of the batch, where more than `choice` has to be read of them.
     """
@@ -157,6 +158,7 @@ class Engine:
         )
         self.program = program
         self._sampler.choose_tokens = program.choose_tokens
+        self._sampler.accept_drafts = program.accept_drafts or accept_drafts.reference
         self.options = options
         self.plan = plan
         self.max_model_len = plan.max_model_len
@@ -334,9 +336,12 @@ class Engine:
         began = time.perf_counter()
         logits_RV = self.program.run(batch.inputs, self._states, on_host=batch.on_host)
         if batch.has_drafts:
-            flight = Flight(batch, logits_RV=logits_RV)
+            choice = choose_at_once(self._sampler, logits_RV[: batch.num_sampled_rows], batch.sampled)
         else:
             choice = self._sampler.choose(logits_RV[: batch.num_sampled_rows], batch.sampled, latest_R)
+        if choice is None:
+            flight = Flight(batch, logits_RV=logits_RV)
+        else:
             rest = logits_RV if batch.prompt_rows else None
             flight = Flight(batch, choice.on_host(), choice.tokens_R, rest)
         self._model_seconds += time.perf_counter() - began

@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from autodeploy.compile.program import ChooseTokens
-from autodeploy.ops.sampling import choose_tokens
+from autodeploy.compile.program import AcceptDrafts, ChooseTokens
+from autodeploy.ops.sampling import accept_drafts, choose_tokens
 from autodeploy.runtime.constraints import Constraints
 from autodeploy.runtime.draw import draw, on_device
 from autodeploy.runtime.grammar import GrammarCompiler
@@ -50,6 +50,7 @@ class Choice:
         best_R: the greatest logit of each row; not finite where the logits are unusable.
         logprob_rows: rows whose log-probabilities are asked for.
         logprobs: of those rows.
+        accepted_S: int64, of rows behind drafts, how many drafts of each sequence were chosen.
         copied: on CUDA, when what `read` looks at is on the host.
     """
 
@@ -57,6 +58,7 @@ class Choice:
     best_R: Tensor
     logprob_rows: SequenceOf[int] = ()
     logprobs: LogprobRows | None = None
+    accepted_S: Tensor | None = None
     copied: torch.cuda.Event | None = None
 
     def on_host(self) -> "Choice":
@@ -68,9 +70,10 @@ class Choice:
             columns = tuple(column.to("cpu", non_blocking=True) for column in logprobs.columns)
             logprobs = replace(logprobs, columns=columns)
         tokens_R, best_R = (tensor.to("cpu", non_blocking=True) for tensor in (self.tokens_R, self.best_R))
+        accepted_S = None if self.accepted_S is None else self.accepted_S.to("cpu", non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        return replace(self, tokens_R=tokens_R, best_R=best_R, logprobs=logprobs, copied=copied)
+        return Choice(tokens_R, best_R, self.logprob_rows, logprobs, accepted_S, copied)
 
     def read(self) -> Samples:
         """The tokens themselves; waits until they are there."""
@@ -117,12 +120,14 @@ class Sampler:
         grammars: compiles what guided sequences follow; None serves none.
         choose_tokens: the op of that name, or a kernel of it, for the program's logits; None takes the reference, and
             on the CPU what is faster there.
+        accept_drafts: the op of that name, or a kernel of it; used together with `choose_tokens`.
         constraints: what sequences may say next.
     """
 
     seed: int | None = None
     grammars: GrammarCompiler | None = None
     choose_tokens: ChooseTokens | None = None
+    accept_drafts: AcceptDrafts = accept_drafts.reference
     constraints: Constraints = field(init=False)
     _key: int = field(init=False)
     _keys: dict[Sequence, int] = field(init=False, default_factory=dict)
@@ -143,13 +148,20 @@ class Sampler:
         return self.choose(logits_RV, sequences).read()
 
     @torch.inference_mode()
-    def choose(self, logits_RV: Tensor, sequences: SequenceOf[Sequence], latest_R: Tensor | None = None) -> Choice:
+    def choose(
+        self,
+        logits_RV: Tensor,
+        sequences: SequenceOf[Sequence],
+        latest_R: Tensor | None = None,
+        offsets: SequenceOf[int] | None = None,
+    ) -> Choice:
         """The same without waiting for the device, unless a constraint needs to.
 
         Args:
             latest_R: the tokens that `Sequence.pending_row` means, on the device.
+            offsets: how many tokens come between its sequence's last one and the token of each row; default: none.
         """
-        is_one_by_one = self.choose_tokens is None and logits_RV.is_cpu
+        is_one_by_one = self.draws_one_by_one(logits_RV)
         if is_one_by_one and all(sequence.is_plain for sequence in sequences):
             return Choice(*_best(logits_RV))
         if is_one_by_one and all(each.is_plain or each.is_plainly_guided for each in sequences):
@@ -161,13 +173,17 @@ class Sampler:
         if is_one_by_one:
             tokens_R, best_R = self._choose_one_by_one(logits_RV, sequences)
         else:
-            tokens_R, best_R = self._choose_together(logits_RV, sequences)
+            tokens_R, best_R = self._choose_together(logits_RV, sequences, offsets or [0] * len(sequences))
         wanted = [(row, s.params.logprobs) for row, s in enumerate(sequences) if s.params.logprobs is not None]
         if not wanted:
             return Choice(tokens_R, best_R)
         logprob_rows, counts = map(list, zip(*wanted, strict=True))
         rows = on_device(logprob_rows, tokens_R)
         return Choice(tokens_R, best_R, logprob_rows, LogprobRows.of(raw_RV[rows], tokens_R[rows], counts))
+
+    def draws_one_by_one(self, logits_RV: Tensor) -> bool:
+        """Whether drawing from a row costs time of the host, as it does on the CPU."""
+        return self.choose_tokens is None and logits_RV.is_cpu
 
     def _best_allowed(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> Choice:
         """Where the greatest logit of a row is of a token that its grammar allows, no other need be asked about."""
@@ -198,7 +214,9 @@ class Sampler:
         tokens_R[rows] = draw(logits_RV[rows], best_R[rows], params, numbers)
         return tokens_R, best_R
 
-    def _choose_together(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> tuple[Tensor, Tensor]:
+    def _choose_together(
+        self, logits_RV: Tensor, sequences: SequenceOf[Sequence], offsets: SequenceOf[int]
+    ) -> tuple[Tensor, Tensor]:
         choose = self.choose_tokens or choose_tokens.reference
         params = [sequence.params for sequence in sequences]
         if all(each.is_greedy for each in params):
@@ -209,7 +227,8 @@ class Sampler:
         shares += [p.min_p for p in params]
         temperature, top_p, min_p = on_device(shares, logits_RV, torch.float32).view(3, num_rows)
         keys = [0 if s.params.is_greedy else _as_int64(self._key_of(s)) for s in sequences]
-        numbers = [max(p.top_k, 0) for p in params] + keys + [s.num_tokens for s in sequences]
+        numbers = [max(p.top_k, 0) for p in params] + keys
+        numbers += [s.num_tokens + offset for s, offset in zip(sequences, offsets, strict=True)]
         top_k, keys_R, positions = on_device(numbers, logits_RV, torch.int64).view(3, num_rows)
         if any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params):
             return choose(logits_RV, temperature, top_k, top_p, min_p, keys_R, positions)

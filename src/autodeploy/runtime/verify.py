@@ -8,16 +8,21 @@ So every token comes from the distribution that it would come from without draft
 is accepted with the probability that the model gives it, as in rejection sampling (Leviathan et al., 2023, section 2.3)
 with a point mass for the draft's distribution. Penalties, minimum lengths, grammars and seeds see one token after the
 other and do not know of drafts: with a seed, the tokens are those without drafts.
+
+A random number depends on seed and position only, so where neither penalties nor constraints look at the token before,
+all rows may be chosen from at once, and the drafts compared with what was chosen, on the device.
 """
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from autodeploy.runtime.batch import Batch
+from autodeploy.runtime.draw import on_device
 from autodeploy.runtime.request import Logprob, Sequence
-from autodeploy.runtime.sampler import Choice, Sampler
+from autodeploy.runtime.sampler import Choice, Sampler, Samples
 
 
 @dataclass(slots=True)
@@ -56,10 +61,39 @@ class Extension:
         self.goes_on = is_draft and self.sequence.finish_reason is None
 
 
+@torch.inference_mode()
+def choose_at_once(sampler: Sampler, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> Choice | None:
+    """A token for every row of sequences with drafts, and how many drafts they bear out, without a wait for the device.
+
+    None where a row needs the token before it, for a penalty or a constraint; and where drawing costs time of the host,
+    which is better spent on rows that are needed.
+    """
+    if sampler.draws_one_by_one(logits_RV):
+        return None
+    if any(sequence.params.has_penalties or sequence.params.has_constraints for sequence in sequences):
+        return None
+    owners: list[Sequence] = []
+    offsets: list[int] = []
+    drafts: list[int] = []
+    starts = [0]
+    for sequence in sequences:
+        num_rows = 1 + len(sequence.draft_token_ids)
+        owners += [sequence] * num_rows
+        offsets += range(num_rows)
+        drafts += [*sequence.draft_token_ids, -1]
+        starts.append(len(drafts))
+    choice = sampler.choose(logits_RV, owners, offsets=offsets)
+    numbers = on_device(drafts + starts, choice.tokens_R)
+    accepted_S = sampler.accept_drafts(choice.tokens_R, numbers[: len(drafts)], numbers[len(drafts) :])
+    return replace(choice, accepted_S=accepted_S)
+
+
 def extend_by_choice(choice: Choice, batch: Batch) -> list[Extension]:
-    """Append the tokens chosen for `batch.sampled`, which has no drafts; those sequences excepted that have ended."""
+    """Append the tokens chosen for `batch.sampled`; those sequences excepted that have ended."""
     extensions = []
     samples = choice.read()
+    if choice.accepted_S is not None:
+        return _extend_by_drafts(samples, choice.accepted_S.tolist(), batch.sampled)
     rows = zip(batch.sampled, samples.token_ids, samples.logprobs, strict=True)
     for row, (sequence, token_id, logprobs) in enumerate(rows):
         sequence.pending_row = None
@@ -70,6 +104,22 @@ def extend_by_choice(choice: Choice, batch: Batch) -> list[Extension]:
             continue
         sequence.append(token_id)
         extensions.append(Extension(sequence, row, [token_id], [] if logprobs is None else [logprobs], goes_on=False))
+    return extensions
+
+
+def _extend_by_drafts(
+    samples: Samples, num_accepted: SequenceOf[int], sequences: SequenceOf[Sequence]
+) -> list[Extension]:
+    extensions = []
+    first_row = 0
+    for sequence, count in zip(sequences, num_accepted, strict=True):
+        extension = Extension(sequence, first_row)
+        extensions.append(extension)
+        first_row += 1 + len(sequence.draft_token_ids)
+        for row in range(extension.first_row, extension.first_row + 1 + count):
+            extension.append(samples.token_ids[row], samples.logprobs[row])
+            if not extension.is_usable or sequence.finish_reason is not None:
+                break
     return extensions
 
 

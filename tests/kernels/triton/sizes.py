@@ -222,6 +222,11 @@ def fp8_moe() -> list[Arguments]:
     return [sample(1, None), sample(64, 128)]
 
 
+def accept_drafts() -> list[Arguments]:
+    numbers = functools.partial(empty, dtype=torch.int64)
+    return [{"tokens": numbers(320), "drafts": numbers(320), "starts": numbers(65)}]
+
+
 def choose_tokens() -> list[Arguments]:
     numbers = functools.partial(empty, dtype=torch.float32)
 
@@ -251,6 +256,7 @@ SIZES: dict[str, Callable[[], list[Arguments]]] = {
     "add_rms_norm": add_rms_norm,
     "gated_rms_norm": gated_rms_norm,
     "layer_norm": layer_norm,
+    "accept_drafts": accept_drafts,
     "choose_tokens": choose_tokens,
     "gated_activation": gated_activation,
     "rope": rope,

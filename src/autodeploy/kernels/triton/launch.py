@@ -43,11 +43,17 @@ def why_refused(*tensors: Tensor | None) -> str | None:
     for tensor in given:
         if tensor.dtype not in DTYPES:
             return f"dtype {tensor.dtype}; there are kernels for float32, bfloat16, float16"
-        if not (tensor.device.type == "cuda" or (tensor.device.type == "cpu" and env.is_triton_interpreted())):
-            return f"a tensor on {tensor.device}"
+        if elsewhere := why_elsewhere(tensor):
+            return elsewhere
     if len({tensor.dtype for tensor in given}) > 1:
         return f"mixed dtypes {', '.join(str(tensor.dtype) for tensor in given)}"
     return None
+
+
+def why_elsewhere(tensor: Tensor) -> str | None:
+    """The reason that Triton kernels cannot take tensors of a device, or None."""
+    is_here = tensor.device.type == "cuda" or (tensor.device.type == "cpu" and env.is_triton_interpreted())
+    return None if is_here else f"a tensor on {tensor.device}"
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""choose_tokens without a sort: the rows are read a few times over, each in parts, by as many programs as are idle.
+"""accept_drafts; and choose_tokens without a sort: rows are read a few times over, in parts, by as many as are idle.
 
 1. The greatest logit of each part.
 2. How many tokens of a part lie how far below the greatest of the row, and what they weigh.
@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autodeploy.kernels.triton.launch import Launcher, num_processors, why_refused
+from autodeploy.kernels.triton.launch import Launcher, num_processors, why_elsewhere, why_refused
 from autodeploy.ops import sampling as op
-from autodeploy.ops.sampling import choose_tokens
+from autodeploy.ops.sampling import accept_drafts, choose_tokens
 
 _LEAST_TOKENS_OF_PART = 2048
 _MOST_PARTS = 64
@@ -379,3 +379,33 @@ def choose_tokens_triton(
     levels.setdefault("CAPACITY", 0)
     _choose_one((rows,), *of_parts, *draws, tokens, best, **sizes, **levels, PART_BLOCK=_BLOCK)
     return tokens, best
+
+
+@triton.jit
+def _accept(tokens, drafts, starts, accepted, BLOCK: tl.constexpr):
+    sequence = tl.program_id(0)
+    begin, end = tl.load(starts + sequence).to(tl.int32), tl.load(starts + sequence + 1).to(tl.int32)
+    first = end
+    for start in range(begin, end, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        token, draft = (
+            tl.load(tokens + rows, mask=rows < end, other=0),
+            tl.load(drafts + rows, mask=rows < end, other=0),
+        )
+        first = tl.minimum(first, tl.min(tl.where(token != draft, rows, end), 0))
+    tl.store(accepted + sequence, (first - begin).to(tl.int64))
+
+
+_accept_rows = Launcher(_accept, [triton.Config({"BLOCK": 32}, num_warps=1)])
+
+
+def _supports_drafts(tokens: Tensor, drafts: Tensor, starts: Tensor) -> str | None:
+    return why_elsewhere(tokens)
+
+
+@accept_drafts.kernel("triton", _supports_drafts)
+def accept_drafts_triton(tokens: Tensor, drafts: Tensor, starts: Tensor) -> Tensor:
+    """`accept_drafts`, a program for each sequence."""
+    accepted = tokens.new_empty(len(starts) - 1, dtype=torch.int64)
+    _accept_rows((len(starts) - 1,), tokens, drafts, starts, accepted)
+    return accepted
