@@ -40,6 +40,7 @@ from autodeploy.ops.fp8_linear import fp8_linear
 from autodeploy.ops.fp8_moe import fp8_moe
 from autodeploy.ops.linear import linear
 from autodeploy.ops.moe import expert_linear, moe
+from autodeploy.ops.nvfp4_linear import nvfp4_linear
 from autodeploy.ops.op import Kernel
 from autodeploy.ops.quantized_linear import quantized_linear
 from autodeploy.ops.quantized_moe import quantized_moe
@@ -417,7 +418,7 @@ def _count_flops(graph: ModelGraph) -> tuple[int, int]:
     assert input_ids is not None
     num_tokens = str(input_ids.meta["val"].shape[1])
     flops = {True: 0, False: 0}
-    for op in (linear, quantized_linear, fp8_linear):
+    for op in (linear, quantized_linear, fp8_linear, nvfp4_linear):
         assert op.work is not None
         for node in graph.nodes(op):
             arguments = fx.map_arg(op.arguments(node.args, node.kwargs), lambda argument: argument.meta["val"])

@@ -19,7 +19,7 @@ INDUCTOR_BACKENDS = ("torch-compile", "torch-opt")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 INTEGERS = ("int8", "int4")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2")
-QUANTIZATIONS = (None, *INTEGERS, "fp8", "fp8_per_block")
+QUANTIZATIONS = (None, *INTEGERS, "fp8", "fp8_per_block", "nvfp4")
 RUNTIMES = ("engine", "demollm")
 MAX_SPECULATIVE_TOKENS = 64
 HEAD_METHODS = ("eagle", "mtp")
@@ -64,8 +64,8 @@ class CompileOptions:
             Default: 1, 2, 4 and multiples of 8 up to `max_num_seqs` for batches of one token per sequence, and a dozen
             sizes up to 512 for others.
         attn_backend: provider preferred for attention kernels; `auto` takes the first that supports the case.
-        quantization: weights of products are rounded while they are read, to whole numbers (`int8`, `int4`) or to 8-bit
-            floating point (`fp8`, `fp8_per_block`); default: as `dtype` says.
+        quantization: weights of products are rounded while they are read, to whole numbers (`int8`, `int4`) or to
+            floating point of 8 bits (`fp8`, `fp8_per_block`) or 4 (`nvfp4`); default: as `dtype` says.
         quantization_group_size: for `int8` and `int4`, inputs of a weight that share a scale, a multiple of 32;
             default: a row for `int8`, 32 for `int4`.
         kv_cache_dtype: `fp8` (`fp8_e4m3`) or `fp8_e5m2` keeps keys and values in 8-bit floating point, without scales;

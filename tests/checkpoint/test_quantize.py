@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from autodeploy.checkpoint.quantize import Float8Format, NumberFormat, quantize_rows
-from autodeploy.ops import fp8_linear
+from autodeploy.checkpoint.quantize import Float4Format, Float8Format, NumberFormat, quantize_rows
+from autodeploy.ops import fp8_linear, nvfp4_linear
 from autodeploy.ops.quantized_linear import dequantize
 
 FORMATS = [
@@ -52,7 +52,7 @@ def test_no_weight_moves_further_than_its_format_allows(number_format: NumberFor
 @pytest.mark.parametrize("block_size", [None, 128])
 def test_floating_point_keeps_four_bits_of_each_weight(block_size: int | None) -> None:
     number_format, rows = Float8Format(block_size), draw(150, 200) * draw(150, 1, seed=1)
-    parts = number_format.quantize(rows)
+    parts = number_format.quantize(rows, None)
     for part, value in parts.items():
         assert (value.shape, value.dtype) == (number_format.shape(part, 150, 200), number_format.dtype(part))
     matrix = fp8_linear(torch.eye(200), parts["numbers"], parts["scales"], None, block_size).t()
@@ -63,6 +63,23 @@ def test_floating_point_keeps_four_bits_of_each_weight(block_size: int | None) -
         torch.testing.assert_close(matrix.abs().amax(1), rows.abs().amax(1), rtol=1e-5, atol=0)
     else:
         torch.testing.assert_close(matrix[:128, :128].abs().max(), rows[:128, :128].abs().max(), rtol=1e-5, atol=0)
+
+
+def test_four_bits_of_floating_point_take_the_nearest_number_of_their_group() -> None:
+    number_format, rows = Float4Format(), draw(40, 64) * draw(40, 4, seed=1).repeat_interleave(16, 1)
+    rows[3, :16] = 0
+    parts = number_format.quantize(rows, float(rows.abs().max()))
+    for part, value in parts.items():
+        assert (value.shape, value.dtype) == (number_format.shape(part, 40, 64), number_format.dtype(part))
+    matrix = nvfp4_linear(torch.eye(64), *(parts[part] for part in number_format.parts), None).t()
+    steps = (parts["scales"].float() * parts["tensor_scale"]).repeat_interleave(16, 1)
+    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    nearest = (rows.abs()[..., None] - levels * steps[..., None]).abs().amin(-1)
+    torch.testing.assert_close((matrix - rows).abs(), nearest, rtol=1e-4, atol=1e-6)
+    assert matrix[3, :16].eq(0).all()
+    # scales are used to the full: the largest weight of all is kept, and of most groups nearly
+    assert abs(matrix.abs().max() / rows.abs().max() - 1) < 1e-3
+    assert ((matrix - rows).norm() / rows.norm()) < 0.12
 
 
 def test_rows_without_groups_may_have_any_size() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from autodeploy.checkpoint.quantize import NumberFormat, quantize_rows
+from autodeploy.checkpoint.quantize import Float4Format, Float8Format, NumberFormat, WeightFormat, quantize_rows
 from autodeploy.checkpoint.recipe import (
     Cast,
     Concat,
@@ -158,6 +158,21 @@ def test_quantised_parts_are_those_of_the_whole_matrix() -> None:
         assert torch.equal(made, whole[part])
         assert torch.equal(evaluate(recipe, read, torch.empty_like(made)), made)
     assert str(Quantize(parts[0], INT4, "scales")) == "scales(a, int4 per 32 inputs, with offsets)"
+
+
+@pytest.mark.parametrize("number_format", [Float8Format(), Float8Format(128), Float4Format()], ids=str)
+def test_parts_in_floating_point_are_those_of_the_whole_matrix(number_format: WeightFormat) -> None:
+    parts = tuple(Source(f"{name}", (rows, 160), F32) for name, rows in (("a", 384), ("b", 256), ("c", 17)))
+    matrix = torch.cat([stored(part.name, part.shape) for part in parts])
+    whole = number_format.quantize(matrix, float(matrix.abs().max()))
+    read = lambda name: stored(name, next(part.shape for part in parts if part.name == name))  # noqa: E731
+    for part in number_format.parts:
+        recipe = Quantize(Concat(parts, 0), number_format, part)
+        made = evaluate(recipe, read)
+        assert (tuple(made.shape), made.dtype) == (recipe.shape, recipe.dtype)
+        assert torch.equal(made.float(), whole[part].float())
+    with pytest.raises(TransformError, match=r"offsets of a .* that format has none"):
+        Quantize(parts[0], number_format, "offsets")
 
 
 def test_quantising_holds_one_source_and_never_the_matrix() -> None:

@@ -24,7 +24,7 @@ def _lowered(name: str, quantization: str | None) -> ModelGraph:
 
 @pytest.mark.parametrize(
     ("name", "quantization"),
-    [("llama", None), ("gemma3_text", None), ("gpt2", None), ("cohere2", "int8"), ("llama", "fp8")],
+    [("llama", None), ("gemma3_text", None), ("gpt2", None), ("cohere2", "int8"), ("llama", "fp8"), ("llama", "nvfp4")],
 )
 def test_comes_back_as_it_was(name: str, quantization: str | None, tmp_path: Path) -> None:
     graph = _lowered(name, quantization)

@@ -3,6 +3,7 @@
 A format is a dataclass with the members of `NumberFormat`, added to `WeightFormat`.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,13 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autodeploy.ops.fp8_linear import FLOAT8, as_float8
+from autodeploy.ops.fp8_linear import FLOAT8, LARGEST_FLOAT8, as_float8
+from autodeploy.ops.nvfp4_linear import GROUP_SIZE, LEVELS
 from autodeploy.ops.quantized_linear import TILE, pack, packed_shape
 
-Part = Literal["numbers", "scales", "offsets"]
+Part = Literal["numbers", "scales", "offsets", "tensor_scale"]
 
 _LEAST_SCALE, _LARGEST_SCALE = 2.0**-24, 65504.0
 """Of float16; a group of zeros has the least."""
+_LEAST_LARGEST = 1e-30
+"""A matrix of magnitudes below it is zero."""
 _REACHES = (8.0, 7.5, 7.0, 8.5)
 """With 4 bits: the level at which a group's largest weight is tried. Beyond 8 it is cut off, for finer steps."""
 
@@ -68,8 +72,12 @@ class NumberFormat:
         """Of a part."""
         return torch.uint8 if part == "numbers" else torch.float16
 
-    def quantize(self, rows: Tensor) -> dict[Part, Tensor]:
-        """The parts of a matrix `[O, I]`."""
+    def quantize(self, rows: Tensor, largest: float | None) -> dict[Part, Tensor]:
+        """The parts of some rows `[O, I]` of a matrix.
+
+        Args:
+            largest: the largest magnitude of the whole matrix, where `parts` has a scale of all of it.
+        """
         return quantize_rows(rows, self)
 
 
@@ -113,7 +121,7 @@ class Float8Format:
     def dtype(self, part: Part) -> torch.dtype:
         return FLOAT8 if part == "numbers" else torch.float32
 
-    def quantize(self, rows: Tensor) -> dict[Part, Tensor]:
+    def quantize(self, rows: Tensor, largest: float | None) -> dict[Part, Tensor]:
         if self.block_size is None:
             numbers, scales = as_float8(rows, None)
             return {"numbers": numbers, "scales": scales}
@@ -125,7 +133,59 @@ class Float8Format:
         return {"numbers": whole[:num_outputs, :num_inputs], "scales": scales[..., 0]}
 
 
-WeightFormat = NumberFormat | Float8Format
+@dataclass(frozen=True)
+class Float4Format:
+    """Floating point of 4 bits for `nvfp4_linear`, a float8 scale per 16 inputs and one in float32 for all."""
+
+    def __str__(self) -> str:
+        return f"nvfp4 per {self.group_size} inputs"
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return "numbers", "scales", "tensor_scale"
+
+    @property
+    def name(self) -> str:
+        return "nvfp4"
+
+    @property
+    def rows_together(self) -> int:
+        return 1
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale."""
+        return GROUP_SIZE
+
+    def shape(self, part: Part, num_outputs: int, num_inputs: int) -> tuple[int, ...]:
+        if part == "tensor_scale":
+            return (1,)
+        return num_outputs, num_inputs // (2 if part == "numbers" else GROUP_SIZE)
+
+    def dtype(self, part: Part) -> torch.dtype:
+        return {"numbers": torch.uint8, "scales": FLOAT8}.get(part, torch.float32)
+
+    def quantize(self, rows: Tensor, largest: float | None) -> dict[Part, Tensor]:
+        assert largest is not None
+        tensor_scale = torch.tensor([max(largest, _LEAST_LARGEST) / (LEVELS[-1] * LARGEST_FLOAT8)], device=rows.device)
+        groups: Tensor = rows.float().unflatten(1, (-1, GROUP_SIZE))
+        scales = (groups.abs().amax(-1) / LEVELS[-1] / tensor_scale).to(FLOAT8)
+        steps = (scales.float() * tensor_scale)[..., None]
+        codes = _nearest_codes(torch.where(steps == 0, 0.0, groups / steps)).flatten(1)
+        return {"numbers": codes[:, ::2] | codes[:, 1::2] << 4, "scales": scales, "tensor_scale": tensor_scale}
+
+
+def _nearest_codes(values: Tensor) -> Tensor:
+    """The 4-bit floating point numbers nearest to values, half way the even one, beyond the largest that: uint8."""
+    magnitudes = values.abs()
+    codes = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
+    for code, (lower, upper) in enumerate(itertools.pairwise(LEVELS)):
+        middle = (lower + upper) / 2
+        codes += magnitudes > middle if code % 2 == 0 else magnitudes >= middle
+    return codes | (values < 0).to(torch.uint8) << 3
+
+
+WeightFormat = NumberFormat | Float8Format | Float4Format
 """How a weight may be stored."""
 
 

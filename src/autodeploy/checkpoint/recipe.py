@@ -294,14 +294,23 @@ def _reshape(recipe: Reshape, read: ReadTensor, out: Tensor | None) -> Tensor:
 
 
 def evaluate_quantized(parts: Mapping[Quantize, Tensor], read: ReadTensor) -> None:
-    """Write several parts of one matrix in one number format; its sources are read once for all of them."""
+    """Write several parts of one matrix in one number format; its sources are read once for all of them, or twice where
+    there is a scale of the whole matrix.
+    """
     ((of, number_format),) = {(recipe.of, recipe.number_format) for recipe in parts}
+    largest = None
+    if "tensor_scale" in number_format.parts:  # one more pass over the sources
+        runs = _runs_of_rows(of, read, number_format.rows_together)
+        largest = max(float(rows.abs().amax()) for rows in runs if rows.numel())
     starts = dict.fromkeys(number_format.parts, 0)
     for rows in _runs_of_rows(of, read, number_format.rows_together):
-        made = number_format.quantize(rows)
+        made = number_format.quantize(rows, largest)
         for recipe, out in parts.items():
             start, part = starts[recipe.part], made[recipe.part]
-            out[start : start + len(part)].copy_(part)
+            if recipe.part != "tensor_scale":
+                out[start : start + len(part)].copy_(part)
+            elif start == 0:
+                out.copy_(part)
         starts = {name: start + len(made[name]) for name, start in starts.items()}
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import fx, nn
 from torch._ops import OpOverload
 
-from autodeploy.checkpoint.quantize import Float8Format, NumberFormat
+from autodeploy.checkpoint.quantize import Float4Format, Float8Format, NumberFormat
 from autodeploy.checkpoint.recipe import Cast, Concat, Quantize, Recipe, Reshape, Slice, Source, Transpose
 from autodeploy.graph.levels import Level
 from autodeploy.graph.model_graph import ModelGraph
@@ -27,7 +27,7 @@ _RECORDS: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
         *(Source, Slice, Concat, Cast, Transpose, Reshape, Quantize),
-        *(NumberFormat, Float8Format),
+        *(NumberFormat, Float8Format, Float4Format),
         *(PagedState, SlotState),
     )
 }

@@ -207,6 +207,12 @@ def quantized_moe() -> list[Arguments]:
     return [sample(1, 8), sample(64, 4)]
 
 
+def nvfp4_linear() -> list[Arguments]:
+    scales, one = empty(7168, 256, dtype=torch.float8_e4m3fn), empty(1, dtype=torch.float32)
+    weight = {"weight": empty(7168, 2048, dtype=torch.uint8), "scales": scales, "tensor_scale": one, "bias": None}
+    return [{"x": empty(1, rows, 4096), **weight} for rows in (1, 64)]
+
+
 def fp8_moe() -> list[Arguments]:
     def numbers(name: str, rows: int, columns: int, block_size: int | None) -> Arguments:
         blocks = (128 * rows, 1) if block_size is None else (rows, columns // 128)
@@ -266,4 +272,5 @@ SIZES: dict[str, Callable[[], list[Arguments]]] = {
     "quantized_moe": quantized_moe,
     "fp8_linear": fp8_linear,
     "fp8_moe": fp8_moe,
+    "nvfp4_linear": nvfp4_linear,
 }

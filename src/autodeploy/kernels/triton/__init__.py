@@ -6,6 +6,7 @@ norm.py rope.py mlp.py   token-wise ops, one launch each
 packed_weights.py   weights of 8 or 4 bits as tiles in registers, activations rounded
 quantized_linear.py   products with such weights
 float8.py scaled_mm.py fp8_linear.py   activations rounded to 8-bit floating point, products with such weights
+nvfp4_linear.py   products with weights of 4-bit floating point
 experts.py     products grouped by expert
 moe.py quantized_moe.py fp8_moe.py   mixtures of experts made of them
 paged.py       what kernels over pages share
@@ -38,6 +39,7 @@ MODULES = (
     "mlp",
     "moe",
     "norm",
+    "nvfp4_linear",
     "quantized_linear",
     "quantized_moe",
     "recurrence",

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from autodeploy.checkpoint.quantize import Float8Format, NumberFormat, Part, WeightFormat
+from autodeploy.checkpoint.quantize import Float4Format, Float8Format, NumberFormat, Part, WeightFormat
 from autodeploy.checkpoint.recipe import Quantize, Reshape
 from autodeploy.graph.model_graph import ModelGraph, module_path
 from autodeploy.graph.transform import Transform, TransformResult
@@ -17,6 +17,7 @@ from autodeploy.ops.fp8_linear import BLOCK_SIZE, fp8_linear
 from autodeploy.ops.fp8_moe import fp8_moe
 from autodeploy.ops.linear import linear
 from autodeploy.ops.moe import expert_linear, moe
+from autodeploy.ops.nvfp4_linear import nvfp4_linear
 from autodeploy.ops.op import find_op
 from autodeploy.ops.quantized_embedding import quantized_embedding
 from autodeploy.ops.quantized_linear import quantized_linear
@@ -29,9 +30,10 @@ FORMATS: dict[str, WeightFormat] = {
     "int4": NumberFormat(bits=4, group_size=32, has_offsets=True),
     "fp8": Float8Format(),
     "fp8_per_block": Float8Format(BLOCK_SIZE),
+    "nvfp4": Float4Format(),
 }
 """Formats by the name that users give."""
-_FORMAT_OF_HEAD = {"int4": "int8"}
+_FORMAT_OF_HEAD = {"int4": "int8", "nvfp4": "fp8"}
 """Where the head has more bits."""
 
 _LOOKUPS = (aten.embedding.default, aten.index_select.default)
@@ -40,8 +42,8 @@ _CHOICES = (aten.topk.default, aten.sort.default, aten.argmax.default)
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeWeights(Transform):
-    """`linear(x, w)`  becomes  `quantized_linear(x, numbers(w), scales(w))` or `fp8_linear`, `moe`  `quantized_moe` or
-    `fp8_moe`. Changes numbers on purpose.
+    """`linear(x, w)`  becomes  `quantized_linear(x, numbers(w), scales(w))`, `moe`  `quantized_moe`, or the like of the
+    format. Changes numbers on purpose.
 
     The head gets 8 bits at least; where its weight is the table of embeddings too, whole numbers serve both. Left as
     they are: other tables that are looked up, and routers, products whose result is only compared to choose from, where
@@ -94,6 +96,8 @@ def _why_not(graph: ModelGraph, node: fx.Node, number_format: WeightFormat) -> s
     if node.target == expert_linear.overload:
         return "experts whose products stand alone have no op for fewer bits"
     is_mixture = node.target == moe.overload
+    if is_mixture and isinstance(number_format, Float4Format):
+        return "mixtures of experts have no op for nvfp4"
     for weight in node.args[3:5] if is_mixture else node.args[1:2]:
         recipe = graph.recipe(weight)
         if recipe is None:
@@ -120,8 +124,10 @@ def _quantize_linear(graph: ModelGraph, node: fx.Node, number_format: WeightForm
     if isinstance(number_format, NumberFormat):
         op, arguments = quantized_linear, (x, *_with_offsets(parts), bias, node.meta["val"].shape[-1])
         _share_with_lookups(graph, weight, parts)
-    else:
+    elif isinstance(number_format, Float8Format):
         op, arguments = fp8_linear, (x, *parts.values(), bias, number_format.block_size)
+    else:
+        op, arguments = nvfp4_linear, (x, *parts.values(), bias)
     _replace(graph, node, graph.call(op, *arguments, before=node))
 
 
@@ -149,6 +155,7 @@ def _quantize_moe(graph: ModelGraph, node: fx.Node, number_format: WeightFormat)
         op = quantized_moe
         arguments = (*_with_offsets(up_parts), *_with_offsets(down_parts), *biases, experts.shape[0])
     else:
+        assert isinstance(number_format, Float8Format)
         op = fp8_moe
         arguments = (*up_parts.values(), *down_parts.values(), *biases, experts.shape[0], number_format.block_size)
     _replace(graph, node, graph.call(op, x, indices, weights, *arguments, *facts, before=node))
