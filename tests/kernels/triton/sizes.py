@@ -172,6 +172,16 @@ def cached_wkv() -> list[Arguments]:
     return [{**tokens, "memory": empty(9, 3, 2048, dtype=torch.float32), **slots(1)}]
 
 
+def cached_token_shift() -> list[Arguments]:
+    lengths = empty(1, dtype=torch.int32)
+
+    def step(num_tokens: int, distance: int) -> Arguments:
+        shift = {"distance": distance, "first": None, "recent": empty(9, distance, 4096)}
+        return {"x": empty(1, num_tokens, 4096), **shift, "seq_lens": lengths, **slots(1)}
+
+    return [step(1, 1), step(100, 3)]
+
+
 _GATE: Arguments = {"activation": "silu", "gated": True, "limit": None, "up_offset": 0.0}
 
 
@@ -257,6 +267,7 @@ SIZES: dict[str, Callable[[], list[Arguments]]] = {
     "cached_mla": cached_mla,
     "cached_selective_scan": cached_selective_scan,
     "cached_ssd": cached_ssd,
+    "cached_token_shift": cached_token_shift,
     "cached_wkv": cached_wkv,
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,

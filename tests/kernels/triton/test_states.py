@@ -40,6 +40,7 @@ def case(op: Op, counts: list[int]) -> dict[str, Any]:
     given = {name: lengthened(value) for name, value in sample.items()}
     given |= {name: torch.randn(len(counts) + 2, *spec.shape) / 4 for name, spec in states.items()}
     given["cu_seqlens"] = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    given["seq_lens"] = torch.tensor([count + 7 * (at % 3 != 2) for at, count in enumerate(counts)], dtype=torch.int32)
     given[SLOTS] = torch.randperm(len(counts)).to(torch.int32) + 1
     return {name: given[name] for name in op.cached.parameters}
 
@@ -56,7 +57,9 @@ def check(op: Op, given: dict[str, Any]) -> None:
 
 
 def test_the_mixers_are_covered() -> None:
-    assert {"causal_conv", "ssd", "selective_scan", "delta_rule", "linear_attention"} <= {op.name for op in MIXERS}
+    assert {"causal_conv", "ssd", "selective_scan", "delta_rule", "linear_attention", "token_shift"} <= {
+        op.name for op in MIXERS
+    }
 
 
 @pytest.mark.parametrize("op", MIXERS, ids=lambda op: op.name)

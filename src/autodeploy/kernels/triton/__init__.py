@@ -14,6 +14,7 @@ attention.py mla.py   attention over pages read in place
 sequences.py   what kernels over slot states share
 causal_conv.py ssm.py recurrence.py   convolutions, state-space and other recurrences of channels
 matrix_memory.py   delta rules and linear attention
+token_shift.py   tokens some places back
 sampling.py   tokens chosen from rows of logits
 
 Nothing of Triton is imported before `load`, so that a program for the CPU does not pay for it.
@@ -46,6 +47,7 @@ MODULES = (
     "rope",
     "sampling",
     "ssm",
+    "token_shift",
 )
 """Modules that hold kernels."""
 
