@@ -1,5 +1,6 @@
 """CUDA graphs, with a checker in the place of the device: tokens, padding, what is captured, and what is said of it."""
 
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from autodeploy.compile.program import Program
 from autodeploy.config import EngineOptions
 from autodeploy.debug.capture_checker import CaptureChecker
 from autodeploy.errors import ConfigError
-from autodeploy.ops.op import OPS
+from autodeploy.ops.op import OPS, StepPlan
 from autodeploy.runtime import states
 from autodeploy.runtime.demo import DemoEngine
 from autodeploy.runtime.engine import Engine
@@ -62,6 +63,35 @@ def test_pieces_take_whole_steps_where_an_op_is_not_capture_safe(monkeypatch: py
     assert set(found["steps"]) == {"in pieces"} and found["whole_sizes"] == []
     assert found["not_captured"] == {"whole": "not capture-safe: cached_attention by cpu"}
     assert found["piece_sizes"] == [1, 2, 4, 8, 16, 24, 32, 48]
+
+
+class PlannedAttention(StepPlan):
+    """Runs the step that was planned, and no other."""
+
+    def prepare(self, batch: Mapping[str, torch.Tensor], states: Mapping[str, torch.Tensor]) -> None:
+        self.borders = batch["cu_seqlens"].tolist()
+        assert "model_layers_0_self_attn_key_cache" in states
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = OPS["cached_attention"].arguments(args, kwargs)
+        assert arguments["cu_seqlens"].tolist() == self.borders
+        return OPS["cached_attention"].reference(*args, **kwargs)
+
+
+class Facts:
+    def start(self) -> PlannedAttention:
+        return PlannedAttention()
+
+
+def test_steps_that_are_planned_on_the_host_run_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tiny.qwen3(), tiny.prompts(5, longest=30)
+    expected = served(program(model, "torch-simple"), prompts)
+    kernels, shared = OPS["cached_attention"].kernels, Facts()
+    planned = replace(kernels["cpu"], capture_safe=False, plan_facts=lambda inputs, **_: shared)
+    monkeypatch.setitem(kernels, "cpu", planned)
+    built = program(model)
+    assert served(built, prompts) == expected
+    assert facts(built)["steps"].keys() == {"in pieces"}
 
 
 def test_what_scratch_holds_reaches_nobody() -> None:

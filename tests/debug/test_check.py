@@ -11,7 +11,10 @@ from torch import Tensor, fx, nn
 from transformers import LlamaConfig
 
 from autodeploy.capture.export import capture
+from autodeploy.compile.capture import Work
 from autodeploy.config import parse_options
+from autodeploy.debug.backend_runs import COMPARED
+from autodeploy.debug.capture_checker import CaptureChecker
 from autodeploy.debug.check import check
 from autodeploy.debug.check_report import FAILED, CheckReport, CheckRow
 from autodeploy.debug.shrink import tiny_model
@@ -21,6 +24,7 @@ from autodeploy.graph.transform import TransformResult
 from autodeploy.ops.op import OPS, Kernel
 from autodeploy.transforms.pipeline import default_pipeline
 from tests import tiny
+from tests.captured import capture_with_checker
 from tests.graphs import Sketch, attention_model, causal_sdpa
 from tests.ops.mixers import decaying_sum
 
@@ -325,3 +329,38 @@ def test_a_model_without_mixing_proves_nothing_about_packing() -> None:
 def test_a_transform_that_is_switched_off_is_not_run(small: nn.Module) -> None:
     off = parse_options({"transforms": {"fuse_qkv": {"enabled": False}}})
     assert "fuse_qkv" not in [row.name for row in check(small, off).rows]
+
+
+@pytest.mark.usefixtures("captured_once")
+def test_backends_of_a_device_are_compared_by_what_they_generate(
+    small: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, with a checker in the place of the device."""
+    from autodeploy.debug import check as module
+
+    assert module.compared_backends(torch.device("cuda")) == COMPARED and not module.compared_backends(
+        torch.device("cpu")
+    )
+    capture_with_checker(monkeypatch)
+    monkeypatch.setattr(module, "compared_backends", lambda device: ("torch-simple", "torch-cudagraph"))
+    simple, graphs = check(small).rows[-2:]
+    assert (simple.stage, simple.error, simple.verdict) == ("generate", 0.0, "passed")
+    assert (graphs.name, graphs.verdict) == ("torch-cudagraph", "passed")
+    assert graphs.note == "18 of 18 tokens are those of the first backend; 1 steps in pieces; 5 steps whole"
+
+    honest = CaptureChecker.record
+
+    def record(self: CaptureChecker, work: Work) -> Work:
+        replay = honest(self, work)
+
+        def forgetful() -> None:  # a device that repeats every other time
+            nonlocal count
+            count += 1
+            if count % 2:
+                replay()
+
+        count = 0
+        return forgetful
+
+    monkeypatch.setattr(CaptureChecker, "record", record)
+    assert _culprit(check(small)).name == "torch-cudagraph"

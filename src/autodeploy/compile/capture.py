@@ -38,7 +38,10 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._start()
+
+    def _start(self) -> None:
+        self._stream = torch.cuda.Stream(self._device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, work: Work) -> None:
@@ -59,6 +62,7 @@ class CudaCapture:
                 work()
             except BaseException:
                 _end(graph)
+                self._start()  # the allocator may take the failed capture for one that is still under way
                 raise
             graph.capture_end()
         replay: Work = graph.replay

@@ -128,9 +128,13 @@ class PiecewiseGraphs:
         return work
 
     def _trial(self, num_tokens: int) -> dict[str, Tensor]:
+        """A batch to try a step with, which is planned for it."""
         longest = self._limits.max_model_len
         lengths = [longest] * (num_tokens // longest) + [num_tokens % longest] * (num_tokens % longest > 0)
-        return dummy_batch(self._inputs, lengths, self._limits, self._vocab_size, self._device)
+        batch = dummy_batch(self._inputs, lengths, self._limits, self._vocab_size, self._device)
+        for plan in self._segments.plans:
+            plan.prepare(batch, self._states)
+        return batch
 
     def _find_crossings(self, max_tokens: int) -> dict[str, Crossing]:
         """What regions read and write; how its shape depends on the number of tokens shows in two small steps."""

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from autodeploy.compile.bind import PLAN
 from autodeploy.compile.observe import depends_on_values
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.ops.batch_inputs import lookup
-from autodeploy.ops.op import find_op
+from autodeploy.ops.op import StepPlan, find_op
 
 SegmentFunction = Callable[..., Sequence[Tensor]]
 CompileRegion = Callable[[fx.GraphModule], SegmentFunction]
@@ -49,11 +50,13 @@ class Segments:
     Attributes:
         result: name of the value that the graph gives.
         unsafe: names of ops that cannot be captured, with their providers; without any the whole step can be.
+        plans: to be prepared before each step, as `Program.run` does.
     """
 
     segments: tuple[Segment, ...]
     result: str
     unsafe: tuple[str, ...]
+    plans: tuple[StepPlan, ...] = ()
 
     def run(self, inputs: Mapping[str, Tensor], values: dict[str, Tensor] | None = None) -> Tensor:
         """One step, call by call.
@@ -86,7 +89,7 @@ class Cut:
         self._graph = graph
         self._segment_of: dict[fx.Node, int] = {}
         self._is_region: list[bool] = []
-        self.unsafe: list[str] = []
+        self._unsafe: list[str] = []
         by_sequence = _nodes_by_sequence(graph)
         for node in graph.graph.nodes:
             if node.op != "call_function" or _is_size(node):
@@ -95,8 +98,8 @@ class Cut:
                 self._segment_of[node] = self._segment_of[producer]
                 continue
             reason = _why_unsafe(node)
-            if reason is not None and reason not in self.unsafe:
-                self.unsafe.append(reason)
+            if reason is not None and reason not in self._unsafe:
+                self._unsafe.append(reason)
             is_region = reason is None and node not in by_sequence
             if not self._is_region or self._is_region[-1] != is_region:
                 self._is_region.append(is_region)
@@ -125,7 +128,8 @@ class Cut:
             names = tuple(_name(node) for node in reads[number])
             made.append(Segment(function, names, tuple(node.name for node in outputs), is_region))
         _note_last_reads(made)
-        return Segments(tuple(made), result.name, tuple(self.unsafe))
+        plans = dict.fromkeys(node.meta[PLAN] for node in self._segment_of if PLAN in node.meta)
+        return Segments(tuple(made), result.name, tuple(self._unsafe), tuple(plans))
 
 
 def _name(node: fx.Node) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves
 
 from autodeploy.compile.capture import Work
 from autodeploy.compile.observe import depends_on_values, noticing_reads, tensors
@@ -51,24 +51,47 @@ def _observed(work: Work) -> list[Call]:
     observer = _Observer()
     with noticing_reads(_refuse), observer:
         work()
-    if observer.outliving():
-        _refuse("memory made in it is kept")
-    return observer.calls
+    return observer.finished()
 
 
 def _refuse(reason: str) -> None:
     raise RuntimeError(f"a device would not capture this step: {reason}")
 
 
+class _Memory:
+    """Memory that a call of the work sees.
+
+    Args:
+        number: of those that the work sees, in the order in which it does.
+        is_made: whether an operator of the work was seen to make it. Code that Inductor compiled makes its own unseen.
+    """
+
+    def __init__(self, storage: torch.UntypedStorage, number: int, *, is_made: bool) -> None:
+        self._reference, self._address, self._number = StorageWeakRef(storage), storage.data_ptr(), number
+        self._is_made = is_made
+
+    @property
+    def is_gone(self) -> bool:
+        return bool(self._reference.expired())
+
+    @property
+    def is_left_behind(self) -> bool:
+        return self._is_made and not self.is_gone
+
+    def told_apart(self) -> str:
+        """By its number what lived in the work alone, and may lie elsewhere the next time; by its address the rest."""
+        return f"memory {self._number}" if self._is_made or self.is_gone else hex(self._address)
+
+
 @dataclass(frozen=True)
 class _Place:
-    """A tensor as a call sees it: where it lies and how. Memory made by the work itself is told apart by its number."""
+    """A tensor as a call sees it: where it lies and how."""
 
-    where: int | str
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
+    memory: _Memory
+    layout: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return f"{self.memory.told_apart()} {self.layout}"
 
 
 class _Observer(TorchDispatchMode):
@@ -76,10 +99,10 @@ class _Observer(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[Call] = []
-        self._made: dict[int, str] = {}
-        """names of memory that the work made"""
-        self._alive: list[StorageWeakRef] = []
+        self._calls: list[tuple[Any, ...]] = []
+        self._memory: list[_Memory] = []
+        self._latest: dict[int, _Memory] = {}
+        """by the identity of a storage, which a later one may have again"""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -95,23 +118,32 @@ class _Observer(TorchDispatchMode):
             _refuse("numbers are copied from Python")
         if depends_on_values(func, given):
             _refuse(f"{func} gives what depends on values")
-        self.calls.append((str(func), *map(str, tree_map(self._told_apart, [*args, *kwargs.items()]))))
+        self._calls.append((func, [self._seen(leaf) for leaf in tree_leaves((args, kwargs))]))
         known = {value.untyped_storage()._cdata for value in given}
         result = func(*args, **kwargs)
         for value in tensors(result):
             storage = value.untyped_storage()
             if storage._cdata not in known:
-                self._made[storage._cdata] = f"memory {len(self._alive)}"
-                self._alive.append(StorageWeakRef(storage))
+                self._note(storage, is_made=True)
         return result
 
-    def outliving(self) -> bool:
-        """Whether something that the work made is still there."""
-        return any(not reference.expired() for reference in self._alive)
+    def finished(self) -> list[Call]:
+        """The calls, when nothing of the work is held any more. Raises RuntimeError for memory that is."""
+        if any(memory.is_left_behind for memory in self._memory):
+            _refuse("memory made in it is kept")
+        return [(str(func), *map(str, seen)) for func, seen in self._calls]
 
-    def _told_apart(self, value: Any) -> Any:
+    def _seen(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         storage = value.untyped_storage()
-        where = self._made.get(storage._cdata, storage.data_ptr())
-        return _Place(where, int(value.storage_offset()), tuple(value.shape), value.stride(), value.dtype)
+        memory = self._latest.get(storage._cdata)
+        if memory is None or memory.is_gone:
+            memory = self._note(storage, is_made=False)
+        return _Place(memory, (value.storage_offset(), tuple(value.shape), value.stride(), value.dtype))
+
+    def _note(self, storage: torch.UntypedStorage, *, is_made: bool) -> _Memory:
+        memory = _Memory(storage, len(self._memory), is_made=is_made)
+        self._memory.append(memory)
+        self._latest[storage._cdata] = memory
+        return memory

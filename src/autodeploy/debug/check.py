@@ -20,6 +20,7 @@ from autodeploy.checkpoint.index import ModuleReader
 from autodeploy.checkpoint.load import load_weights
 from autodeploy.compile.backends import compile_graph, resolve_backend
 from autodeploy.config import Options
+from autodeploy.debug.backend_runs import BackendRun, compared_backends, run_backend
 from autodeploy.debug.check_report import FAILED, INCONCLUSIVE, PASSED, CheckReport, CheckRow
 from autodeploy.debug.clone import Clone, logits_of, tiny_clone
 from autodeploy.debug.compare import difference, relative_error
@@ -150,6 +151,7 @@ class _Check:
         for stage in configure(default_pipeline(self.device, kernels), self.options.compile).stages:
             self._stage(stage)
         self._compile()
+        self._compare_backends()
 
     def _capture(self) -> None:
         self.progress("capture")
@@ -251,6 +253,7 @@ class _Check:
         self.report.facts |= {"compile_backend": backend, "lowered_nodes": len(self.graph.graph.nodes)}
         logits: dict[str, Tensor] = {}
         tolerance = self._allowed(SelectKernels.tolerance[self.clone.dtype])  # before nodes are bound to kernels
+        self._allowed_of_kernels = tolerance
         with self._failing("compile", backend):
             for name, tensor in load_weights(self.graph.weights, self.weights.read, device=self.device).items():
                 setattr(self.graph.module, name, nn.Parameter(tensor, requires_grad=False))
@@ -262,6 +265,26 @@ class _Check:
             "compile", backend, logits, tolerance, None,
             lambda _: "the compiled graph gives other logits than its nodes one by one",
         )  # fmt: skip
+
+    def _compare_backends(self) -> None:
+        """Generate by each backend of the device: the first chooses the tokens, the others are to choose the same."""
+        measure: BackendRun | None = None
+        if self.options.compile.batch_invariant:
+            return  # which has one backend
+        for backend in compared_backends(self.device):
+            self.progress(f"generate: {backend}")
+            shown = None if measure is None else measure.token_ids
+            with self._failing("generate", backend):
+                run = run_backend(self.clone.module, self.options.compile, backend, self.rows, shown)
+            measure = measure or run
+            error = relative_error(run.logits, measure.logits)
+            tolerance = self._allowed_of_kernels
+            verdict = FAILED if error > tolerance else INCONCLUSIVE if run.not_captured else PASSED
+            num_equal = int((run.token_ids == measure.token_ids).sum())
+            note = f"{num_equal} of {len(run.token_ids)} tokens are those of the first backend"
+            note += "".join(f"; {count} steps {way}" for way, count in run.steps.items())
+            note += "".join(f"; not captured {kind}: {why}" for kind, why in run.not_captured.items())
+            self._row("generate", backend, error=error, tolerance=tolerance, verdict=verdict, note=note)
 
     def _blame(self, way: str, found: GraphRun, tolerance: float) -> str:
         """Where a run first parts from the graph before, and which transform changed that place last."""
