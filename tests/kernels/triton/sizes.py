@@ -172,6 +172,13 @@ def cached_wkv() -> list[Arguments]:
     return [{**tokens, "memory": empty(9, 3, 2048, dtype=torch.float32), **slots(1)}]
 
 
+def cached_mlstm() -> list[Arguments]:
+    gate, keys = empty(1, 1, 8), empty(1, 1, 8, 256)
+    tokens = {"query": keys, "key": keys, "value": empty(1, 1, 8, 512), "input_gate": gate, "forget_gate": gate}
+    memory = empty(9, 8, 257, 513, dtype=torch.float32)
+    return [{**tokens, "scale": 0.1, "eps": 1e-6, "memory": memory, **slots(1)}]
+
+
 def cached_token_shift() -> list[Arguments]:
     lengths = empty(1, dtype=torch.int32)
 
@@ -265,6 +272,7 @@ SIZES: dict[str, Callable[[], list[Arguments]]] = {
     "cached_linear_attention": cached_linear_attention,
     "cached_linear_recurrence": cached_linear_recurrence,
     "cached_mla": cached_mla,
+    "cached_mlstm": cached_mlstm,
     "cached_selective_scan": cached_selective_scan,
     "cached_ssd": cached_ssd,
     "cached_token_shift": cached_token_shift,

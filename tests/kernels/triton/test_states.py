@@ -57,7 +57,7 @@ def check(op: Op, given: dict[str, Any]) -> None:
 
 
 def test_the_mixers_are_covered() -> None:
-    assert {"causal_conv", "ssd", "selective_scan", "delta_rule", "linear_attention", "token_shift"} <= {
+    assert {"causal_conv", "ssd", "selective_scan", "delta_rule", "linear_attention", "token_shift", "mlstm"} <= {
         op.name for op in MIXERS
     }
 

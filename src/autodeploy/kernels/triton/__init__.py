@@ -14,7 +14,7 @@ attention.py mla.py   attention over pages read in place
 sequences.py   what kernels over slot states share
 causal_conv.py ssm.py recurrence.py   convolutions, state-space and other recurrences of channels
 matrix_memory.py   delta rules and linear attention
-token_shift.py   tokens some places back
+mlstm.py token_shift.py   the matrix memory of an xLSTM; tokens some places back
 sampling.py   tokens chosen from rows of logits
 
 Nothing of Triton is imported before `load`, so that a program for the CPU does not pay for it.
@@ -38,6 +38,7 @@ MODULES = (
     "matrix_memory",
     "mla",
     "mlp",
+    "mlstm",
     "moe",
     "norm",
     "nvfp4_linear",
