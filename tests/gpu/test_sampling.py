@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from autodeploy.build import build
+from autodeploy.config import EngineOptions, parse_options
 from autodeploy.kernels import provider
 from autodeploy.ops import choose_tokens
 from autodeploy.runtime.draw import draw
+from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.random_numbers import uniforms
 from autodeploy.runtime.request import SamplingParams
+from tests import tiny
+from tests.engines import generated
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,6 +67,20 @@ def test_the_kernel_draws_what_the_cpu_draws(vocab_size: int, repeats: int) -> N
         torch.cuda.set_sync_debug_mode("default")
     assert (tokens.cpu() != expected).sum() <= len(params) // 200
     assert torch.equal(best.cpu(), given["logits"].max(-1).values)
+
+
+@pytest.mark.parametrize("given", [{"temperature": 0.0}, {"temperature": 0.5, "seed": 3, "top_p": 0.9}], ids=str)
+def test_drafts_are_verified_on_the_device_and_change_no_token(given: dict[str, Any]) -> None:
+    prompts = [prompt * 3 for prompt in tiny.prompts(4, seed=9, longest=8)]
+    params = SamplingParams(max_tokens=24, ignore_eos=True, **given)
+    built = build(tiny.TINY["llama"](), parse_options({"device": "cuda"}))
+    assert built.report.kernels["accept_drafts"] == {"triton": 1}
+    found = []
+    for drafts in (None, {"method": "ngram", "prompt_lookup_min": 1, "num_speculative_tokens": 4}):
+        options = EngineOptions(max_num_batched_tokens=64, page_size=4, speculative_config=drafts)
+        engine = Engine(built, options, max_model_len=96)
+        found.append(generated(engine, prompts, params))
+    assert found[0] == found[1] and engine.stats().draft_tokens > 0
 
 
 def _none() -> dict[str, None]:
