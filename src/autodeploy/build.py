@@ -405,7 +405,7 @@ def _draft_head(graph: ModelGraph, head: ModelGraph) -> DraftHead:
 def _compiled(
     graph: ModelGraph, backend: str, device: torch.device, options: CompileOptions, report: BuildReport
 ) -> NamedGraph:
-    plans = bind_plans(graph)
+    plans = bind_plans(graph, device)
     function = compile_graph(graph, backend, device, report, options.cudagraph_capture_sizes)
     preparation = function if isinstance(function, GraphedFunction) else None
     names = tuple(spec.name for spec in graph.states)

@@ -36,7 +36,7 @@ def bind_kernels(graph: ModelGraph, *, keep_opaque: bool = False, keep_kernels: 
     graph.module.recompile()
 
 
-def bind_plans(graph: ModelGraph) -> tuple[StepPlan, ...]:
+def bind_plans(graph: ModelGraph, device: torch.device) -> tuple[StepPlan, ...]:
     """The plans to prepare before each step, for the calls of kernels that plan on the host; to be done first."""
     plans: dict[PlanFacts, StepPlan] = {}
     for node, op in graph.op_nodes():
@@ -51,7 +51,7 @@ def bind_plans(graph: ModelGraph) -> tuple[StepPlan, ...]:
         }
         facts = kernel.plan_facts(inputs, **fx.map_arg(nodes, lambda argument: argument.meta["val"]))
         if facts not in plans:
-            plans[facts] = facts.start()
+            plans[facts] = facts.start(device)
         node.meta[PLAN] = plans[facts]
     return tuple(plans.values())
 

@@ -50,8 +50,8 @@ class StepPlan(ABC):
 class PlanFacts(Hashable, Protocol):
     """What calls that share a plan have in common: equal facts, one plan."""
 
-    def start(self) -> StepPlan:
-        """A new plan, for any number of steps one after the other."""
+    def start(self, device: torch.device) -> StepPlan:
+        """A new plan on a device, for any number of steps one after the other."""
         ...
 
 

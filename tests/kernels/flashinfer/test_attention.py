@@ -1,6 +1,7 @@
 """cached_attention by FlashInfer, over a stand-in for it: plans, their numbers, what is refused, whole models."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,6 +107,20 @@ def test_whole_models_give_the_reference_s_logits(recorded: Recorded, monkeypatc
     expected = run_packed(program(llama(), monkeypatch), rows)
     found = run_packed(program(llama(), monkeypatch, "flashinfer"), rows)
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_a_kept_graph_is_planned_as_it_was(recorded: Recorded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its nodes know shapes and dtypes, and no device."""
+    provider.load()
+    llama().save_pretrained(tmp_path)
+    rows, found = [torch.arange(20), torch.arange(7)], []
+    for _ in range(2):
+        monkeypatch.setattr(pipeline, "kernel_choice", lambda *_: SelectKernels(mixer_priority=("flashinfer",)))
+        options = {"device": "cpu", "compile_backend": "torch-simple", "instant_on": False}
+        built = build(str(tmp_path), parse_options(options))
+        found.append(run_packed(built, rows))
+    assert built.report.facts["graph"] == "restored" and len(built.graphs["text"].plans) == 1
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 def test_layers_with_other_facts_have_a_plan_of_their_own(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:

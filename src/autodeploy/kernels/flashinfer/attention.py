@@ -48,22 +48,21 @@ class _Facts:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    device: torch.device
     scale: float
     causal: bool
     window: int | None
     softcap: float | None
 
-    def start(self) -> "AttentionPlan":
-        return AttentionPlan(self)
+    def start(self, device: torch.device) -> "AttentionPlan":
+        return AttentionPlan(self, device)
 
 
 class AttentionPlan(StepPlan):
     """The attention of all layers with the same facts."""
 
-    def __init__(self, facts: _Facts) -> None:
-        self._facts = facts
-        workspace, group = _workspace(facts.device), facts.num_heads // facts.num_kv_heads
+    def __init__(self, facts: _Facts, device: torch.device) -> None:
+        self._facts, self._device = facts, device
+        workspace, group = _workspace(device), facts.num_heads // facts.num_kv_heads
         self._decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             workspace, "NHD", use_tensor_cores=group >= _LEAST_GROUP
         )
@@ -131,7 +130,7 @@ class AttentionPlan(StepPlan):
     def _on_host(self, values: NDArray[np.integer]) -> Tensor:
         """In pinned memory where there is a device, so that no copy waits for it."""
         tensor = torch.from_numpy(values.astype(np.int32))
-        return tensor.pin_memory() if self._facts.device.type == "cuda" else tensor
+        return tensor.pin_memory() if self._device.type == "cuda" else tensor
 
 
 def _facts_of(
@@ -152,7 +151,6 @@ def _facts_of(
         num_kv_heads=key.shape[2],
         head_dim=query.shape[3],
         dtype=query.dtype,
-        device=query.device,
         scale=scale,
         causal=causal,
         window=sliding_window,
@@ -225,7 +223,7 @@ def cached_attention_flashinfer(
     facts = _facts_of(
         names, query=query, key=key, scale=scale, causal=causal, sliding_window=sliding_window, softcap=softcap
     )
-    plan = facts.start()
+    plan = facts.start(query.device)
     plan.prepare({"cu_seqlens": cu_seqlens, "seq_lens": seq_lens, "page_table": page_table}, {"key_cache": key_cache})
     given = (query, key, value, cu_seqlens, sinks, scale, causal, sliding_window, chunk_size, softcap, slopes)
     return plan.run(*given, distance_logits, seq_lens, page_table, slot_mapping, key_cache, value_cache)
