@@ -49,7 +49,7 @@ def _go_through_tokens(
         sums = kept * sums + fresh
         if WITH_COLUMNS:
             q = tl.load(query + at * query_stride + head * KEY_DIM + wide, mask=is_wide, other=0.0)
-            q = (q.to(tl.float32) * SCALE).to(query.dtype.element_ty).to(tl.float32)
+            q = q.to(tl.float32) * SCALE
             v = tl.load(value + at * value_stride + head * VALUE_DIM + column, mask=is_column, other=0.0)
             memory = kept * memory + fresh[:, None] * v.to(tl.float32)[None, :]
             size = tl.maximum(tl.abs(tl.sum(q * sums, 0)), tl.exp(-level)) + EPS
