@@ -51,6 +51,20 @@ def test_products_with_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("quantization", "op"), [("fp8", "fp8_linear"), ("nvfp4", "nvfp4_linear")])
+def test_low_precision(quantization: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value on the border of two numbers may go to either, as sums differ in their last bits."""
+    options = {"quantization": quantization, "kv_cache_dtype": "fp8"}
+    rows = [torch.tensor(prompt) for prompt in tiny.prompts(2, seed=5)]
+    expected = run_packed(_program("llama", (), monkeypatch, **options), rows)
+    program = _program("llama", provider.priority(CUDA), monkeypatch, **options)
+    found = run_packed(program, rows)
+    assert {program.report.kernels[name].keys() == {"triton"} for name in (op, "cached_attention")} == {True}
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert errors.median() < 1e-3 and errors.max() < 5e-2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = check(name, monkeypatch).report.kernels
