@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from autodeploy.bench import record
+from autodeploy.build import kernels_beside
 from autodeploy.compile.program import NamedGraph, Program
 from autodeploy.config import EngineOptions
 from autodeploy.ops.state import PagedState
@@ -57,6 +58,7 @@ def fake_program(vocab_size: int, num_rows: int) -> Program:
     def run(*inputs: Tensor) -> Tensor:
         return logits[: inputs[INPUTS.index("logits_indices")].shape[0]]
 
+    kernels = kernels_beside(vocab_size, torch.bfloat16, torch.device("cpu"))
     return Program(
         graphs={"text": NamedGraph("text", run, INPUTS, ("keys",))},
         states=[PagedState(name="keys", shape=(1,), dtype=torch.float32)],
@@ -64,6 +66,7 @@ def fake_program(vocab_size: int, num_rows: int) -> Program:
         max_model_len=4096,
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
+        **{name: kernel.function for name, kernel in kernels.items()},
     )
 
 

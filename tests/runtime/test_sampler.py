@@ -16,12 +16,30 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from autodeploy.build import kernels_beside
 from autodeploy.ops.sampling import choose_tokens
 from autodeploy.runtime.request import Limits, Request, SamplingParams, Sequence
 from autodeploy.runtime.sampler import Sampler
 
 # Chi-square quantiles at 1 - 1e-4: with fixed seeds a correct sampler passes or fails once and for all.
 CRITICAL = {1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7, 6: 27.9, 7: 29.9, 8: 31.8, 9: 33.7, 10: 35.6, 11: 37.4}
+
+
+@pytest.fixture(autouse=True, params=["row by row", "native"])
+def _chooser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it twice: as where there is no compiler, and by the kernel for the CPU."""
+    if request.param == "row by row":
+        return
+    kernel = kernels_beside(1000, torch.float32, torch.device("cpu")).get("choose_tokens")
+    prepare = Sampler.__post_init__
+    if kernel is None:
+        pytest.skip("no native kernels here")
+
+    def with_kernel(sampler: Sampler) -> None:
+        prepare(sampler)
+        sampler.choose_tokens = sampler.choose_tokens or kernel.function
+
+    monkeypatch.setattr(Sampler, "__post_init__", with_kernel)
 
 
 def make_sequence(

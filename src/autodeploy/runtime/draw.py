@@ -1,6 +1,7 @@
 """Random choice on the CPU: logits, sampling parameters and random numbers go in, one token per row comes out.
 
-It is what the op `choose_tokens` says, done row by row, with a look at each one's likely tokens only.
+It is what the op `choose_tokens` says, for where it has no kernel, done row by row, with a look at each one's likely
+tokens only.
 
 Shapes: V vocabulary, N rows, C likely tokens.
 """

@@ -119,7 +119,7 @@ class Sampler:
         seed: sequences without a seed get theirs from this one and from when they came; None takes one from the system.
         grammars: compiles what guided sequences follow; None serves none.
         choose_tokens: the op of that name, or a kernel of it, for the program's logits; None takes the reference, and
-            on the CPU what is faster there.
+            on the CPU what is faster than that.
         accept_drafts: the op of that name, or a kernel of it; used together with `choose_tokens`.
         constraints: what sequences may say next.
     """
@@ -161,16 +161,13 @@ class Sampler:
             latest_R: the tokens that `Sequence.pending_row` means, on the device.
             offsets: how many tokens come between its sequence's last one and the token of each row; default: none.
         """
-        is_one_by_one = self.draws_one_by_one(logits_RV)
-        if is_one_by_one and all(sequence.is_plain for sequence in sequences):
-            return Choice(*_best(logits_RV))
-        if is_one_by_one and all(each.is_plain or each.is_plainly_guided for each in sequences):
+        if logits_RV.is_cpu and all(each.is_plain or each.is_plainly_guided for each in sequences):
             return self._best_allowed(logits_RV, sequences)
         raw_RV = logits_RV
         if any(sequence.params.has_penalties or sequence.params.has_constraints for sequence in sequences):
             penalised_RV = self._penalise(raw_RV.float(), sequences, latest_R)
             logits_RV = self.constraints.apply(penalised_RV, sequences)
-        if is_one_by_one:
+        if self.draws_one_by_one(logits_RV):
             tokens_R, best_R = self._choose_one_by_one(logits_RV, sequences)
         else:
             tokens_R, best_R = self._choose_together(logits_RV, sequences, offsets or [0] * len(sequences))
@@ -187,17 +184,18 @@ class Sampler:
 
     def _best_allowed(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> Choice:
         """Where the greatest logit of a row is of a token that its grammar allows, no other need be asked about."""
-        tokens_R, best_R = _best(logits_RV)
-        tokens = enumerate(tokens_R.tolist())
-        refused = [
-            row
-            for row, token in tokens
-            if sequences[row].is_plainly_guided and not self.constraints.grammar_allows(sequences[row], token)
-        ]
+        tokens_R, best_R = self._best(logits_RV)
+        guided = [row for row, sequence in enumerate(sequences) if sequence.is_plainly_guided]
+        refused = [row for row in guided if not self.constraints.grammar_allows(sequences[row], int(tokens_R[row]))]
         if refused:
             left_RV = self.constraints.apply(logits_RV[refused], [sequences[row] for row in refused])
-            tokens_R[refused], best_R[refused] = _best(left_RV)
+            tokens_R[refused], best_R[refused] = self._best(left_RV)
         return Choice(tokens_R, best_R)
+
+    def _best(self, logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+        if self.choose_tokens is None:
+            return _best(logits_RV)
+        return self.choose_tokens(logits_RV, None, None, None, None, None, None)
 
     def _choose_one_by_one(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> tuple[Tensor, Tensor]:
         tokens_R, best_R = _best(logits_RV)

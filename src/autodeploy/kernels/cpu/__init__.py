@@ -8,6 +8,7 @@ attention.py mla.py   attention over pages read in place
 recurrence.py  convolutions, scans and linear recurrences over slot states
 matrix_memory.py   delta rules and linear attention over slot states
 token_shift.py   the token some places back
+sampling.py    tokens chosen from logits
 sequences.py   what these are given
 tape.py torch_calls.py   a step as a few native calls, with the operators of torch between its kernels
 batch_invariant.py   the same for rows that must not depend on other rows
@@ -27,6 +28,7 @@ from autodeploy.kernels.cpu import (
     quantized_moe,
     recurrence,
     rope,
+    sampling,
     token_shift,
 )
 from autodeploy.kernels.cpu.native import is_compiled, why_unavailable
@@ -49,6 +51,7 @@ __all__ = [
     "quantized_moe",
     "recurrence",
     "rope",
+    "sampling",
     "token_shift",
     "why_unavailable",
 ]
