@@ -94,6 +94,13 @@ def test_steps_that_are_planned_on_the_host_run_in_pieces(monkeypatch: pytest.Mo
     assert facts(built)["steps"].keys() == {"in pieces"}
 
 
+def test_coverage_is_counted_from_the_capture_on() -> None:
+    built = program(tiny.llama(), check_isolation=True)
+    assert facts(built)["steps"].keys() == {"no graphs: not captured for these states"}
+    served(built, tiny.prompts(2))
+    assert facts(built)["steps"].keys() == {"whole", "in pieces"}
+
+
 def test_what_scratch_holds_reaches_nobody() -> None:
     """Padding reads the scratch page and the scratch slot, and whatever comes of it is thrown away."""
     model, prompts = tiny.jamba(), tiny.prompts(3, longest=20)

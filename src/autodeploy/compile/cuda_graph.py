@@ -132,6 +132,8 @@ class GraphedFunction:
             "not_captured": graphs.why_not,
             "bytes": max(0, capture.used_bytes() - used),
             "capture_seconds": time.perf_counter() - began,
+            "steps": {},  # counted anew: what ran before had no graphs to run in
+            "tokens": {},
         }
         for what, why in graphs.why_not.items():
             logger.warning("no CUDA graphs of steps %s: %s", what, why)

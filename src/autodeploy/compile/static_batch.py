@@ -48,7 +48,7 @@ class StaticInput:
 
     @property
     def is_by_token(self) -> bool:
-        return {*self.dims} - {"T"} == {dim for dim in self.dims if isinstance(dim, int)}
+        return all(dim == "T" or isinstance(dim, int) for dim in self.dims)
 
 
 @dataclass(frozen=True)
