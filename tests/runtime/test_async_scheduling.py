@@ -43,6 +43,9 @@ class Alternating:
     def allowed(self) -> NDArray[np.bool_]:
         return np.arange(VOCAB) % 3 != self._last % 3
 
+    def allows(self, token_id: int) -> bool:
+        return bool(self.allowed()[token_id])
+
 
 def make_engine(program: Program, is_asynchronous: bool, **options: Any) -> Engine:
     chosen = EngineOptions(**{"page_size": 2, "seed": 3, "async_scheduling": is_asynchronous, **options})
