@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses import FakeTensorMode
 
 from autodeploy.checkpoint.load import load_weights, weight_bytes
 from autodeploy.checkpoint.recipe import ReadTensor, renamed
@@ -387,9 +386,8 @@ def _finish(
 
 def kernels_beside(vocab_size: int, dtype: torch.dtype, device: torch.device) -> dict[str, Kernel]:
     """Kernels of the ops that the runtime calls beside a program's graphs, by op; it does without what is not there."""
-    with FakeTensorMode():
-        logits = torch.empty(1, vocab_size, dtype=dtype, device=device)
-        tokens = torch.empty(1, dtype=torch.int64, device=device)
+    logits = torch.empty(1, vocab_size, dtype=dtype, device=device)  # a fake one would import half a compiler
+    tokens = torch.empty(1, dtype=torch.int64, device=device)
     draws = dict.fromkeys(name for name in choose_tokens.parameters if name != "logits")
     found = {
         choose_tokens.name: kernel_for(choose_tokens, device, logits=logits, **draws),

@@ -56,7 +56,7 @@ def mixer_priority(device: torch.device, attn_backend: str) -> tuple[str, ...]:
 
 
 def kernel_for(op: Op, device: torch.device, **arguments: Any) -> Kernel | None:
-    """The preferred kernel of an op that is called outside of graphs, for (fake) arguments; None: the reference."""
+    """The preferred kernel of an op that is called outside of graphs, for arguments like these; None: the reference."""
     kernels = (op.kernels.get(name) for name in priority(device))
     return next((k for k in kernels if k is not None and k.supports(**arguments) is None), None)
 
