@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from autodeploy.checkpoint.load import load_weights, weight_bytes
 from autodeploy.checkpoint.recipe import ReadTensor, renamed
-from autodeploy.compile.backends import compile_graph, resolve_backend
+from autodeploy.compile.backends import compile_graph, require_backend, resolve_backend
 from autodeploy.compile.bind import bind_plans
 from autodeploy.compile.cuda_graph import GraphedFunction
 from autodeploy.compile.program import DraftHead, NamedGraph, Program
@@ -74,6 +74,7 @@ def build(
     options = options or Options()
     clock = _Clock(BuildReport(), progress or (lambda _: None), lowered or (lambda _: None))
     device = resolve_device(options.compile.device)
+    require_backend(options.compile.compile_backend, device)
     mixer_priority(device, options.compile.attn_backend)  # refuses, or loads, before anything is done
     speculation = SpeculativeOptions.of(options.engine.speculative_config)
     if speculation is not None and speculation.uses_head:

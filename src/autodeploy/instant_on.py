@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from autodeploy.build import Progress, Subject, build, resolve_device, subject_of_model
+from autodeploy.compile.backends import require_backend
 from autodeploy.compile.program import NamedGraph, Program
 from autodeploy.config import Options, SpeculativeOptions, parse_options
 from autodeploy.debug.isolation import check_apart
@@ -52,6 +53,7 @@ def deploy(
     Raises:
         AutoDeployError: as `build`.
     """
+    require_backend(options.compile.compile_backend, resolve_device(options.compile.device))
     if isinstance(model, LocatedModel) and _is_worthwhile(model, options):
         try:
             program = live_program(model, options, progress or (lambda _: None))

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from autodeploy import LLM
 from autodeploy.compile import backends
 from autodeploy.compile.backends import resolve_backend
 from autodeploy.compile.capture import Work
@@ -231,8 +233,10 @@ def test_memory_of_graphs_is_left_out_of_what_states_may_take(monkeypatch: pytes
     assert reserved_bytes(built, fixed, 96) == 0
 
 
-def test_who_can_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_can_capture(monkeypatch: pytest.MonkeyPatch, smollm2: Path) -> None:
     monkeypatch.undo()
+    with pytest.raises(ConfigError, match="the device is cpu"):  # a first start must not answer by other means
+        LLM(smollm2, device="cpu", compile_backend="torch-cudagraph")
     for backend in ("torch-cudagraph", "torch-opt"):
         with pytest.raises(ConfigError, match="capture CUDA graphs, and the device is cpu; use 'auto', or device='cu"):
             resolve_backend(backend, torch.device("cpu"))

@@ -23,8 +23,7 @@ def resolve_backend(wanted: str, device: torch.device) -> str:
     """
     if wanted == "auto" and device.type == "cuda":
         return "torch-cudagraph"
-    if wanted in ("torch-cudagraph", "torch-opt"):
-        graph_capture(device)
+    require_backend(wanted, device)
     if wanted not in ("auto", "replay"):
         return wanted
     lacking = unavailable(device) if device.type == "cpu" else {device.type: "kernels on this device are not repeated"}
@@ -34,6 +33,12 @@ def resolve_backend(wanted: str, device: torch.device) -> str:
         why = "; ".join(lacking.values())
         raise ConfigError(f"compile_backend='replay' repeats native CPU kernels: {why}; use 'torch-simple'")
     return wanted
+
+
+def require_backend(wanted: str, device: torch.device) -> None:
+    """Raises ConfigError, before anything is built, for a backend that captures graphs where there are none."""
+    if wanted in ("torch-cudagraph", "torch-opt"):
+        graph_capture(device)
 
 
 def graph_capture(device: torch.device) -> Callable[[], Capture]:
