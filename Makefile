@@ -45,9 +45,9 @@ demo: $(VENV)/.runtime $(demo_package)
 	$(python) -m autodeploy.demo "$(MODEL)" $(ARGS)
 
 # A process per core, each with one thread: tiny models keep no second thread busy. A file's tests stay together, with
-# what they share.
+# what they share; files in their order, as those with few tests are among the longest and must not come last.
 test: $(VENV)/.dev $(VENV)/.smollm2
-	OMP_NUM_THREADS=1 $(python) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(python) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(VENV)/.dev $(VENV)/.smollm2 $(VENV)/.gemma3-270m $(VENV)/.ray
 	$(python) -m pytest -m "slow and not gpu and not network" $(ARGS)

@@ -81,7 +81,7 @@ class PlannedAttention(StepPlan):
 
 
 class Facts:
-    def start(self) -> PlannedAttention:
+    def start(self, device: torch.device) -> PlannedAttention:
         return PlannedAttention()
 
 
@@ -233,10 +233,10 @@ def test_memory_of_graphs_is_left_out_of_what_states_may_take(monkeypatch: pytes
     assert reserved_bytes(built, fixed, 96) == 0
 
 
-def test_who_can_capture(monkeypatch: pytest.MonkeyPatch, smollm2: Path) -> None:
+def test_who_can_capture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="the device is cpu"):  # a first start must not answer by other means
-        LLM(smollm2, device="cpu", compile_backend="torch-cudagraph")
+        LLM(tiny.save("llama", tmp_path), device="cpu", compile_backend="torch-cudagraph")
     for backend in ("torch-cudagraph", "torch-opt"):
         with pytest.raises(ConfigError, match="capture CUDA graphs, and the device is cpu; use 'auto', or device='cu"):
             resolve_backend(backend, torch.device("cpu"))

@@ -102,7 +102,8 @@ def _checked(names: list[str], monkeypatch: pytest.MonkeyPatch) -> CheckReport:
     model, graph = _captured(MODELS[names[0]])
 
     def copied(_: nn.Module) -> ModelGraph:
-        return dataclasses.replace(graph, module=copy.deepcopy(graph.module), weights=dict(graph.weights))
+        module, weights, states = copy.deepcopy(graph.module), dict(graph.weights), list(graph.states)
+        return dataclasses.replace(graph, module=module, weights=weights, states=states)
 
     monkeypatch.setattr("autodeploy.debug.check.capture", copied)
     switched_on = {name: {"enabled": True} for name in names if not TRANSFORMS[name].enabled}

@@ -125,10 +125,10 @@ def test_a_kernel_that_raises_ends_everything_and_says_so(start: Start) -> None:
     engine = random_engine()
     run, calls_of_both = engine.program.run, iter(range(10**6))
 
-    def failing(*arguments: Any) -> Any:
+    def failing(*arguments: Any, **named: Any) -> Any:
         if engine.stats().num_running == 2 and next(calls_of_both) == 20:
             raise RuntimeError("secret: illegal address 0x7f00")
-        return run(*arguments)
+        return run(*arguments, **named)
 
     object.__setattr__(engine.program, "run", failing)
     server = start(slowed(engine, 0.002))

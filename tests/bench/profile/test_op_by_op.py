@@ -33,8 +33,8 @@ def test_same_logits_as_the_program(name: str, backend: str) -> None:
     assert min(seconds.values()) > 0
     medians = ops.medians(batch | fresh_states(program.states, rows, program.device), repeats=3)
     assert medians.keys() == seconds.keys()
-    found = {op: {c.provider for c in ops.calls if c.op == op} for op in program.report.kernels}
-    assert found == {op: set(providers) for op, providers in program.report.kernels.items()}
+    chosen = {op: set(providers) for op, providers in program.report.kernels.items() if op != "choose_tokens"}
+    assert {op: {c.provider for c in ops.calls if c.op == op} for op in chosen} == chosen
 
 
 def test_every_weight_is_read_by_one_call() -> None:

@@ -13,8 +13,10 @@ from autodeploy.ops.state import PagedState, SlotState
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams
 from autodeploy.runtime.states import StateBytes
+from autodeploy.transforms.cache.round_kv_cache import RoundKVCache
 from tests import tiny
 from tests.engines import generated
+from tests.graphs import attention_model, captured, causal_sdpa
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
@@ -34,6 +36,12 @@ def test_logits_are_near_those_of_whole_keys(name: str, dtype: str, worst: float
     error = (run_packed(rounded, rows) - expected).norm() / expected.norm()
     assert 1e-4 < float(error) < worst
     assert rounded.report.facts["isolation"] == "passed"
+
+
+def test_graphs_without_pages_are_refused_by_name() -> None:
+    graph = captured(attention_model(causal_sdpa))  # nothing is cached yet
+    with pytest.raises(ConfigError, match="fp8_e5m2"):
+        RoundKVCache(enabled=True, dtype="fp8_e5m2").run(graph)
 
 
 def test_a_token_takes_half_the_bytes() -> None:
