@@ -23,7 +23,7 @@ from autodeploy.checkpoint.recipe import ReadTensor, renamed
 from autodeploy.compile.backends import compile_graph, require_backend, resolve_backend
 from autodeploy.compile.bind import bind_plans
 from autodeploy.compile.cuda_graph import GraphedFunction
-from autodeploy.compile.program import DraftHead, NamedGraph, Program
+from autodeploy.compile.program import DraftHead, NamedGraph, Program, Progress
 from autodeploy.config import CompileOptions, Options, SpeculativeOptions
 from autodeploy.debug.isolation import check_isolation
 from autodeploy.errors import ConfigError
@@ -49,7 +49,6 @@ from autodeploy.transforms.cache.keep_hidden_states import KeepHiddenStates, kep
 # Importing transformers, and torch.export, takes longer than the whole start of a model whose graph was kept. So the
 # steps that need them import them.
 
-Progress = Callable[[str], None]
 Observer = Callable[[ModelGraph], None]
 
 

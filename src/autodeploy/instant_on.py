@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from autodeploy.build import Progress, Subject, build, resolve_device, subject_of_model
+from autodeploy.build import Subject, build, resolve_device, subject_of_model
 from autodeploy.compile.backends import require_backend
-from autodeploy.compile.program import NamedGraph, Program
+from autodeploy.compile.program import NamedGraph, Program, Progress
 from autodeploy.config import Options, SpeculativeOptions, parse_options
 from autodeploy.debug.isolation import check_apart
 from autodeploy.errors import AutoDeployError, UnsupportedModelError

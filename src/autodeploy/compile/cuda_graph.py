@@ -27,6 +27,7 @@ from autodeploy.compile.static_batch import StaticInput
 from autodeploy.compile.whole_graphs import WholeGraphs
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport
+from autodeploy.ops.batch_inputs import is_by_sequence
 from autodeploy.ops.state import PagedState, StateSpec
 from autodeploy.start_up import without_collection
 
@@ -100,7 +101,7 @@ class GraphedFunction:
         self._inputs = [StaticInput.of(name, placeholders[name]) for name in graph.batch_inputs()]
         self._names = [str(node.target) for node in graph.inputs()]
         self._batch_names = list(graph.batch_inputs())
-        self._by_sequence = next((given.name for given in self._inputs if given.dims[0] == "S"), None)
+        self._by_sequence = next(filter(is_by_sequence, self._batch_names), None)
         (logits,) = graph.graph.output_node().args
         self._vocab_size = int(logits.meta["val"].shape[-1])  # type: ignore[union-attr]
         self._device = device

@@ -31,7 +31,7 @@ from autodeploy.graph.report import BuildReport
 from autodeploy.kernels.cpu.native import watching
 from autodeploy.kernels.cpu.tape import Tape
 from autodeploy.kernels.cpu.torch_calls import compute_natively
-from autodeploy.ops.batch_inputs import PAGE_TABLE, lookup
+from autodeploy.ops.batch_inputs import PAGE_TABLE, is_by_sequence
 
 MAX_TOKENS = 64
 """Tokens of a step up to which it is worth repeating; what larger steps compute hides what Python costs."""
@@ -66,7 +66,7 @@ class Replay:
     def __init__(self, function: GraphFunction, batch_inputs: Sequence[str], report: BuildReport) -> None:
         self._function, self._batch_inputs, self._report = function, batch_inputs, report
         self._num_tokens_of = batch_inputs.index("input_ids")
-        self._by_sequence = next((i for i, name in enumerate(batch_inputs) if _is_by_sequence(name)), None)
+        self._by_sequence = next((i for i, name in enumerate(batch_inputs) if is_by_sequence(name)), None)
         self._steps: OrderedDict[tuple[Any, ...], Step | None] = OrderedDict()
         """by the shapes of inputs; None for shapes seen once"""
         self._states: list[int] = []
@@ -296,11 +296,6 @@ class Memory:
 
 def _num_users(storage: torch.UntypedStorage) -> int:
     return int(torch._C._storage_Use_Count(storage._cdata))
-
-
-def _is_by_sequence(name: str) -> bool:
-    declared = lookup(name)
-    return declared is not None and declared.dims[0] == "S"
 
 
 def _widened(name: str, value: Tensor) -> Tensor:

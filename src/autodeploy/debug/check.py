@@ -14,11 +14,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from autodeploy.build import Progress, resolve_device
+from autodeploy.build import resolve_device
 from autodeploy.capture.export import capture
 from autodeploy.checkpoint.index import ModuleReader
 from autodeploy.checkpoint.load import load_weights
 from autodeploy.compile.backends import compile_graph, resolve_backend
+from autodeploy.compile.program import Progress
 from autodeploy.config import Options
 from autodeploy.debug.backend_runs import BackendRun, compared_backends, run_backend
 from autodeploy.debug.check_report import FAILED, INCONCLUSIVE, PASSED, CheckReport, CheckRow

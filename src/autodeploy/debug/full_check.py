@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autodeploy.build import Progress, build, resolve_device
-from autodeploy.compile.program import Program
+from autodeploy.build import build, resolve_device
+from autodeploy.compile.program import Program, Progress
 from autodeploy.config import Options
 from autodeploy.debug.agreement import agreement
 from autodeploy.debug.clone import logits_of

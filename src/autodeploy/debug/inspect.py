@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from autodeploy.build import Progress, resolve_device
+from autodeploy.build import resolve_device
 from autodeploy.capture.export import capture
 from autodeploy.checkpoint.load import weight_bytes
 from autodeploy.checkpoint.recipe import Concat, Source
 from autodeploy.compile.backends import resolve_backend
+from autodeploy.compile.program import Progress
 from autodeploy.config import Options
 from autodeploy.debug.costs import Cost, node_cost
 from autodeploy.debug.layers import LayerKind, layer_kinds, place

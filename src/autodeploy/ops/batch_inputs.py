@@ -44,6 +44,12 @@ BATCH_INPUTS: dict[str, BatchInput] = {
 }
 
 
+def is_by_sequence(name: str) -> bool:
+    """Whether a concrete input has a row for each sequence."""
+    declared = lookup(name)
+    return declared is not None and declared.dims[0] == "S"
+
+
 def lookup(name: str) -> BatchInput | None:
     """The declaration of a concrete input name such as `page_table_full`; None when it is no batch input."""
     if name in BATCH_INPUTS:

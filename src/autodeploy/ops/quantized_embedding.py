@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from autodeploy.ops.op import op
-from autodeploy.ops.quantized_linear import QUAD, TILE, pack
+from autodeploy.ops.quantized_linear import TILE, dequantize, pack
 
 
 def _fake(
@@ -32,17 +32,9 @@ def quantized_embedding(
         `[..., I]`.
     """
     tiles, lanes = indices.flatten() // TILE, indices.flatten() % TILE
-    quads = weight[tiles, :, :, lanes]
-    bits = quads.shape[2]
-    if bits == QUAD:
-        quads = torch.stack((quads & 15, quads >> 4), dim=3)
-    rows: Tensor
-    groups = quads.flatten(1)[:, :num_inputs].float().unflatten(1, (scales.shape[1], -1))
-    by_group = scales[tiles, :, lanes].float().unsqueeze(2)
-    if offsets is None:
-        rows = (groups - 2 ** (bits - 1)) * by_group
-    else:
-        rows = groups * by_group + offsets[tiles, :, lanes].float().unsqueeze(2)
+    numbers, own_scales = weight[tiles, :, :, lanes].unsqueeze(3), scales[tiles, :, lanes].unsqueeze(2)
+    own_offsets = None if offsets is None else offsets[tiles, :, lanes].unsqueeze(2)
+    rows = dequantize(numbers, own_scales, own_offsets, len(tiles), num_inputs)  # each as a tile of one output
     return rows.to(dtype).reshape(*indices.shape, num_inputs)
 
 

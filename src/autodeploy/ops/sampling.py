@@ -79,15 +79,15 @@ def accept_drafts(tokens: Tensor, drafts: Tensor, starts: Tensor) -> Tensor:
 
 def uniform_numbers(keys: Tensor, positions: Tensor) -> Tensor:
     """Numbers float64 `[R]` in [0, 1), one for each key and position, all 2**53 of them equally likely: SplitMix64."""
-    bits = keys + (positions + 1) * _signed(GAMMA)
-    bits = (bits ^ _shifted(bits, 30)) * _signed(FIRST)
-    bits = (bits ^ _shifted(bits, 27)) * _signed(SECOND)
+    bits = keys + (positions + 1) * as_int64(GAMMA)
+    bits = (bits ^ _shifted(bits, 30)) * as_int64(FIRST)
+    bits = (bits ^ _shifted(bits, 27)) * as_int64(SECOND)
     return _shifted(bits ^ _shifted(bits, 31), 11).double() * 2.0**-53
 
 
-def _signed(number: int) -> int:
-    """The int64 with an unsigned number's bits."""
-    return number - (1 << 64)
+def as_int64(number: int) -> int:
+    """The number with the bits of an unsigned one of 64 bits."""
+    return number - (1 << 64) if number >> 63 else number
 
 
 def _shifted(bits: Tensor, places: int) -> Tensor:
@@ -123,7 +123,7 @@ def _samples() -> list[dict[str, Any]]:
         rows = len(temperature)
         names = {"top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
         columns = {name: None if filters is None else torch.tensor(filters[name], dtype=d) for name, d in names.items()}
-        keys = torch.arange(rows) * _signed(GAMMA) + 12345
+        keys = torch.arange(rows) * as_int64(GAMMA) + 12345
         draws: dict[str, Any] = {"temperature": torch.tensor(temperature), "keys": keys, "positions": keys.abs() % 99}
         return {"logits": 2 * torch.randn(rows, vocab_size), **draws, **columns}
 

@@ -144,7 +144,7 @@ class BatchBuilder:
                 value = values[name]
             inputs[name] = self._place(name, value)
             if name in _PLANNED_FROM or name.startswith(PAGE_TABLE):
-                on_host[name] = torch.from_numpy(value)
+                on_host[name] = inputs[name] if inputs[name].is_cpu else torch.from_numpy(value)
         if latest_R is not None and "input_ids" in inputs and values["input_ids"].min() < 0:
             inputs["input_ids"] = _filled_in(inputs["input_ids"], latest_R)
         sampled = [sequence for sequence, complete in zip(scheduled, is_complete.tolist(), strict=True) if complete]

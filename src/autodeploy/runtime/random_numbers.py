@@ -9,8 +9,8 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-_GAMMA = 0x9E3779B97F4A7C15
-_FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+from autodeploy.ops.sampling import FIRST, GAMMA, SECOND
+
 _BITS = 2**64 - 1
 
 
@@ -18,18 +18,18 @@ def key_of(*numbers: int) -> int:
     """A key of 64 bits for some whole numbers; of others, or of the same in another order, it is another."""
     key = 0
     for number in numbers:
-        key = int(_mixed(np.array([(key + number * _GAMMA + _GAMMA) & _BITS], dtype=np.uint64))[0])
+        key = int(_mixed(np.array([(key + number * GAMMA + GAMMA) & _BITS], dtype=np.uint64))[0])
     return key
 
 
 def uniforms(keys: Iterable[int], positions: Iterable[int], count: int) -> NDArray[np.float64]:
     """Numbers [count] in [0, 1), one for each key and its position; all 2**53 of them are equally likely."""
     states = np.fromiter(keys, np.uint64, count)
-    states += (np.fromiter(positions, np.uint64, count) + np.uint64(1)) * np.uint64(_GAMMA)
+    states += (np.fromiter(positions, np.uint64, count) + np.uint64(1)) * np.uint64(GAMMA)
     return (_mixed(states) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _mixed(states: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    states = (states ^ (states >> np.uint64(30))) * np.uint64(_FIRST)
-    states = (states ^ (states >> np.uint64(27))) * np.uint64(_SECOND)
+    states = (states ^ (states >> np.uint64(30))) * np.uint64(FIRST)
+    states = (states ^ (states >> np.uint64(27))) * np.uint64(SECOND)
     return states ^ (states >> np.uint64(31))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autodeploy.compile.program import AcceptDrafts, ChooseTokens
-from autodeploy.ops.sampling import accept_drafts, choose_tokens
+from autodeploy.ops.sampling import accept_drafts, as_int64, choose_tokens
 from autodeploy.runtime.constraints import Constraints
 from autodeploy.runtime.draw import draw, on_device
 from autodeploy.runtime.grammar import GrammarCompiler
@@ -224,7 +224,7 @@ class Sampler:
         shares += [p.top_p for p in params]
         shares += [p.min_p for p in params]
         temperature, top_p, min_p = on_device(shares, logits_RV, torch.float32).view(3, num_rows)
-        keys = [0 if s.params.is_greedy else _as_int64(self._key_of(s)) for s in sequences]
+        keys = [0 if s.params.is_greedy else as_int64(self._key_of(s)) for s in sequences]
         numbers = [max(p.top_k, 0) for p in params] + keys
         numbers += [s.num_tokens + offset for s, offset in zip(sequences, offsets, strict=True)]
         top_k, keys_R, positions = on_device(numbers, logits_RV, torch.int64).view(3, num_rows)
@@ -269,11 +269,6 @@ class Sampler:
             )
             key = self._keys[sequence] = key_of(*own)
         return key
-
-
-def _as_int64(key: int) -> int:
-    """The number with the bits of an unsigned one of 64 bits."""
-    return key - (1 << 64) if key >> 63 else key
 
 
 def _best(logits_RV: Tensor) -> tuple[Tensor, Tensor]:

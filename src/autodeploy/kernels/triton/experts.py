@@ -6,7 +6,6 @@ and can be captured in a CUDA graph. A token or two are not worth sorting: then 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -15,13 +14,11 @@ from torch import Tensor
 
 from autodeploy.kernels.triton.arithmetic import activated
 from autodeploy.kernels.triton.float8 import add_block
-from autodeploy.kernels.triton.launch import Launcher
+from autodeploy.kernels.triton.launch import Launcher, row_key, tile_sizes
 from autodeploy.kernels.triton.packed_weights import add_products, load_levels
 from autodeploy.ops.quantized_linear import BLOCK
 
 _UNSORTED_TOKENS = 2
-_LARGEST_KEY = 4096
-"""Choices from which on the choice of a configuration is one and the same."""
 PLAIN = 16
 """In place of a number of bits: a weight of the dtype of what it is multiplied with; float8 numbers have scales."""
 
@@ -234,44 +231,39 @@ def _expert_rows(
     tl.store(target, sums.to(out.dtype.element_ty), mask=is_there[:, None] & (columns < num_outputs))
 
 
-def _configuration(rows: int, columns: int, inputs: int, num_warps: int, num_stages: int) -> Any:
-    values = {"ROWS": rows, "COLUMNS": columns, "INPUTS": inputs}
-    return triton.Config(values, num_warps=num_warps, num_stages=num_stages)
-
-
 _KEY = ("num_inputs", "num_outputs", "num_experts", "GATED", "BITS", "num_groups", "BY_GROUP", "CHOICES_KEY")
 
 _multiply = Launcher(
     _expert_rows,
     [
-        _configuration(16, 32, 128, 4, 3),
-        _configuration(16, 64, 128, 4, 3),
-        _configuration(16, 32, 64, 4, 4),
-        _configuration(32, 64, 64, 4, 3),
-        _configuration(64, 64, 64, 4, 3),
-        _configuration(128, 64, 64, 8, 3),
+        tile_sizes(16, 32, 128, 4, 3),
+        tile_sizes(16, 64, 128, 4, 3),
+        tile_sizes(16, 32, 64, 4, 4),
+        tile_sizes(32, 64, 64, 4, 3),
+        tile_sizes(64, 64, 64, 4, 3),
+        tile_sizes(128, 64, 64, 8, 3),
     ],
     _KEY,
 )
 _multiply_float8 = Launcher(
     _expert_rows,
     [
-        _configuration(16, 32, 128, 4, 4),
-        _configuration(16, 64, 128, 4, 3),
-        _configuration(32, 64, 128, 4, 3),
-        _configuration(64, 32, 128, 4, 3),
-        _configuration(128, 32, 128, 8, 3),
+        tile_sizes(16, 32, 128, 4, 4),
+        tile_sizes(16, 64, 128, 4, 3),
+        tile_sizes(32, 64, 128, 4, 3),
+        tile_sizes(64, 32, 128, 4, 3),
+        tile_sizes(128, 32, 128, 8, 3),
     ],
     _KEY,
 )
 _multiply_packed = Launcher(
     _expert_rows,
     [
-        _configuration(16, 32, 128, 4, 3),
-        _configuration(16, 16, 128, 4, 4),
-        _configuration(16, 32, 64, 4, 4),
-        _configuration(64, 32, 32, 4, 4),
-        _configuration(128, 32, 32, 8, 4),
+        tile_sizes(16, 32, 128, 4, 3),
+        tile_sizes(16, 16, 128, 4, 4),
+        tile_sizes(16, 32, 64, 4, 4),
+        tile_sizes(64, 32, 32, 4, 4),
+        tile_sizes(128, 32, 32, 8, 4),
     ],
     _KEY,
 )
@@ -416,7 +408,7 @@ def multiply_rows(
         *(num_choices, rows_each, routing.num_experts, num_inputs, num_outputs),
         *((None, 0.0) if gate is None else (gate.limit, gate.up_offset)),
         *(max(1, num_inputs // num_groups // BLOCK), num_groups),
-        CHOICES_KEY=min(_LARGEST_KEY, triton.next_power_of_2(num_choices)),
+        CHOICES_KEY=row_key(num_choices),
         SORTED=routing.borders is not None,
         ACTIVATION=None if gate is None else gate.activation,
         GATED=gate is not None and gate.gated,

@@ -3,19 +3,14 @@
 Where a weight has a scale per row and whole sizes, torch's library multiplies; blocks are scaled by a kernel here.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from autodeploy.kernels.triton.float8 import add_block, round_to_float8, why_not_float8
-from autodeploy.kernels.triton.launch import Launcher, why_refused
+from autodeploy.kernels.triton.launch import Launcher, row_key, tile_sizes, why_refused
 from autodeploy.kernels.triton.scaled_mm import is_for_library, multiply_by_library
 from autodeploy.ops.fp8_linear import fp8_linear
-
-_LARGEST_KEY = 4096
-"""Rows from which on the choice of a configuration is one and the same."""
 
 
 @triton.jit
@@ -62,20 +57,15 @@ def _products(
     tl.store(target, sums.to(out.dtype.element_ty), mask=(rows < num_rows)[:, None] & (columns < num_outputs)[None, :])
 
 
-def _configuration(rows: int, columns: int, inputs: int, num_warps: int, num_stages: int) -> Any:
-    values = {"ROWS": rows, "COLUMNS": columns, "INPUTS": inputs}
-    return triton.Config(values, num_warps=num_warps, num_stages=num_stages)
-
-
 _multiply = Launcher(
     _products,
     [
-        _configuration(16, 64, 128, 4, 4),
-        _configuration(16, 32, 128, 4, 5),
-        _configuration(16, 128, 128, 4, 4),
-        _configuration(64, 64, 128, 4, 4),
-        _configuration(64, 128, 128, 4, 4),
-        _configuration(128, 128, 128, 8, 3),
+        tile_sizes(16, 64, 128, 4, 4),
+        tile_sizes(16, 32, 128, 4, 5),
+        tile_sizes(16, 128, 128, 4, 4),
+        tile_sizes(64, 64, 128, 4, 4),
+        tile_sizes(64, 128, 128, 4, 4),
+        tile_sizes(128, 128, 128, 8, 3),
     ],
     key=("num_inputs", "num_outputs", "BY_BLOCK", "ROWS_KEY"),
 )
@@ -100,7 +90,7 @@ def fp8_linear_triton(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | 
         lambda values: (triton.cdiv(num_rows, values["ROWS"]), triton.cdiv(num_outputs, values["COLUMNS"])),
         *(rows, x_scales, weight, scales.contiguous(), bias, out),
         *(num_rows, num_inputs, num_outputs, x_scales.shape[1]),
-        ROWS_KEY=min(_LARGEST_KEY, triton.next_power_of_2(num_rows)),
+        ROWS_KEY=row_key(num_rows),
         BY_BLOCK=block_size is not None,
         EVEN_TO=num_inputs & -num_inputs,
     )

@@ -34,6 +34,7 @@ Grid = tuple[int, ...] | Callable[[Mapping[str, Any]], tuple[int, ...]]
 _OPTIONS = {"enable_fp_fusion": True}
 """Multiply-adds rounded once; said here because Triton 3.9 warns where nothing is said."""
 _PROCESSORS_WITHOUT_DEVICE = 8
+_LARGEST_ROW_KEY = 4096
 _TUNING_MILLISECONDS = {"warmup": 5, "rep": 20}
 
 
@@ -62,6 +63,18 @@ def num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _PROCESSORS_WITHOUT_DEVICE
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def row_key(count: int) -> int:
+    """A number of rows as part of a key: a power of two, the same one for all large numbers."""
+    return int(min(_LARGEST_ROW_KEY, triton.next_power_of_2(count)))
+
+
+def tile_sizes(rows: int, columns: int, inputs: int, num_warps: int, num_stages: int) -> Any:
+    """A configuration of a product: the size of a program's tile of results, and how many inputs it takes at once."""
+    return triton.Config(
+        {"ROWS": rows, "COLUMNS": columns, "INPUTS": inputs}, num_warps=num_warps, num_stages=num_stages
+    )
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,15 @@ the sums. Both kinds of numbers are decoded by their bits, which a float16 has r
 them.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from autodeploy.kernels.triton.arithmetic import dot
-from autodeploy.kernels.triton.launch import Launcher, why_refused
+from autodeploy.kernels.triton.launch import Launcher, row_key, tile_sizes, why_refused
 from autodeploy.ops.fp8_linear import FLOAT8
 from autodeploy.ops.nvfp4_linear import GROUP_SIZE, nvfp4_linear
-
-_LARGEST_KEY = 4096
-"""Rows from which on the choice of a configuration is one and the same."""
 
 
 @triton.jit
@@ -79,19 +74,14 @@ def _products(
     tl.store(target, sums.to(out.dtype.element_ty), mask=(rows < num_rows)[:, None] & (columns < num_outputs)[None, :])
 
 
-def _configuration(rows: int, columns: int, inputs: int, num_warps: int, num_stages: int) -> Any:
-    values = {"ROWS": rows, "COLUMNS": columns, "INPUTS": inputs}
-    return triton.Config(values, num_warps=num_warps, num_stages=num_stages)
-
-
 _multiply = Launcher(
     _products,
     [
-        _configuration(16, 32, 128, 4, 4),
-        _configuration(16, 16, 256, 4, 4),
-        _configuration(16, 64, 128, 4, 3),
-        _configuration(64, 64, 64, 4, 3),
-        _configuration(128, 64, 64, 8, 3),
+        tile_sizes(16, 32, 128, 4, 4),
+        tile_sizes(16, 16, 256, 4, 4),
+        tile_sizes(16, 64, 128, 4, 3),
+        tile_sizes(64, 64, 64, 4, 3),
+        tile_sizes(128, 64, 64, 8, 3),
     ],
     key=("num_inputs", "num_outputs", "ROWS_KEY"),
 )
@@ -117,7 +107,7 @@ def nvfp4_linear_triton(x: Tensor, weight: Tensor, scales: Tensor, tensor_scale:
         lambda values: (triton.cdiv(num_rows, values["ROWS"]), triton.cdiv(num_outputs, values["COLUMNS"])),
         *(x.contiguous(), weight.contiguous(), scales.contiguous().view(torch.uint8), tensor_scale, bias, out),
         *(num_rows, num_inputs, num_outputs),
-        ROWS_KEY=min(_LARGEST_KEY, triton.next_power_of_2(num_rows)),
+        ROWS_KEY=row_key(num_rows),
         EVEN_TO=num_inputs & -num_inputs,
     )
     return out

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autodeploy.kernels.triton.launch import Launcher, why_refused
+from autodeploy.kernels.triton.launch import Launcher, row_key, why_refused
 from autodeploy.kernels.triton.packed_weights import (
     add_products,
     levels,
@@ -19,9 +19,6 @@ from autodeploy.kernels.triton.packed_weights import (
     why_not_packed,
 )
 from autodeploy.ops.quantized_linear import BLOCK, quantized_linear
-
-_LARGEST_KEY = 4096
-"""Rows from which on the choice of a configuration is one and the same."""
 
 
 @triton.jit
@@ -121,7 +118,7 @@ def quantized_linear_triton(
         *(rows, x_scales, weight, scales, offsets, bias, out),
         *(num_rows, num_inputs, num_outputs, num_tiles, num_blocks),
         *(max(1, num_inputs // num_groups // BLOCK), num_groups),
-        ROWS_KEY=min(_LARGEST_KEY, triton.next_power_of_2(num_rows)),
+        ROWS_KEY=row_key(num_rows),
         BITS=bits,
         BY_GROUP=num_groups > 1 or offsets is not None,
         EVEN_TO=num_blocks & -num_blocks,

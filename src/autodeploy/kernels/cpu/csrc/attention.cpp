@@ -62,14 +62,7 @@ Status cached_attention(const Call<T>& call) {
             head_dim, value_dim, sinks, scale, causal != 0, window, chunk, softcap, out, few, value_dim,             \
             sinks_stride, slopes, distance_logits, num_distances};                                                   \
         if (threads > 1 && !autodeploy::is_large(call)) threads = 1;                                                 \
-        int status = 0;                                                                                              \
-        autodeploy::with_team(threads, [&] {                                                                         \
-            const int found = autodeploy::cached_attention(call);                                                    \
-            if (found != 0) {                                                                                        \
-                _Pragma("omp atomic write") status = found;                                                          \
-            }                                                                                                        \
-        });                                                                                                          \
-        return status;                                                                                               \
+        return autodeploy::status_of(threads, [&] { return autodeploy::cached_attention(call); });                   \
     }                                                                                                                \
     RECORDABLE(NAME)
 

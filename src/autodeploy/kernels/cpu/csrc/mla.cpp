@@ -132,14 +132,7 @@ Status cached_mla(const Latents<T>& m, const Call<T>& c) {
             page_table_width, slot_mapping, latent_cache, latent_cache, num_pages, page_size, num_sequences,         \
             num_tokens, num_heads, 1, key_dim, latent_dim, nullptr, scale, true, 0, 0, 0.0f, mixed, INT64_MAX,       \
             key_dim, 0, nullptr, nullptr, 0};                                                                        \
-        int status = 0;                                                                                              \
-        autodeploy::with_team(threads, [&] {                                                                         \
-            const int found = autodeploy::cached_mla(latents, call);                                                 \
-            if (found != 0) {                                                                                        \
-                _Pragma("omp atomic write") status = found;                                                          \
-            }                                                                                                        \
-        });                                                                                                          \
-        return status;                                                                                               \
+        return autodeploy::status_of(threads, [&] { return autodeploy::cached_mla(latents, call); });                \
     }                                                                                                                \
     RECORDABLE(NAME)
 

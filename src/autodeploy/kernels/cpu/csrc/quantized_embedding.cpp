@@ -59,15 +59,10 @@ Status look_up(const int64_t* indices, const uint8_t* weight, const fp16* scales
     extern "C" int NAME(const int64_t* indices, const uint8_t* weight, const autodeploy::fp16* scales,               \
                         const autodeploy::fp16* offsets, T* out, int64_t num_indices, int64_t num_tiles,             \
                         int64_t num_inputs, int64_t num_groups, int bits, int threads) {                             \
-        int status = autodeploy::DONE;                                                                               \
-        autodeploy::with_team(threads, [&] {                                                                         \
-            const int found = autodeploy::look_up(indices, weight, scales, offsets, out, num_indices, num_tiles,     \
-                                                  num_inputs, num_groups, bits);                                     \
-            if (found != autodeploy::DONE) {                                                                         \
-                _Pragma("omp atomic write") status = found;                                                          \
-            }                                                                                                        \
+        return autodeploy::status_of(threads, [&] {                                                                  \
+            return autodeploy::look_up(indices, weight, scales, offsets, out, num_indices, num_tiles, num_inputs,    \
+                                       num_groups, bits);                                                            \
         });                                                                                                          \
-        return status;                                                                                               \
     }                                                                                                                \
     RECORDABLE(NAME)
 

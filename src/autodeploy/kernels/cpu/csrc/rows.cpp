@@ -135,16 +135,10 @@ DEFINE_LARGEST(largest_bfloat16, autodeploy::bf16)
 // from the end. Returns BAD_INDEX for a number that is not in 0 .. num_pieces; nothing is read there.
 extern "C" int take(const char* x, const void* indices, int is_int64, int from_end, int64_t index_stride, char* out,
                     int64_t num_outer, int64_t num_pieces, int64_t num_indices, int64_t size, int threads) {
-    int status = autodeploy::DONE;
-    autodeploy::with_team(threads, [&] {
-        const int found = autodeploy::take(x, indices, is_int64 != 0, from_end != 0, index_stride, out, num_outer,
-                                           num_pieces, num_indices, size);
-        if (found != autodeploy::DONE) {
-#pragma omp atomic write
-            status = found;
-        }
+    return autodeploy::status_of(threads, [&] {
+        return autodeploy::take(x, indices, is_int64 != 0, from_end != 0, index_stride, out, num_outer, num_pieces,
+                                num_indices, size);
     });
-    return status;
 }
 RECORDABLE(take)
 
@@ -153,14 +147,9 @@ RECORDABLE(take)
 #define DEFINE_SCATTER(NAME, T)                                                                                      \
     extern "C" int NAME(const T* x, const int64_t* indices, const T* values, float value, T* out, int64_t num_rows,  \
                         int64_t width, int64_t count, int threads) {                                                 \
-        int status = autodeploy::DONE;                                                                               \
-        autodeploy::with_team(threads, [&] {                                                                         \
-            const int found = autodeploy::scatter(x, indices, values, value, out, num_rows, width, count);           \
-            if (found != autodeploy::DONE) {                                                                         \
-                _Pragma("omp atomic write") status = found;                                                          \
-            }                                                                                                        \
+        return autodeploy::status_of(threads, [&] {                                                                  \
+            return autodeploy::scatter(x, indices, values, value, out, num_rows, width, count);                      \
         });                                                                                                          \
-        return status;                                                                                               \
     }                                                                                                                \
     RECORDABLE(NAME)
 

@@ -80,20 +80,6 @@ inline Status for_each_channel_block(const Sequences& q, int64_t channels, Body 
                           [&](int64_t s, int64_t, int64_t begin, int64_t end) { body(s, begin, end); });
 }
 
-// Runs `body`, which returns a Status that all threads agree on, by a team.
-template <class Body>
-inline int status_of(int threads, Body body) {
-    int status = DONE;
-    with_team(threads, [&] {
-        const int found = body();
-        if (found != DONE) {
-#pragma omp atomic write
-            status = found;
-        }
-    });
-    return status;
-}
-
 }  // namespace autodeploy
 
 #define SEQUENCES                                                                                                    \

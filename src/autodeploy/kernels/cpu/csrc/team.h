@@ -53,6 +53,20 @@ inline void with_team(int threads, Body body) {
     body();
 }
 
+// The same for a body that gives 0, or what went wrong; of several threads' faults, one of them.
+template <class Body>
+inline int status_of(int threads, Body body) {
+    int status = 0;
+    with_team(threads, [&] {
+        const int found = body();
+        if (found != 0) {
+#pragma omp atomic write
+            status = found;
+        }
+    });
+    return status;
+}
+
 // One argument of a recorded call, of any type that kernels take.
 union Slot {
     int64_t bits;
