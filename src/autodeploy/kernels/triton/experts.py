@@ -24,9 +24,7 @@ PLAIN = 16
 
 
 @triton.jit
-def _find_tile(
-    order, borders, num_choices, num_experts, SORTED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr
-):
+def _find_tile(order, borders, num_experts, SORTED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
     """Expert, choices `[ROWS]` and which of them there are, of this program's tile; expert -1 where there is none."""
     tile = tl.program_id(0)
     if not SORTED:
@@ -44,7 +42,8 @@ def _find_tile(
         end = tl.sum(tl.where(is_own, starts + counts, 0), 0)
         places = first + tl.arange(0, ROWS)
         is_there = places < end
-        return expert, tl.load(order + tl.minimum(places, num_choices - 1)), is_there
+        # Beyond the tile's end its last choice stands in, as what other choices have may not be computed.
+        return expert, tl.load(order + tl.maximum(tl.minimum(places, end - 1), 0)), is_there
 
 
 @triton.jit
@@ -179,7 +178,6 @@ def _expert_rows(
     offsets,
     bias,
     out,
-    num_choices,
     rows_each,
     num_experts,
     num_inputs,
@@ -201,7 +199,7 @@ def _expert_rows(
     INPUTS: tl.constexpr,
 ):
     EVEN: tl.constexpr = EVEN_TO % INPUTS == 0
-    expert, choices, is_there = _find_tile(order, borders, num_choices, num_experts, SORTED, EXPERTS, ROWS)
+    expert, choices, is_there = _find_tile(order, borders, num_experts, SORTED, EXPERTS, ROWS)
     if (expert < 0) | (expert >= num_experts):
         return
     half = num_outputs if GATED else 0
@@ -405,7 +403,7 @@ def multiply_rows(
         lambda values: (routing.num_tiles(values["ROWS"]), triton.cdiv(num_outputs, values["COLUMNS"])),
         *(x, x_scales, routing.order, routing.borders),
         *(weight.weight, weight.scales, weight.offsets, weight.bias, out),
-        *(num_choices, rows_each, routing.num_experts, num_inputs, num_outputs),
+        *(rows_each, routing.num_experts, num_inputs, num_outputs),
         *((None, 0.0) if gate is None else (gate.limit, gate.up_offset)),
         *(max(1, num_inputs // num_groups // BLOCK), num_groups),
         CHOICES_KEY=row_key(num_choices),
