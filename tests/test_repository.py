@@ -20,9 +20,9 @@ README_LINES = 200
 
 # Part of the package -> the parts it may import, besides itself. The longest prefix of a module's name decides, so a
 # line for `transforms.lower` overrules the one for `transforms`. A part that is missing here fails the test.
-_BASE = ("errors", "env", "config", "cache_dir", "memory", "start_up")
+_BASE = ("errors", "env", "config", "cache_dir", "memory", "start_up", "threads")
 _RUNTIME_OPS = ("ops.batch_inputs", "ops.state", "ops.sampling")
-_RUNTIME = ("errors", "env", "config", "memory", "start_up", *_RUNTIME_OPS, "compile.program")
+_RUNTIME = ("errors", "env", "config", "memory", "start_up", "threads", *_RUNTIME_OPS, "compile.program")
 _COMPILER = (*_BASE, "graph", "ops", "checkpoint", "kernels", "models", "capture", "transforms", "compile")
 _SERVING = (*_RUNTIME, "outputs", "graph.report")
 _WHOLE = (*_COMPILER, "runtime", "server", "build", "outputs", "llm", "bench", "debug")
@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "config": ("errors",),
     "memory": (),
     "start_up": (),
+    "threads": (),
     "cache_dir": ("errors", "env", "config"),
     "ops": _BASE,
     "quantization": (*_BASE, "ops"),

@@ -31,6 +31,7 @@ from autodeploy.runtime.request import Limits, Request, SamplingParams, new_sequ
 from autodeploy.runtime.stats import EngineStats
 from autodeploy.runtime.tokenizer import Tokenizer, with_token_ids
 from autodeploy.start_up import without_collection
+from autodeploy.threads import release_threads
 
 if TYPE_CHECKING:  # importing it takes longer than a start
     from transformers import PreTrainedTokenizerBase
@@ -107,6 +108,7 @@ class LLM:
         self.generation_defaults: dict[str, Any] = {} if located is None else located.generation_defaults
         self._limits = Limits(program.vocab_size, engine.max_model_len)
         self._warned_of_default_length = False
+        release_threads()  # this thread has built; from now on the engine's thread computes
         self.async_engine = AsyncEngine(engine)
         # The thread holds the engine, not this object: when nobody holds this object any more, the thread ends too.
         self._finalizer = weakref.finalize(self, self.async_engine.shutdown)

@@ -18,11 +18,14 @@ from autodeploy.compile.program import Program
 from autodeploy.errors import AutoDeployError, EngineDeadError, InvalidRequestError
 from autodeploy.runtime.request import RequestOptions, SamplingParams, TokenOutput
 from autodeploy.runtime.stats import EngineStats
+from autodeploy.threads import release_threads
 
 logger = logging.getLogger(__name__)
 
 STEP_TIMEOUT_SECONDS = 600.0
 """A step that takes longer counts as hung. Generous: the first step of a shape may compile."""
+IDLE_SECONDS = 0.05
+"""Without a request for so long, an engine leaves the processors to other engines of the process."""
 
 Delivery = list[TokenOutput] | AutoDeployError
 """What a request's owner receives: [] once when it was accepted, then token outputs, or the error that ended it."""
@@ -193,19 +196,28 @@ class AsyncEngine:
 
     def _handle_messages(self) -> bool:
         """Take all messages from the inbox; wait for one when there is nothing else to do. False: time to stop."""
-        waits = not self._engine.has_unfinished_requests()
-        while True:
-            try:
-                message = self._inbox.get(block=waits)
-            except queue.Empty:
-                return True
-            waits = False
+        if self._engine.has_unfinished_requests():
+            message = self._next_message(block=False)
+        else:
+            message = self._next_message(timeout=IDLE_SECONDS)
+            if message is None:
+                release_threads()
+                message = self._next_message()
+        while message is not None:
             if isinstance(message, _Stop):
                 return False
             if isinstance(message, _Submit):
                 self._accept(message)
             else:
                 self._drop(message.request_id, message.index)
+            message = self._next_message(block=False)
+        return True
+
+    def _next_message(self, block: bool = True, timeout: float | None = None) -> _Submit | _Abort | _Stop | None:
+        try:
+            return self._inbox.get(block, timeout)
+        except queue.Empty:
+            return None
 
     def _accept(self, message: _Submit) -> None:
         try:

@@ -31,18 +31,24 @@ inline int team_size() {
 #endif
 }
 
-// Memory of this thread, kept from call to call; what was in it is lost. Never freed, as a team's threads are never ended.
+// Memory of a thread, freed when the thread ends.
+struct Scratch {
+    void* memory = nullptr;
+    size_t size = 0;
+    ~Scratch() { std::free(memory); }
+};
+
+// Memory of this thread, kept from call to call; what was in it is lost.
 template <class T>
 inline T* own_memory(int64_t count) {
-    static thread_local void* memory = nullptr;
-    static thread_local size_t size = 0;
+    static thread_local Scratch own;
     const size_t wanted = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    if (wanted > size) {
-        std::free(memory);
-        memory = std::aligned_alloc(64, wanted);
-        size = wanted;
+    if (wanted > own.size) {
+        std::free(own.memory);
+        own.memory = std::aligned_alloc(64, wanted);
+        own.size = wanted;
     }
-    return static_cast<T*>(memory);
+    return static_cast<T*>(own.memory);
 }
 
 // Runs `body` on every thread of a team of `threads`, or as one of the running team's.
