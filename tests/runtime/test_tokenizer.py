@@ -84,6 +84,16 @@ def test_broken_run_keeps_the_characters_before_it() -> None:
 
 
 @pytest.mark.parametrize("name", BOTH)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+def test_bytes_of_tokens_join_to_the_text(name: str, text: str) -> None:
+    tokenizer = BOTH[name]
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    spelled = b"".join(map(tokenizer.token_bytes, token_ids)).decode()
+    # A word by itself has no space in front where the vocabulary writes it as a part of the word.
+    assert spelled.replace(" ", "") == tokenizer.decode(token_ids).replace(" ", "")
+
+
+@pytest.mark.parametrize("name", BOTH)
 @given(text=st.text(st.sampled_from("😀你é👨‍👩‍👧ab "), max_size=30))
 def test_no_piece_splits_a_character(name: str, text: str) -> None:
     pieces = pieces_of(BOTH[name], BOTH[name].encode(text))

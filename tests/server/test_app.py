@@ -206,7 +206,10 @@ RAW = {"Content-Type": "application/json"}
         ("POST", "/v1/completions", b'{"prompt": "x", "temperature": NaN}', 400, "temperature"),
         ("POST", "/v1/completions", b'{"prompt": "x", "seed": 1e999}', 400, "seed"),
         ("POST", "/v1/completions", b'{"prompt": "x", "model": "other"}', 404, "'other' does not exist"),
+        ("POST", "/v1/completions", b"null", 400, "must be a JSON object"),
+        ("POST", "/tokenize", b"[]", 400, "must be a JSON object"),
         ("GET", "/v1/completions", b"", 405, "Method Not Allowed"),
+        ("POST", "/v1/completions/", b'{"prompt": "x"}', 404, "no such path: POST /v1/completions/"),
         ("GET", "/nowhere", b"", 404, "no such path: GET /nowhere"),
         ("POST", "/v1/completions", b'{"prompt": "' + b"x" * 3000 + b'"}', 413, "larger than 2000 bytes"),
     ],
@@ -220,6 +223,14 @@ def test_every_error_has_the_same_shape(
     error = response.json()["error"]
     assert response.status_code == status and message in error["message"], response.text
     assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize("media_type", ["", "text/plain", "application/x-www-form-urlencoded"])
+def test_bodies_of_other_types_are_refused_with_the_one_that_is_read(start: Start, path: str, media_type: str) -> None:
+    headers = {"Content-Type": media_type} if media_type else {}
+    response = httpx.post(start().url + path, content=b'{"prompt": "x"}', headers=headers)
+    assert_error(response, 415, f"'Content-Type: application/json'; found {media_type!r}")
 
 
 def test_a_body_without_a_length_is_limited_too(start: Start) -> None:

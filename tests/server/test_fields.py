@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 from autodeploy.errors import InvalidRequestError
 from autodeploy.runtime.request import REAL_RANGES, WHOLE_RANGES
 from autodeploy.server import answers, requests
+from autodeploy.server.fields import UNSUPPORTED_FIELDS
 from tests.runtime.fake_engine import FakeEngine
 from tests.runtime.tiny_tokenizers import byte_level
 from tests.server.running import ANSWER, ANSWER_IDS, EOS, MESSAGES, TOKENIZER, Server, Start, assert_error
@@ -105,6 +106,16 @@ def test_usage_in_every_chunk_and_the_requests_own_id(start: Start) -> None:
     assert counts == [1, 2, 3, 3] and {chunk.id for chunk in chunks} == {"cmpl-r-1"}
 
 
+def test_bytes_of_tokens_join_to_the_text(start: Start) -> None:
+    """A character may be several tokens, none of which is text by itself."""
+    server = start(FakeEngine(TOKENIZER.encode("a 漢字 b"), eos_id=EOS))
+    answer = server.post("/v1/chat/completions", {"messages": MESSAGES, "logprobs": True, "top_logprobs": 1}).json()
+    entries = answer["choices"][0]["logprobs"]["content"]
+    spelled = b"".join(bytes(entry["bytes"]) for entry in entries if entry["token"] != "<|im_end|>")
+    assert spelled.decode() == "a 漢字 b" and any("\ufffd" in entry["token"] for entry in entries)
+    assert entries[0]["top_logprobs"][0]["bytes"] == entries[0]["bytes"]
+
+
 def test_prompts_are_cut_on_request(start: Start) -> None:
     server = start()
     cut = server.post(
@@ -126,6 +137,8 @@ def test_tokenize_and_detokenize(start: Start) -> None:
     assert server.post("/detokenize", {"tokens": ids}).json() == {"prompt": "héllo"}
     assert_error(server.post("/detokenize", {"tokens": [10**9]}), 400, "not a token", "tokens")
     assert_error(server.post("/detokenize", {"tokens": [-1]}), 400, "not a token", "tokens")
+    assert_error(server.post("/tokenize", {"prompt": 3}), 400, "prompt: Input should be a valid string", "prompt")
+    assert_error(server.post("/tokenize", {"messages": 3}), 400, "messages: Input should be a valid list", "messages")
     assert_error(server.post("/tokenize", {"model": "other", "prompt": "x"}), 404, "does not exist")
     assert_error(start(tokenizer=None).post("/tokenize", {"prompt": "x"}), 400, "no tokenizer", "prompt")
 
@@ -149,7 +162,7 @@ def test_template_variables_of_a_request(start: Start) -> None:
     deep = {"messages": MESSAGES, "chat_template_kwargs": {"shout": [[]]}}
     assert_error(server.post("/v1/chat/completions", deep), 400, "must be", "chat_template_kwargs")
     unread = {"messages": MESSAGES, "reasoning_effort": "low"}
-    assert_error(start().post("/v1/chat/completions", unread), 400, "takes no variable", "chat_template_kwargs")
+    assert_error(start().post("/v1/chat/completions", unread), 400, "takes no variable", "reasoning_effort")
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -165,6 +178,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("chat/completions", {"echo": True}, "echo"),
     ("chat/completions", {"modalities": ["audio"]}, "modalities"),
     ("chat/completions", {"n": True}, "n"),
+    ("chat/completions", {"max_completion_tokens": 0}, "max_completion_tokens"),
+    ("chat/completions", {"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+    ("chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ("chat/completions", {"thinking_token_budget": 5}, "thinking_token_budget"),
 ]
 
 
@@ -174,7 +191,7 @@ def test_nulls_are_fields_left_out(start: Start) -> None:
         ("completions", requests.CompletionRequest, {"prompt": "x"}),
         ("chat/completions", requests.ChatCompletionRequest, {"messages": MESSAGES}),
     ):
-        nulls = dict.fromkeys(model.model_fields)
+        nulls = dict.fromkeys((*model.model_fields, *UNSUPPORTED_FIELDS))
         assert server.post(f"/v1/{path}", nulls | needed).status_code == 200
         assert_error(server.post(f"/v1/{path}", nulls), 400, "", next(iter(needed)))
 

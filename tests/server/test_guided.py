@@ -225,20 +225,23 @@ def test_tools_that_may_be_called(start: Start) -> None:
     client = server.client()
     answer = client.chat.completions.create(model="tiny", messages=MESSAGES, tools=TOOLS)
     message = answer.choices[0].message
-    assert message.content == "hello" and message.model_extra == {"reasoning_content": "which?"}
+    assert message.content == "hello" and message.model_extra == {"reasoning_content": "which?", "reasoning": "which?"}
     calls = [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls or []]  # type: ignore[union-attr]
     assert calls == [("paint", {"colour": "red", "n": 1}), ("move", {"x": 2})]
     assert answer.choices[0].finish_reason == "tool_calls"
     content, streamed = "", {}
+    thoughts = {"reasoning_content": "", "reasoning": ""}
     for chunk in client.chat.completions.create(model="tiny", messages=MESSAGES, tools=TOOLS, stream=True):
         delta = chunk.choices[0].delta
         content += delta.content or ""
+        for name in thoughts:
+            thoughts[name] += (delta.model_extra or {}).get(name, "")
         for call in delta.tool_calls or []:
             assert call.function is not None
             entry = streamed.setdefault(call.index, {"name": "", "arguments": ""})
             entry["name"] += call.function.name or ""
             entry["arguments"] += call.function.arguments or ""
-    assert content == "hello"
+    assert content == "hello" and thoughts == {"reasoning_content": "which?", "reasoning": "which?"}
     assert [(entry["name"], json.loads(entry["arguments"])) for entry in streamed.values()] == calls
     again: Any = [
         *MESSAGES,
@@ -251,7 +254,25 @@ def test_tools_that_may_be_called(start: Start) -> None:
     none = client.chat.completions.create(model="tiny", messages=MESSAGES, tools=TOOLS, tool_choice="none")
     assert none.choices[0].message.tool_calls is None and "<tool_call>" in (none.choices[0].message.content or "")
     no_thought = server.post("/v1/chat/completions", {"messages": MESSAGES, "include_reasoning": False}).json()
-    assert "reasoning_content" not in no_thought["choices"][0]["message"]
+    assert not {"reasoning_content", "reasoning"} & no_thought["choices"][0]["message"].keys()
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_thoughts_of_earlier_answers_reach_the_template(start: Start, name: str) -> None:
+    server = start(tokenizer=byte_level(chat_template="{{ messages[-1].reasoning_content }}"))
+    earlier = {"role": "assistant", "content": "hello", name: "which?"}
+    tokens = server.post("/tokenize", {"messages": [*MESSAGES, earlier]}).json()["tokens"]
+    assert TOKENIZER.decode(tokens) == "which?"
+
+
+def test_a_model_that_is_told_of_no_tools_can_be_made_to_call_one(start: Start) -> None:
+    server = start(random_engine())
+    body = {"messages": MESSAGES, "tools": TOOLS, "max_tokens": 900}
+    for choice in ("required", {"type": "function", "function": {"name": "paint"}}):
+        answer = server.post("/v1/chat/completions", {**body, "tool_choice": choice, "parallel_tool_calls": False})
+        (call,) = answer.json()["choices"][0]["message"]["tool_calls"]
+        assert call["function"]["name"] in ("paint", "move") and json.loads(call["function"]["arguments"])
+    assert_error(server.post("/v1/chat/completions", {**body, "tool_choice": "auto"}), 400, "no tools", "tools")
 
 
 def test_tools_reach_the_template_unless_none_may_be_called(start: Start) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 import ssl
 import threading
 from pathlib import Path
@@ -91,6 +92,7 @@ def test_other_pages_may_not_call_unless_they_are_named(start: Start) -> None:
     assert preflight.headers["access-control-allow-origin"] == "https://page.example"
     other = httpx.options(f"{opened.url}/v1/completions", headers={**asking, "Origin": "https://other.example"})
     assert "access-control-allow-origin" not in other.headers
+    assert_error(other, 400, "Disallowed CORS origin")
 
 
 def test_request_ids_are_taken_or_made(start: Start) -> None:
@@ -101,6 +103,9 @@ def test_request_ids_are_taken_or_made(start: Start) -> None:
     assert len(made) == 2
     bad = httpx.get(f"{server.url}/version", headers={"X-Request-Id": "a b" * 100})
     assert len(bad.headers["x-request-id"]) == 32
+    for headers in ({}, {"X-Request-Id": "abc-2"}):
+        answer = server.post("/v1/completions", {"prompt": "x"}, headers=headers)
+        assert answer.json()["id"] == f"cmpl-{answer.headers['x-request-id']}", "what a client reports is in the log"
 
 
 @pytest.mark.parametrize("log_format", ["json", "text"])
@@ -125,6 +130,16 @@ def test_a_request_is_one_line(start: Start, log_format: str, caplog: pytest.Log
         assert (second["request_id"], second["status"]) == ("abc-2", 404)
     else:
         assert "INFO [abc-1]" in lines[0] and "POST /v1/completions 200" in lines[0]
+
+
+@pytest.mark.parametrize("sent", [b"no http\r\n\r\n", b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: a\r\n\r\n"])
+def test_what_is_no_http_gets_an_error_of_the_same_shape(serve: Serve, sent: bytes) -> None:
+    url, _, _ = serve(FakeEngine())
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as connection:
+        connection.sendall(sent)
+        head, _, body = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400") and b"application/json" in head
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
 def test_an_unexpected_fault_is_told_without_its_text(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

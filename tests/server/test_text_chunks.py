@@ -30,7 +30,7 @@ def content(index: int, text: str) -> ChatCompletionChunk:
 
 
 def thought(index: int, text: str) -> ChatCompletionChunk:
-    choice = ChatChunkChoice(index=index, delta=AnswerDelta(reasoning_content=text))
+    choice = ChatChunkChoice(index=index, delta=AnswerDelta(reasoning_content=text, reasoning=text))
     return ChatCompletionChunk(id="x", created=7, model="é", choices=[choice])
 
 

@@ -53,6 +53,16 @@ RESERVED_TEMPLATE_NAMES = frozenset({"messages", "tools", "documents", "raise_ex
 """What templates read besides the arguments of `apply_chat_template`; nobody else may set these."""
 
 
+def _byte_of_character() -> dict[str, int]:
+    """How vocabularies of bytes spell them: printable ones as themselves, the others by the characters from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_of_character()
+
+
 class Tokenizer:
     """A Hugging Face tokenizer, narrowed to what serving needs. Safe to call from several threads."""
 
@@ -111,6 +121,16 @@ class Tokenizer:
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """The vocabulary's own spelling of each token."""
         return [str(piece) for piece in self.hf.convert_ids_to_tokens(list(token_ids))]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text in UTF-8; several tokens' bytes joined may be one character."""
+        if token_id in self.byte_of:
+            return bytes([self.byte_of[token_id]])
+        text = self.decode([token_id], skip_special_tokens=False)
+        spelled = [_BYTE_OF_CHARACTER.get(character) for character in self.pieces([token_id])[0]]
+        if REPLACEMENT not in text or None in spelled:
+            return text.encode()
+        return bytes(byte for byte in spelled if byte is not None)
 
     def check_known(self, token_ids: Sequence[int], parameter: str) -> None:
         """Raises InvalidRequestError, about the field `parameter`, for ids outside the vocabulary."""

@@ -1,9 +1,12 @@
-"""Whom the server answers: an ASGI middleware that asks for a key."""
+"""Whom the server answers: ASGI middleware that asks for a key, and that tells browsers whose pages may call."""
 
 import hashlib
 import hmac
 from collections.abc import Sequence
 
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from autodeploy.server.failures import error_response
@@ -39,3 +42,23 @@ class RequireKey:
         for known in self._digests:  # all of them, so that a match is not faster
             found |= hmac.compare_digest(digest, known)
         return found and scheme.lower() == b"bearer"
+
+
+class AllowOrigins(CORSMiddleware):
+    """Answers browsers that ask whether a page of one of these origins may call."""
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str]):
+        super().__init__(
+            app,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=["X-Request-Id"],
+        )
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """A refusal has OpenAI's shape, as every other."""
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        return error_response(response.status_code, bytes(response.body).decode(), "invalid_request_error")

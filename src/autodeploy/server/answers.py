@@ -127,11 +127,12 @@ class ToolCallDelta(BaseModel):
 
 
 class AnswerMessage(BaseModel):
-    """The answer in a chat."""
+    """The answer in a chat. A thought has two names, since clients of different servers look for one or the other."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
     reasoning_content: str | None = asked_for()
+    reasoning: str | None = asked_for()
     tool_calls: list[ToolCall] | None = asked_for()
 
 
@@ -141,6 +142,7 @@ class AnswerDelta(BaseModel):
     role: Literal["assistant"] | None = asked_for()
     content: str | None = asked_for()
     reasoning_content: str | None = asked_for()
+    reasoning: str | None = asked_for()
     tool_calls: list[ToolCallDelta] | None = asked_for()
 
 

@@ -7,11 +7,10 @@ from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from autodeploy.server import status
-from autodeploy.server.access import RequireKey
+from autodeploy.server.access import AllowOrigins, RequireKey
 from autodeploy.server.answers import (
     ChatCompletionResponse,
     CompletionResponse,
@@ -27,7 +26,7 @@ from autodeploy.server.logs import RequestLog
 from autodeploy.server.metrics import ServingMetrics
 from autodeploy.server.options import ServerOptions
 from autodeploy.server.prompts import PromptReader
-from autodeploy.server.requests import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
+from autodeploy.server.requests import DetokenizeRequest, TokenizeRequest, TokenizeTextRequest
 from autodeploy.server.routes import GenerationRoutes
 from autodeploy.server.served import ServedModel
 
@@ -39,7 +38,9 @@ STREAM = {200: {"content": {"text/event-stream": {"itemSchema": EVENT}}}}
 def create_app(served: ServedModel, *, version: str = "", options: ServerOptions | None = None) -> FastAPI:
     """The app for one model. The caller shuts the engine down."""
     options = options or ServerOptions()
-    app = FastAPI(title="AutoDeploy", version=version or "unknown", docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="AutoDeploy", version=version or "unknown", docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     metrics = ServingMetrics(served)
     routes, generation = _Routes(served, metrics, version), GenerationRoutes(served, metrics, options)
 
@@ -79,13 +80,7 @@ def _add_middleware(app: FastAPI, options: ServerOptions, served: ServedModel) -
     if options.api_key:
         app.add_middleware(RequireKey, keys=options.api_key)
     if options.allowed_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(options.allowed_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
-            expose_headers=["X-Request-Id"],
-        )
+        app.add_middleware(AllowOrigins, origins=options.allowed_origins)
     app.add_middleware(RequestLog)
 
 
@@ -135,7 +130,7 @@ class _Routes:
         """One of the served names."""
         return self._card(self._served.checked_name(name))
 
-    async def tokenize(self, body: TokenizeTextRequest | TokenizeChatRequest) -> TokenizeResponse:
+    async def tokenize(self, body: TokenizeRequest) -> TokenizeResponse:
         """Token ids of a text or a conversation."""
         self._served.checked_name(body.model)
         if isinstance(body, TokenizeTextRequest):

@@ -3,6 +3,7 @@
 import secrets
 import string
 from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any
 
 from autodeploy.outputs import CompletionOutput, OutputDelta
 from autodeploy.server.answer_parts import CallArguments, CallStart, Part, Text, Thought
@@ -59,7 +60,7 @@ async def chat_chunks(form: AnswerForm, generation: Generation) -> AsyncIterator
     readers = [form.plan.reader() for _ in range(generation.num_choices)]
     writers = {
         Text: TextChunks(lambda index, text: _delta_chunk(form, index, AnswerDelta(content=text))),
-        Thought: TextChunks(lambda index, text: _delta_chunk(form, index, AnswerDelta(reasoning_content=text))),
+        Thought: TextChunks(lambda index, text: _delta_chunk(form, index, AnswerDelta(**_thought(text)))),
     }
     for index in range(generation.num_choices):
         yield _delta_chunk(form, index, AnswerDelta(role="assistant", content=""))
@@ -113,8 +114,8 @@ def _message(parts: Iterable[Part]) -> AnswerMessage:
     ]
     return AnswerMessage(
         content=content if content or not calls else None,
-        reasoning_content=thought.strip() or None,
         tool_calls=calls or None,
+        **_thought(thought.strip()),
     )
 
 
@@ -131,7 +132,12 @@ def _delta(parts: Iterable[Part]) -> AnswerDelta:
             calls.append(ToolCallDelta(index=part.index, id=_call_id(), type="function", function=function))
         elif isinstance(part, CallArguments):
             calls.append(ToolCallDelta(index=part.index, function=FunctionCallDelta(arguments=part.text)))
-    return AnswerDelta(content=content or None, reasoning_content=thought or None, tool_calls=calls or None)
+    return AnswerDelta(content=content or None, tool_calls=calls or None, **_thought(thought))
+
+
+def _thought(text: str) -> dict[str, Any]:
+    """Under both of its names; none of an empty one."""
+    return {"reasoning_content": text, "reasoning": text} if text else {}
 
 
 def _finish_reason(reason: str | None, num_calls: int) -> str | None:

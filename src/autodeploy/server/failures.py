@@ -16,13 +16,16 @@ from autodeploy.server.answers import ErrorDetail, ErrorResponse
 logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
-ERROR_STATUSES = (400, 401, 404, 405, 413, 422, 429, 500, 503)
+ERROR_STATUSES = (400, 401, 404, 405, 413, 415, 422, 429, 500, 503)
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in ERROR_STATUSES}
 _ERROR_CONTENT = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
 ERROR_RESPONSES_IN_JSON: dict[int | str, dict[str, Any]] = {
     status: {"description": "An error", "content": _ERROR_CONTENT} for status in ERROR_STATUSES
 }
 """The same for routes whose successes are not JSON: FastAPI would give their errors the type of their successes."""
+
+_NO_OBJECT = ("missing", "model_attributes_type", "dict_type")
+"""What the check of a whole body says of one that is no object."""
 
 
 class RequestFailedError(AutoDeployError):
@@ -87,10 +90,23 @@ async def _on_invalid_body(request: Request, error: Exception) -> Response:
     if first.get("type") == "json_invalid":
         what = first.get("ctx", {}).get("error", "cannot be parsed")
         return error_response(400, f"the body is not valid JSON: {what}", "invalid_request_error")
-    where = [str(part) for part in first.get("loc", ())[1:]]
+    # Where a body may be one of several models, the model's name comes first.
+    where = [str(part) for part in first.get("loc", ())[1:] if not str(part).endswith("Request")]
+    if not where and first.get("type") in _NO_OBJECT:
+        return _on_no_object(request)
     param = where[0] if where else None
     message = f"{'.'.join(where) or 'the body'}: {first.get('msg', 'is not valid')}"
     return error_response(400, message, "invalid_request_error", param=param)
+
+
+def _on_no_object(request: Request) -> Response:
+    """Bodies that are not declared as JSON are not read as JSON."""
+    given = request.headers.get("content-type", "")
+    media_type = given.partition(";")[0].strip().lower()
+    if media_type == "application/json" or media_type.endswith("+json"):
+        return error_response(400, "the body must be a JSON object", "invalid_request_error")
+    message = f"send a JSON object with the header 'Content-Type: application/json'; found {given[:100]!r}"
+    return error_response(415, message, "invalid_request_error")
 
 
 def _own_cause(entry: Mapping[str, Any]) -> InvalidRequestError | None:

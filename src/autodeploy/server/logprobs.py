@@ -79,7 +79,8 @@ class TokenNames:
 
     def _token(self, token_id: int, item: Logprob) -> TokenLogprob:
         name = self.name(token_id)
-        return TokenLogprob(token=name, logprob=_finite(item), bytes=list(name.encode()))
+        spelled = name.encode() if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
+        return TokenLogprob(token=name, logprob=_finite(item), bytes=list(spelled))
 
 
 def _finite(item: Logprob) -> float:

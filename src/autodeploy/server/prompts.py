@@ -2,6 +2,7 @@
 
 import asyncio
 from functools import partial
+from typing import Any
 
 from autodeploy.errors import InvalidRequestError
 from autodeploy.server.requests import CompletionRequest, ConversationFields
@@ -34,8 +35,13 @@ class PromptReader:
         tokenizer = self._served.require_tokenizer("messages")
         tools = body.template_tools()
         if tools and "tools" not in self._served.chat_template:
-            raise InvalidRequestError("the chat template of this model takes no tools", "tools")
-        tokenizer.check_template_arguments(body.template_arguments(), "chat_template_kwargs")
+            if not body.must_call:
+                raise InvalidRequestError("the chat template of this model takes no tools", "tools")
+            tools = None  # the answer is a call all the same: its schema is followed, whatever the model was told
+        arguments: dict[str, Any] = {}
+        for field, given in body.template_arguments().items():
+            tokenizer.check_template_arguments(given, field)
+            arguments |= given
         messages = [message.as_template_input() for message in body.messages]
         self._check_length("".join(str(message["content"]) for message in messages), "messages")
         render = partial(
@@ -44,7 +50,7 @@ class PromptReader:
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             tools=tools,
-            template_arguments=body.template_arguments(),
+            template_arguments=arguments,
             trust_messages=False,
         )
         try:

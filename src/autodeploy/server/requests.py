@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from autodeploy.errors import InvalidRequestError
 from autodeploy.runtime.request import REAL_RANGES, WHOLE_RANGES, RequestOptions, SamplingParams
@@ -61,6 +61,7 @@ class CallerFields(StrictModel):
     metadata: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
 
 
@@ -224,7 +225,10 @@ class MessageToolCall(StrictModel):
 
 
 class ChatMessage(StrictModel):
-    """One message of a conversation. The last four fields are allowed when empty, as answers carry them."""
+    """One message of a conversation. The last four fields are allowed when empty, as answers carry them.
+
+    A thought is `reasoning_content` or `reasoning`, as clients of different servers call it; answers carry both.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
@@ -232,6 +236,7 @@ class ChatMessage(StrictModel):
     tool_calls: list[MessageToolCall] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     refusal: None = None
     annotations: list[Any] | None = Field(default=None, max_length=0)
     audio: None = None
@@ -241,7 +246,8 @@ class ChatMessage(StrictModel):
         """The message as chat templates read it, text parts joined."""
         parts = self.content if isinstance(self.content, list) else []
         content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in parts)
-        given = {"name": self.name, "tool_call_id": self.tool_call_id, "reasoning_content": self.reasoning_content}
+        thought = self.reasoning if self.reasoning_content is None else self.reasoning_content
+        given = {"name": self.name, "tool_call_id": self.tool_call_id, "reasoning_content": thought}
         message: dict[str, Any] = {"role": self.role, "content": content}
         message |= {name: value for name, value in given.items() if value is not None}
         if self.tool_calls:
@@ -270,14 +276,19 @@ class ConversationFields(StrictModel):
             )
         return self
 
+    @property
+    def must_call(self) -> bool:
+        """The answer can be nothing but a call."""
+        return False
+
     def template_tools(self) -> list[dict[str, Any]] | None:
         """The tools that the model is told of."""
         return [tool.model_dump(exclude_none=True) for tool in self.tools] if self.tools else None
 
-    def template_arguments(self) -> dict[str, Any]:
-        """What the request adds to the template's variables."""
+    def template_arguments(self) -> dict[str, dict[str, Any]]:
+        """What the request adds to the template's variables, by the field that asks for it."""
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
-        return effort | (self.chat_template_kwargs or {})
+        return {"reasoning_effort": effort, "chat_template_kwargs": self.chat_template_kwargs or {}}
 
 
 class ChatCompletionRequest(SamplingRequest, ConversationFields):
@@ -295,6 +306,9 @@ class ChatCompletionRequest(SamplingRequest, ConversationFields):
     def _chat_fields_fit_together(self) -> "ChatCompletionRequest":
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs is only allowed with logprobs=true", "top_logprobs")
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise InvalidRequestError("max_tokens and max_completion_tokens differ; leave one out", "max_tokens")
         if self.echo:
             raise InvalidRequestError("echo is for completions; a conversation is not repeated", "echo")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
@@ -338,9 +352,18 @@ class ChatCompletionRequest(SamplingRequest, ConversationFields):
         """Without a limit of its own, an answer may fill the context. Raises InvalidRequestError for bad values."""
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         own: dict[str, Any] = {"max_tokens": limit, "logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+        names = {"logprobs": "top_logprobs"}  # what is asked for under another name than SamplingParams has
+        if self.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
         if self.may_call and self.skip_special_tokens is None:
             own["skip_special_tokens"] = False  # some models mark their calls with special tokens
-        return self._sampling_params(defaults, **own)
+        try:
+            return self._sampling_params(defaults, **own)
+        except InvalidRequestError as error:
+            if error.parameter not in names:
+                raise
+            asked = names[error.parameter]
+            raise InvalidRequestError(str(error).replace(error.parameter, asked, 1), asked) from error
 
 
 class TokenizeTextRequest(StrictModel):
@@ -357,6 +380,19 @@ class TokenizeChatRequest(ConversationFields):
 
     model: str | None = None
     return_token_strs: bool = False
+
+
+def _tokenize_kind(body: Any) -> str:
+    is_chat = isinstance(body, TokenizeChatRequest) or (isinstance(body, dict) and "messages" in body)
+    return "TokenizeChatRequest" if is_chat else "TokenizeTextRequest"
+
+
+TokenizeRequest = Annotated[
+    Annotated[TokenizeTextRequest, Tag("TokenizeTextRequest")]
+    | Annotated[TokenizeChatRequest, Tag("TokenizeChatRequest")],
+    Discriminator(_tokenize_kind),
+]
+"""One of the two, told apart by `messages`, so that a fault is told of the right one."""
 
 
 class DetokenizeRequest(StrictModel):

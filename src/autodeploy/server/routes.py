@@ -25,6 +25,7 @@ from autodeploy.server.answer_parts import THOUGHT_BEGINS, THOUGHT_ENDS
 from autodeploy.server.answer_reader import AnswerPlan
 from autodeploy.server.failures import ClientDisconnectedError
 from autodeploy.server.logprobs import TokenNames
+from autodeploy.server.logs import REQUEST_ID
 from autodeploy.server.metrics import ServingMetrics
 from autodeploy.server.options import ServerOptions
 from autodeploy.server.prompts import PromptReader
@@ -123,7 +124,7 @@ class GenerationRoutes:
     @staticmethod
     def _form(kind: str, model: str, body: SamplingRequest, **own: Any) -> AnswerForm:
         return AnswerForm(
-            answer_id=f"{kind}-{body.request_id or uuid.uuid4().hex}",
+            answer_id=f"{kind}-{body.request_id or REQUEST_ID.get()}",
             model=model,
             usage=body.wants_usage,
             usage_in_every_chunk=body.wants_usage_in_every_chunk,

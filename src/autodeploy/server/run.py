@@ -5,9 +5,12 @@ import logging
 import socket
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from autodeploy.server.failures import error_response
 from autodeploy.server.logs import log_config
 from autodeploy.server.options import ServerOptions
 from autodeploy.server.served import ServedModel
@@ -23,6 +26,17 @@ the `openai` package, 5 s, aiohttp 15 s, proxies 60 s), so that it is they who c
 
 STALLED_READER_SECONDS = 60
 """A client that takes nothing of its answer for so long has gone, as far as the server is concerned."""
+
+
+class HttpProtocol(H11Protocol):
+    """HTTP as h11 reads it, which bounds headers. What is no HTTP at all is answered in OpenAI's shape too."""
+
+    def send_400_response(self, msg: str) -> None:
+        response = error_response(400, msg, "invalid_request_error", headers={"Connection": "close"})
+        head = h11.Response(status_code=400, headers=response.raw_headers, reason=b"Bad Request")
+        for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
 
 class DrainingServer(uvicorn.Server):
@@ -61,12 +75,12 @@ class DrainingServer(uvicorn.Server):
 
 
 def make_server(app: FastAPI, served: ServedModel, options: ServerOptions, **more: Any) -> DrainingServer:
-    """The server, not running yet. h11 bounds the size of headers."""
+    """The server, not running yet."""
     config = uvicorn.Config(
         app,
         host=options.host,
         port=options.port,
-        http="h11",
+        http=HttpProtocol,
         ws="none",
         lifespan="off",
         access_log=False,

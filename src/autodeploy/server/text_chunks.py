@@ -1,13 +1,14 @@
 """Chunks of a stream that add text and nothing else, as most do: all but the text is written once per choice."""
 
 import json
+import secrets
 from collections.abc import Callable
 
 from pydantic import BaseModel
 
 _quoted = json.JSONEncoder(ensure_ascii=False).encode
-_PLACE = "\0"
-"""Stands where the text will be. As a whole JSON string it is nowhere else behind the model's name."""
+_PLACE = secrets.token_hex()
+"""Stands where the text will be, once or more, and nowhere else: nobody can guess it."""
 
 
 class TextChunks:
@@ -19,12 +20,11 @@ class TextChunks:
 
     def __init__(self, make: Callable[[int, str], BaseModel]):
         self._make = make
-        self._around: dict[int, tuple[str, str]] = {}
+        self._around: dict[int, list[str]] = {}
 
     def json(self, index: int, text: str) -> str:
         """The chunk that adds `text` to choice `index`."""
         around = self._around.get(index)
         if around is None:
-            before, _, after = self._make(index, _PLACE).model_dump_json().rpartition(_quoted(_PLACE))
-            around = self._around[index] = (before, after)
-        return f"{around[0]}{_quoted(text)}{around[1]}"
+            around = self._around[index] = self._make(index, _PLACE).model_dump_json().split(_quoted(_PLACE))
+        return _quoted(text).join(around)
