@@ -295,7 +295,9 @@ def test_a_dead_engine_is_503_everywhere(start: Start) -> None:
     server = start(FakeEngine(crash_at_step=3))
     assert httpx.get(f"{server.url}/health").status_code == 200
     assert_error(server.post("/v1/completions", {"prompt": [1]}), 503, "engine has stopped")
-    assert_error(server.post("/v1/completions", {"prompt": [1]}), 503, "engine has stopped")
+    again = server.post("/v1/completions", {"prompt": [1]})
+    assert_error(again, 503, "engine has stopped")
+    assert again.headers["retry-after"] == "10"
     assert_error(httpx.get(f"{server.url}/health"), 503, "stopped")
 
 

@@ -16,6 +16,8 @@ from autodeploy.server.answers import ErrorDetail, ErrorResponse
 logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
+RETRY_AFTER_SECONDS = {429: 1, 503: 10}
+"""What `Retry-After` says: a queue moves within a second, a process that is started anew loads its model first."""
 ERROR_STATUSES = (400, 401, 404, 405, 413, 415, 422, 429, 500, 503)
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in ERROR_STATUSES}
 _ERROR_CONTENT = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
@@ -52,10 +54,16 @@ def error_response(
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """An answer in OpenAI's error shape. Escaped to ASCII, since a message may quote what is not valid Unicode."""
+    """An answer in OpenAI's error shape, with `Retry-After` where it may be another one soon.
+
+    Escaped to ASCII, since a message may quote what is not valid Unicode.
+    """
     detail = ErrorDetail(message=message, type=kind, param=param, code=code)
     body = json.dumps({"error": {name: getattr(detail, name) for name in ErrorDetail.model_fields}})
-    return Response(body, status_code=status, media_type="application/json", headers=dict(headers or {}))
+    all_headers = dict(headers or {})
+    if status in RETRY_AFTER_SECONDS:
+        all_headers["Retry-After"] = str(RETRY_AFTER_SECONDS[status])
+    return Response(body, status_code=status, media_type="application/json", headers=all_headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -123,7 +131,7 @@ async def _on_own_error(request: Request, error: Exception) -> Response:
     if isinstance(error, InvalidRequestError):
         return _invalid_request(error)
     if isinstance(error, EngineOverloadedError):
-        return error_response(429, str(error), "rate_limit_error", code="overloaded", headers={"Retry-After": "1"})
+        return error_response(429, str(error), "rate_limit_error", code="overloaded")
     if isinstance(error, EngineDeadError):
         return error_response(503, public_message(error), "server_error", code="engine_dead")
     logger.error("a request failed: %s", error)
