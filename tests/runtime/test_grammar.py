@@ -1,13 +1,18 @@
 """Guided outputs satisfy what was asked, whatever the model prefers; hostile grammars end in an error, soon."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import autodeploy
 from autodeploy.errors import InvalidRequestError
 from autodeploy.runtime.grammar import GrammarCompiler
 from autodeploy.runtime.request import SamplingParams
@@ -215,12 +220,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"json": chain(2000, lambda target: {"$ref": target})}, "references"),
     ({"json": {"allOf": [{"anyOf": [{"properties": {f"k{a}{b}": {"type": "string"}}} for b in range(9)]}
                          for a in range(12)]}}, "too large"),
-    ({"regex": "("}, "regex"),
+    ({"regex": "("}, "unclosed group"),
     ({"regex": ""}, "not a text"),
     ({"regex": "(" * 5000 + "a" + ")" * 5000}, "nests"),
     ({"regex": "a" * 20_000}, "bytes"),
-    ({"regex": r"(?=a)b"}, "regex"),
-    ({"regex": r"(a)\1"}, "regex"),
+    ({"regex": r"(?=a)b"}, "look-around"),
+    ({"regex": r"(a)\1"}, "backreferences are not supported"),
     ({"regex": "a\ud800"}, "Unicode"),
     ({"choice": []}, "1 to 4096"),
     ({"choice": [""]}, "none of them empty"),
@@ -284,6 +289,40 @@ def test_hard_ones_serve_or_are_refused_but_do_not_hang_or_crash(given: dict[str
             if tokens[-1] == EOS:
                 break
     assert time.process_time() - began < 20
+
+
+def test_hard_ones_take_little_memory() -> None:
+    """All of them at once, in a process of their own, whose peak tells what they took."""
+    code = """
+import random, resource, sys
+from tests.runtime.test_grammar import GRAMMARS, HARD
+from autodeploy.errors import InvalidRequestError
+from autodeploy.runtime.structured_outputs import StructuredOutputsParams
+
+def peak_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+GRAMMARS.matcher(StructuredOutputsParams(choice=["a"]))
+before, kept, choose = peak_bytes(), [], random.Random(0)
+for given in HARD:
+    for _ in range(3):
+        try:
+            matcher = GRAMMARS.matcher(StructuredOutputsParams(**given))
+        except InvalidRequestError:
+            break
+        kept.append(matcher)
+        tokens = []
+        while len(tokens) < 20 and len(allowed := matcher.allowed().nonzero()[0]):
+            tokens.append(int(choose.choice(allowed)))
+            matcher.follow(tokens)
+print(len(kept), peak_bytes() - before)
+"""
+    root = Path(__file__).parents[2]
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(Path(autodeploy.__file__).parents[1])])}
+    done = subprocess.run([sys.executable, "-c", code], env=paths, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    num_kept, num_bytes = map(int, done.stdout.split())
+    assert num_kept > 30 and num_bytes < 300 * 2**20
 
 
 def test_contradictions_are_refused() -> None:

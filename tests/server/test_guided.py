@@ -162,6 +162,59 @@ def test_guided_and_free_requests_share_batches(start: Start) -> None:
         assert re.fullmatch(f"[0-9]{{{length}}}", choice["text"])
 
 
+def test_a_grammar_that_grows_beyond_the_limits_is_the_requests_fault(start: Start) -> None:
+    """It compiles within them, and exceeds them some tokens later."""
+    server = start(random_engine())
+    rules = "".join(f'r{at}: "b"? (r{at + 1} "c"*)+ | "d"\n' for at in range(400))
+    grammar = f'start: r0\n{rules}r400: "a"'
+    begins = TOKENIZER.encode("b")[0]
+    body = {"prompt": "x", "max_tokens": 9, "guided_grammar": grammar, "logit_bias": {begins: 100}}
+    assert_error(server.post("/v1/completions", body), 400, "too complex")
+    streamed = server.post("/v1/completions", {**body, "stream": True})
+    *_, error, last = [line for line in streamed.text.splitlines() if line]
+    assert "too complex" in error and "invalid_request_error" in error and last == "data: [DONE]"
+
+
+def test_guidance_drafts_streams_and_batches_at_once(start: Start) -> None:
+    """Every kind of guidance, in streams side by side, in chunks, with drafts: each as alone and without drafts."""
+    tokenizer = byte_level(chat_template=TEMPLATE)
+    options: dict[str, Any] = {"max_num_batched_tokens": 64, "page_size": 8}
+    repeated = {"prompt": "ab" * 40, "temperature": 0, "max_tokens": 120}
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("completions", {**repeated, "guided_json": COLOUR}),
+        ("completions", {**repeated, "guided_regex": "(ab){40,50}"}),
+        ("completions", {**repeated, "guided_choice": ["abab" * 12, "abba" * 12]}),
+        ("completions", {**repeated, "guided_grammar": 'root ::= "ab" root | "ab."'}),
+        ("completions", {**repeated, "ignore_eos": True}),
+    ]
+    named = {"type": "function", "function": {"name": "paint"}}
+    for choice in ("required", named):
+        tools = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False}
+        asked.append(("chat/completions", {**tools, "temperature": 0, "max_tokens": 900}))
+    plain = start(random_engine(tokenizer, **options), tokenizer=tokenizer)
+    expected = [said(plain.post(f"/v1/{path}", body).json()["choices"][0]) for path, body in asked]
+    drafts = {"method": "ngram", "num_speculative_tokens": 3}
+    server = start(random_engine(tokenizer, speculative_config=drafts, **options), tokenizer=tokenizer)
+
+    async def everything() -> list[str]:
+        async with httpx.AsyncClient(base_url=f"{server.url}/v1/", timeout=60) as client:
+            answers = await asyncio.gather(*(client.post(path, json={**body, "stream": True}) for path, body in asked))
+        return [answer.text for answer in answers]
+
+    for text, alone in zip(asyncio.run(everything()), expected, strict=True):
+        *lines, last = [line.removeprefix("data: ") for line in text.splitlines() if line]
+        assert last == "[DONE]" and len(lines) > 1
+        assert "".join(said(json.loads(line)["choices"][0]) for line in lines) == alone
+    assert server.engine.stats().accepted_tokens > 0
+
+
+def said(choice: dict[str, Any]) -> str:
+    """Text or arguments of calls, of a whole choice or of a piece of one."""
+    message = choice.get("message") or choice.get("delta") or {}
+    calls = "".join(call["function"].get("arguments") or "" for call in message.get("tool_calls") or ())
+    return str(choice.get("text") or message.get("content") or "") + calls
+
+
 def test_guided_requests_keep_their_place_when_memory_is_short() -> None:
     """In chunks, preempted and computed anew: each output is the one that its request has alone."""
 

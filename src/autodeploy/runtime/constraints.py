@@ -3,6 +3,7 @@
 Shapes: V vocabulary, R rows of logits.
 """
 
+import logging
 from collections.abc import Sequence as SequenceOf
 
 import torch
@@ -14,8 +15,17 @@ from autodeploy.runtime.grammar import GrammarCompiler, Matcher
 from autodeploy.runtime.request import SamplingParams, Sequence
 from autodeploy.runtime.structured_outputs import PARAMETER
 
+logger = logging.getLogger(__name__)
+
 RULED_OUT = "what the request asks of its output rules out every token; let some of it go"
 """The problem of constraints that contradict each other, which may show only after some tokens."""
+
+TOO_COMPLEX = (
+    "the output cannot be followed any further by what the request asks of it, which is too complex; simplify it"
+)
+"""The problem of a grammar whose places grow beyond the limits, which shows only at such a place."""
+
+FAULTS_OF_REQUESTS = (RULED_OUT, TOO_COMPLEX)
 
 
 class Constraints:
@@ -58,7 +68,8 @@ class Constraints:
         """Why the sequence may say nothing next, whatever its logits are; None where that is not so."""
         matcher = self._matchers.get(sequence)
         if matcher is not None and matcher.problem is not None:
-            return matcher.problem
+            logger.warning("a grammar ended its output: %s", matcher.problem)
+            return TOO_COMPLEX
         is_open = self.apply(torch.zeros(1, vocab_size), [sequence]).isfinite().any()
         return None if is_open else RULED_OUT
 

@@ -193,7 +193,10 @@ def _reason(message: str) -> str:
         return "it is too complex"
     if message.startswith("NoExtension"):
         return NOTHING_FITS
-    return message.strip().partition("\n")[0][:300]
+    first, *others = message.strip().splitlines() or [""]
+    # A regular expression that cannot be parsed is shown over several lines, the last of which says why.
+    why = next((line.removeprefix("error:") for line in others if line.startswith("error:")), "")
+    return (first[:200] + why)[:300]
 
 
 def _on_a_large_stack(work: Callable[[], Result]) -> Result:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from autodeploy.errors import AutoDeployError, InvalidRequestError
 from autodeploy.outputs import CompletionOutput, OutputCollector, OutputDelta
 from autodeploy.runtime.async_engine import TokenStream
-from autodeploy.runtime.constraints import RULED_OUT
+from autodeploy.runtime.constraints import FAULTS_OF_REQUESTS
 from autodeploy.server.answer_reader import AnswerPlan
 from autodeploy.server.answers import (
     CompletionChoice,
@@ -106,8 +106,8 @@ class Generation:
                 continue
             if self._watch is not None:
                 self._watch.see(output.request_id, delta)
-            if delta.stop_reason == RULED_OUT:
-                raise InvalidRequestError(RULED_OUT)
+            if delta.finish_reason == "error" and delta.stop_reason in FAULTS_OF_REQUESTS:
+                raise InvalidRequestError(str(delta.stop_reason))
             if delta.finish_reason == "error":
                 raise RequestFailedError(str(delta.stop_reason or "the request failed"))
             yield self._first_choice[output.request_id] + delta.index, delta
