@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import uvicorn
 
+from autodeploy.errors import EngineDeadError
 from autodeploy.runtime.async_engine import AsyncEngine
 from autodeploy.runtime.constraints import Constraints
 from autodeploy.runtime.grammar import GrammarCompiler
@@ -74,12 +75,24 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     monkeypatch.setattr("autodeploy.server.run.log_config", lambda log_format: None)
     started: list[tuple[DrainingServer, threading.Thread, AsyncEngine]] = []
 
-    def serve_one(fake: Any, **options: Any) -> tuple[str, DrainingServer, ServedModel]:
+    def serve_one(
+        fake: Any, *, ended: list[BaseException] | None = None, **options: Any
+    ) -> tuple[str, DrainingServer, ServedModel]:
+        """`ended` gets the error that the server ends with, where that is expected."""
         engine = AsyncEngine(fake)
         served = ServedModel(engine=engine, names=["tiny"], tokenizer=TOKENIZER)
         parsed = parse_server_options({"port": 0, **options})
         server = make_server(create_app(served, options=parsed), served, parsed)
-        thread = threading.Thread(target=server.run, daemon=True)
+
+        def run() -> None:
+            try:
+                server.run()
+            except EngineDeadError as error:
+                if ended is None:
+                    raise
+                ended.append(error)
+
+        thread = threading.Thread(target=run, daemon=True)
         thread.start()
         wait_until(lambda: server.started)
         started.append((server, thread, engine))

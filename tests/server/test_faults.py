@@ -148,6 +148,23 @@ def test_a_kernel_that_raises_ends_everything_and_says_so(start: Start) -> None:
     assert "illegal address" in str(refusal.value.__cause__), "the operator's log has the reason"
 
 
+def test_a_server_whose_engine_has_failed_tells_everybody_and_ends(serve: Serve) -> None:
+    """With an error, by which a supervisor knows to start it anew."""
+    fake = FakeEngine(crash_at_step=50, step_seconds=0.01)
+    ended: list[BaseException] = []
+    url, _, _ = serve(fake, ended=ended)
+    body = {"prompt": [1], "max_tokens": 10**6, **GREEDY}
+    with ThreadPoolExecutor(2) as pool:
+        stream = pool.submit(lambda: httpx.post(f"{url}/v1/completions", json={**body, "stream": True}, timeout=60))
+        whole = pool.submit(lambda: httpx.post(f"{url}/v1/completions", json=body, timeout=60))
+    assert_error(whole.result(), 503, "the engine has stopped")
+    assert [line for line in stream.result().text.splitlines() if line][-1] == "data: [DONE]"
+    wait_until(lambda: bool(ended))
+    assert isinstance(ended[0], EngineDeadError)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+
+
 @pytest.mark.parametrize("jump", [-86_400.0, 86_400.0])
 def test_a_clock_that_jumps_changes_no_time_limit(start: Start, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
     fake = slowed(random_engine(), 0.001)

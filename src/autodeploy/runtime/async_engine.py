@@ -107,6 +107,11 @@ class AsyncEngine:
         return not self._ended and self._thread.is_alive() and not hung
 
     @property
+    def has_failed(self) -> bool:
+        """True once the engine has stopped without being asked to."""
+        return self._ended and self._cause is not None
+
+    @property
     def program(self) -> Program:
         """The program that the engine ran last, or will run first."""
         return self._engine.program

@@ -10,6 +10,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from autodeploy.errors import EngineDeadError
 from autodeploy.server.failures import error_response
 from autodeploy.server.logs import log_config
 from autodeploy.server.options import ServerOptions
@@ -43,13 +44,23 @@ class DrainingServer(uvicorn.Server):
     """On SIGTERM or SIGINT: no new connections, `/ready` says no, what runs has `drain_timeout_seconds`.
 
     What is not finished by then ends with an error that says so; a second SIGINT ends everything at once. A client that
-    takes nothing of its answer for `STALLED_READER_SECONDS` is disconnected.
+    takes nothing of its answer for `STALLED_READER_SECONDS` is disconnected. When the engine fails, the server tells
+    everybody and ends with an error, so that whoever watches the process starts a new one.
     """
 
     def __init__(self, config: uvicorn.Config, served: ServedModel, drain_timeout_seconds: float):
         super().__init__(config)
         self._served = served
         self._drain_timeout_seconds = drain_timeout_seconds
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until the end. Raises EngineDeadError when that is the engine's."""
+        super().run(sockets)
+        if self._served.engine.has_failed:
+            raise EngineDeadError("the engine stopped, and the server with it; the log has the reason")
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._served.engine.has_failed
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
