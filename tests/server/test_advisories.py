@@ -1,15 +1,18 @@
 """Advisories against servers of this kind, each with the test that shows that this one is not exposed.
 
-The names are those of the advisories; where several teach the same, one test has them all. Those about parts that do
+`docs/advisories.md` has them all, with what each was about. The names are those of the advisories; where several teach
+the same, one test has them all. Those about parts that do
 not exist here (media, prompt embeddings, adapters, several nodes) are answered by what refuses the request, or by what
 is not imported.
 """
 
 import ast
 import json
+import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from functools import cache
 from pathlib import Path
@@ -205,6 +208,40 @@ def test_cve_2025_6242_2026_24779_2026_34753_no_media_is_fetched(start: Start, p
     assert_error(post(server, fields, "chat/completions"), 400, "not supported", "messages")
 
 
+def test_cve_2026_33626_references_of_schemas_are_not_fetched(start: Start) -> None:
+    server = start()
+    asked: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def listen() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:  # closed
+                    return
+                asked.append(connection.recv(100))
+                connection.close()
+
+        threading.Thread(target=listen, daemon=True).start()
+        own = f"http://127.0.0.1:{listener.getsockname()[1]}/schema"
+        for url in (own, "file:///etc/hostname"):
+            for schema in ({"$ref": url}, {"$id": url, "properties": {"a": {"$ref": "other"}}}):
+                assert_error(post(server, {"guided_json": schema}), 400, "", "guided_json")
+        post(server, {"guided_json": {"$schema": own, "type": "string"}})
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        listener.shutdown(socket.SHUT_RDWR)
+    assert asked == []
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "/v1/models/..%2f..%2fetc%2fpasswd", "/status/../../etc/passwd"])
+def test_cve_2026_7302_no_route_leads_to_files(start: Start, path: str) -> None:
+    server = start()
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=10) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 404") and b"root:" not in answer
+
+
 def test_cve_2025_62164_and_2026_55514_prompt_embeddings(start: Start) -> None:
     assert_error(post(start(), {"prompt_embeds": "gASV"}), 400, "not supported", "prompt_embeds")
 
@@ -318,3 +355,19 @@ def test_cve_2026_9540_bodies_that_nest_or_repeat(start: Start) -> None:
     assert still_serves(server)
     with pytest.raises(ConfigError):
         parse_server_options({"max_sequences_per_request": 10**9})
+
+
+def test_the_page_names_every_advisory_and_tests_that_exist() -> None:
+    root = Path(__file__).parents[1]
+    page = (root.parent / "docs" / "advisories.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith(("| 2", "| GHSA"))]
+    own = Path(__file__).read_text(encoding="utf-8")
+    for row in rows:
+        tests = re.findall(r"`(?:([\w/]+\.py)::)?(test_\w+)`", row.rpartition(" | ")[2])
+        assert tests, f"no test: {row}"
+        for file, name in tests:
+            text = (root / file).read_text(encoding="utf-8") if file else own
+            assert f"def {name}(" in text, f"there is no {name}: {row}"
+    named = "".join(rows)
+    for name in re.findall(r"^def (test_(?:cve|ghsa)_\w+)", own, flags=re.MULTILINE):
+        assert f"`{name}`" in named, f"docs/advisories.md lacks {name}"
