@@ -49,8 +49,8 @@ class Loop:
             assert 0 < count <= len(sequence.token_ids) - sequence.num_computed_tokens
         assert sum(step.scheduled.values()) <= self.budget
         assert not set(step.preempted) & set(step.scheduled)
-        for sequence, count in step.scheduled.items():
-            self.scheduler.commit(sequence, count)
+        self.scheduler.commit(step.scheduled)
+        for sequence in step.scheduled:
             if sequence.num_computed_tokens == len(sequence.token_ids):
                 sequence.append(0)
                 if sequence.finish_reason:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from autodeploy.errors import UnsupportedModelError
 from autodeploy.ops.batch_inputs import PAGE_TABLE, SLOT_MAPPING, lookup
+from autodeploy.runtime.decode_inputs import DecodeInputs, decode_tokens
 from autodeploy.runtime.request import Sequence
 
 IntArray = NDArray[np.int64]
@@ -28,14 +30,15 @@ class Batch:
     prompt's tokens: (sequence, position of the first row, number of rows). A program is never asked for zero rows:
     where nothing is wanted, one row of logits is computed all the same.
 
-    On CUDA the copies may still be under way: sampled tokens must have been read before the `build` after the next.
+    Inputs hold until the `build` after the next. On CUDA the copies may still be under way: sampled tokens must have
+    been read by then.
     """
 
     inputs: dict[str, Tensor]
     sampled: list[Sequence]
     num_tokens: int
     num_sampled_rows: int
-    prompt_rows: list[tuple[Sequence, int, int]] = field(default_factory=list)
+    prompt_rows: SequenceOf[tuple[Sequence, int, int]] = ()
     on_host: dict[str, Tensor] = field(default_factory=dict)
     """those of the inputs that say where sequences are and how long, on the host"""
 
@@ -69,6 +72,9 @@ class BatchBuilder:
         self._page_size = page_size
         self._device = device
         self._names = tuple(names)
+        self._planned_from = [name for name in self._names if name in _PLANNED_FROM or name.startswith(PAGE_TABLE)]
+        self._decoding = [DecodeInputs((), page_tables, []), DecodeInputs((), page_tables, [])]
+        """of the last build of a decode step and of the one before"""
         self._dtypes: dict[str, np.dtype[np.integer]] = {}
         self._pinned: list[dict[str, Tensor]] = [{}, {}]
         """for this build and the next: one's copies are made while the other's buffers are filled"""
@@ -99,6 +105,28 @@ class BatchBuilder:
             latest_R: the tokens that `Sequence.pending_row` means, on the device.
         """
         self._pinned.reverse()
+        tokens = decode_tokens(scheduled)
+        if tokens is None:
+            return self._general(scheduled, latest_R)
+        decode = self._decode_inputs([sequence.slot for sequence in scheduled])
+        decode.update(*tokens, self._page_size)
+        return self._batch(
+            decode.arrays,
+            list(scheduled),
+            len(scheduled),
+            len(scheduled),
+            placed=decode.tensors if self._device.type == "cpu" else None,
+            latest_R=latest_R,
+        )
+
+    def _decode_inputs(self, slots: list[int]) -> DecodeInputs:
+        """Those for these slots that the build before the last one used, or new ones."""
+        self._decoding.reverse()
+        if self._decoding[0].slots != slots:
+            self._decoding[0] = DecodeInputs(self._names, self._page_tables, slots)
+        return self._decoding[0]
+
+    def _general(self, scheduled: Mapping[Sequence, int], latest_R: Tensor | None) -> Batch:
         num_seqs = len(scheduled)
         counts: IntArray = np.fromiter(scheduled.values(), np.int64, num_seqs)
         starts: IntArray = np.array([sequence.num_computed_tokens for sequence in scheduled], dtype=np.int64)
@@ -108,11 +136,8 @@ class BatchBuilder:
         offsets: IntArray = np.zeros(num_seqs + 1, dtype=np.int64)
         np.cumsum(counts, out=offsets[1:])
         num_tokens = int(offsets[-1])
-        if num_tokens == num_seqs:  # every sequence decodes: one token each
-            token_slots, positions = slots, starts
-        else:
-            token_slots = np.repeat(slots, counts)
-            positions = self._arange[:num_tokens] + np.repeat(starts - offsets[:-1], counts)
+        token_slots = np.repeat(slots, counts)
+        positions = self._arange[:num_tokens] + np.repeat(starts - offsets[:-1], counts)
         is_complete = ends >= lengths
         rows = offsets[1:][is_complete] - 1
         rows = self._with_drafts(rows, num_drafts=(ends - lengths)[is_complete])
@@ -122,8 +147,8 @@ class BatchBuilder:
             firsts = dict(zip(scheduled, offsets.tolist(), strict=False))
             wanted = [self._arange[firsts[of] : firsts[of] + count] for of, _, count in prompt_rows]
             rows = np.concatenate([rows, *wanted])
-        values: dict[str, IntArray] = {
-            "input_ids": _token_ids(scheduled, num_tokens).reshape(1, -1),
+        values: dict[str, NDArray[np.integer]] = {
+            "input_ids": _token_ids(scheduled).reshape(1, -1),
             "position_ids": positions.reshape(1, -1),
             "cu_seqlens": offsets,
             "seq_lens": ends,
@@ -132,22 +157,34 @@ class BatchBuilder:
         }
         pages, entries = positions // self._page_size, positions % self._page_size
         num_pages = -(-int(ends.max()) // self._page_size)
-        inputs: dict[str, Tensor] = {}
-        on_host: dict[str, Tensor] = {}
-        for name in self._names:
-            if name.startswith(PAGE_TABLE):
-                value: NDArray[np.integer] = self._page_tables[name.removeprefix(PAGE_TABLE)][slots, :num_pages]
-            elif name.startswith(SLOT_MAPPING):
-                table = self._page_tables[name.removeprefix(SLOT_MAPPING)]
-                value = table[token_slots, pages] * np.int64(self._page_size) + entries
-            else:
-                value = values[name]
-            inputs[name] = self._place(name, value)
-            if name in _PLANNED_FROM or name.startswith(PAGE_TABLE):
-                on_host[name] = inputs[name] if inputs[name].is_cpu else torch.from_numpy(value)
+        for group, table in self._page_tables.items():
+            values[PAGE_TABLE + group] = table[slots, :num_pages]
+            values[SLOT_MAPPING + group] = table[token_slots, pages] * np.int64(self._page_size) + entries
+        sampled = [sequence for sequence, complete in zip(scheduled, is_complete.tolist(), strict=True) if complete]
+        return self._batch(values, sampled, num_tokens, num_sampled_rows, prompt_rows, latest_R=latest_R)
+
+    def _batch(
+        self,
+        values: Mapping[str, NDArray[np.integer]],
+        sampled: list[Sequence],
+        num_tokens: int,
+        num_sampled_rows: int,
+        prompt_rows: SequenceOf[tuple[Sequence, int, int]] = (),
+        *,
+        placed: Mapping[str, Tensor] | None = None,
+        latest_R: Tensor | None = None,
+    ) -> Batch:
+        """The batch with these values on the device.
+
+        Args:
+            placed: the same as tensors, where they are on the device already.
+        """
+        inputs = dict(placed or {name: self._place(name, values[name]) for name in self._names})
+        on_host = {
+            name: inputs[name] if inputs[name].is_cpu else torch.from_numpy(values[name]) for name in self._planned_from
+        }
         if latest_R is not None and "input_ids" in inputs and values["input_ids"].min() < 0:
             inputs["input_ids"] = _filled_in(inputs["input_ids"], latest_R)
-        sampled = [sequence for sequence, complete in zip(scheduled, is_complete.tolist(), strict=True) if complete]
         return Batch(inputs, sampled, num_tokens, num_sampled_rows, prompt_rows, on_host)
 
     def _with_drafts(self, rows: IntArray, num_drafts: IntArray) -> IntArray:
@@ -182,7 +219,7 @@ def _prompt_rows(scheduled: Mapping[Sequence, int]) -> list[tuple[Sequence, int,
     return rows
 
 
-def _token_ids(scheduled: Mapping[Sequence, int], num_tokens: int) -> IntArray:
+def _token_ids(scheduled: Mapping[Sequence, int]) -> IntArray:
     """The tokens of the row; for one that is being sampled, -1 minus its row among those."""
     token_ids: list[int] = []
     for sequence, count in scheduled.items():

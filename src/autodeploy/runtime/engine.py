@@ -10,13 +10,12 @@ needs the room of a sequence that they may end, they are read first.
 import heapq
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Unpack
 
-import torch
 from torch import Tensor
 
 from autodeploy.compile.program import Program, Progress
@@ -26,13 +25,13 @@ from autodeploy.ops.sampling import accept_drafts
 from autodeploy.ops.state import SlotState
 from autodeploy.runtime.batch import Batch, BatchBuilder
 from autodeploy.runtime.draft_model import DraftModel, HiddenStates, draft_model_beside, plan_of_head
-from autodeploy.runtime.draw import on_device
 from autodeploy.runtime.grammar import GrammarCompiler
-from autodeploy.runtime.logprobs import LogprobRows
+from autodeploy.runtime.logprobs import note_prompt_logprobs
 from autodeploy.runtime.prefix_cache import PrefixCache
 from autodeploy.runtime.request import (
     FinishReason,
     Limits,
+    Logprob,
     Request,
     RequestOptions,
     SamplingParams,
@@ -280,11 +279,14 @@ class Engine:
                 self._flight = flight
                 for row, sequence in enumerate(flight.batch.sampled):
                     sequence.pending_row = row
-                self._commit(step)
+                self._commit(step.scheduled)
+            elif flight.batch.has_drafts:
+                extensions = self._read_drafted(flight)
+                self._commit(self._undo_rejected(step.scheduled, extensions))
+                outputs += [self._output(e.sequence, e.token_ids, e.logprobs, e.is_usable) for e in extensions]
             else:
-                extensions = self._read(flight)
-                self._commit(step, extensions if flight.batch.has_drafts else ())
-                outputs += [self._output(extension) for extension in extensions]
+                self._commit(step.scheduled)
+                outputs += self._read(flight)
             self._num_steps += 1
         else:
             outputs += self._land()
@@ -356,19 +358,38 @@ class Engine:
     def _land(self) -> list[TokenOutput]:
         """Read the tokens of the step in flight, which is committed already; no-op when there is none."""
         flight, self._flight = self._flight, None
-        return [] if flight is None else [self._output(extension) for extension in self._read(flight)]
+        return [] if flight is None else self._read(flight)
 
-    def _read(self, flight: Flight) -> list[Extension]:
-        """Append a step's tokens to its sequences, those excepted that have ended since."""
+    def _read(self, flight: Flight) -> list[TokenOutput]:
+        """Append the tokens of a step without drafts, which is committed already, to the sequences that go on still."""
+        choice, batch = flight.choice, flight.batch
+        assert choice is not None
         began = time.perf_counter()
-        batch, logits_RV = flight.batch, flight.logits_RV
-        if logits_RV is not None:
-            _note_prompt_logprobs(batch, logits_RV[batch.num_sampled_rows :])
-        extensions: list[Extension] = []
-        if flight.choice is not None:
-            extensions = extend_by_choice(flight.choice, batch)
-        elif logits_RV is not None:
+        samples = choice.read()
+        note_prompt_logprobs(batch, flight.logits_RV)
+        self._model_seconds += time.perf_counter() - began
+        outputs = []
+        for sequence, token_id, logprobs in zip(batch.sampled, samples.token_ids, samples.logprobs, strict=True):
+            sequence.pending_row = None
+            if sequence.finish_reason is not None:
+                continue
+            if token_id is not None:
+                sequence.append(token_id)
+            token_ids = [] if token_id is None else [token_id]
+            entries = None if logprobs is None else [logprobs]
+            outputs.append(self._output(sequence, token_ids, entries, token_id is not None))
+        return outputs
+
+    def _read_drafted(self, flight: Flight) -> list[Extension]:
+        """Append the tokens of a step with drafts to its sequences."""
+        began = time.perf_counter()
+        batch, choice, logits_RV = flight.batch, flight.choice, flight.logits_RV
+        if choice is not None and choice.accepted_S is not None:
+            extensions = extend_by_choice(choice, choice.accepted_S, batch.sampled)
+        else:
+            assert logits_RV is not None
             extensions = extend_sequences(self._sampler, logits_RV[: batch.num_sampled_rows], batch)
+        note_prompt_logprobs(batch, logits_RV)
         self._model_seconds += time.perf_counter() - began
         return extensions
 
@@ -408,11 +429,13 @@ class Engine:
         for sequence, drafts in self._proposer.propose(wanted).items():
             sequence.draft_token_ids = drafts
 
-    def _commit(self, step: ScheduledStep, extensions: SequenceOf[Extension] = ()) -> None:
-        """Record what is in memory, or will be when the next step runs. Of drafts that were rejected, slot states are
-        undone and pages written anew.
+    def _undo_rejected(
+        self, scheduled: Mapping[Sequence, int], extensions: SequenceOf[Extension]
+    ) -> Mapping[Sequence, int]:
+        """How many tokens to commit after a step with drafts. Of those that were rejected, slot states are undone and
+        pages written anew.
         """
-        num_tokens = dict(step.scheduled)
+        num_tokens = dict(scheduled)
         for extension in extensions:
             sequence = extension.sequence
             num_drafts = len(sequence.draft_token_ids)
@@ -429,26 +452,27 @@ class Engine:
                 del num_tokens[sequence]
             else:
                 num_tokens[sequence] = 1 + extension.num_accepted
-        for sequence, count in num_tokens.items():
-            if not sequence.slot:  # it ended with the step before, and owns nothing any more
-                continue
-            row = self._scheduler.commit(sequence, count)
-            if row:
-                self._copy_slot(sequence.slot, row)
+        return num_tokens
 
-    def _output(self, extension: Extension) -> TokenOutput:
-        """Count what a sequence got, end it if that is due, and say so."""
-        sequence, num_tokens = extension.sequence, len(extension.token_ids)
-        if num_tokens and len(sequence.token_ids) - num_tokens == sequence.num_prompt_tokens:
+    def _commit(self, num_tokens: Mapping[Sequence, int]) -> None:
+        """Record what is in memory, or will be when the next step runs."""
+        for sequence, row in self._scheduler.commit(num_tokens).items():
+            self._copy_slot(sequence.slot, row)
+
+    def _output(
+        self, sequence: Sequence, token_ids: list[int], logprobs: list[dict[int, Logprob]] | None, is_usable: bool
+    ) -> TokenOutput:
+        """Count what a sequence got, end it if that is due or if no token could follow, and say so."""
+        self._generation_tokens += len(token_ids)
+        if token_ids and len(sequence.token_ids) - len(token_ids) == sequence.num_prompt_tokens:
             self._prompt_tokens += sequence.num_prompt_tokens
-        self._generation_tokens += num_tokens
-        if not extension.is_usable:
+        if not is_usable:
             sequence.finish_reason = "error"
             why = self._sampler.constraints.problem(sequence, self._limits.vocab_size)
             sequence.stop_reason = why or UNUSABLE_LOGITS
         if sequence.finish_reason is not None:
             self._release(sequence)
-        return sequence.output(extension.token_ids, extension.logprobs or None)
+        return sequence.output(token_ids, logprobs or None)
 
     def _copy_slot(self, source: int, target: int) -> None:
         copy_slot(self.program.states, self._states, source, target)
@@ -472,14 +496,3 @@ class Engine:
     def _check_alive(self) -> None:
         if self._failure is not None:
             raise EngineDeadError("the engine has stopped; start a new one") from self._failure
-
-
-def _note_prompt_logprobs(batch: Batch, logits_RV: Tensor) -> None:
-    """Keep what the rows behind the sampled ones say of their prompts; a recomputed prompt says it anew."""
-    at = 0
-    for sequence, first, count in batch.prompt_rows:
-        token_ids = sequence.token_ids[first + 1 : first + 1 + count]
-        wanted = [sequence.params.prompt_logprobs or 0] * count
-        tokens_R = on_device(token_ids, logits_RV, torch.int64)
-        sequence.prompt_logprobs[first + 1 :] = LogprobRows.of(logits_RV[at : at + count], tokens_R, wanted).read()
-        at += count

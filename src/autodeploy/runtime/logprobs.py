@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from autodeploy.runtime.batch import Batch
+from autodeploy.runtime.draw import on_device
 from autodeploy.runtime.request import Logprob
 
 ROWS_AT_ONCE = 64
@@ -53,3 +55,20 @@ class LogprobRows:
                 entry.setdefault(ids[at], Logprob(values[at], at + 1))
             entries.append(entry)
         return entries
+
+
+def note_prompt_logprobs(batch: Batch, logits_RV: Tensor | None) -> None:
+    """Keep what the rows behind the sampled ones say of their prompts; a recomputed prompt says it anew.
+
+    Args:
+        logits_RV: those of the batch; None where it has no such rows.
+    """
+    if logits_RV is None:
+        return
+    at = batch.num_sampled_rows
+    for sequence, first, count in batch.prompt_rows:
+        token_ids = sequence.token_ids[first + 1 : first + 1 + count]
+        wanted = [sequence.params.prompt_logprobs or 0] * count
+        tokens_R = on_device(token_ids, logits_RV, torch.int64)
+        sequence.prompt_logprobs[first + 1 :] = LogprobRows.of(logits_RV[at : at + count], tokens_R, wanted).read()
+        at += count

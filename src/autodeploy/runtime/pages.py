@@ -208,6 +208,9 @@ class StateAllocator:
             for group in groups
         }
         self.tables = tuple(self.groups.values())
+        self.room_tokens = [0] * num_slots
+        """per slot, how many tokens have their pages in every group; 0 for a slot that nobody owns"""
+        self._most_tokens = -(-max_model_len // page_size) * page_size
         self._windowed = [table for table in self.tables if table.group.window is not None]
         self._free_slots = deque(range(1, num_slots))
         self._num_usable_slots = num_slots - 1
@@ -262,6 +265,7 @@ class StateAllocator:
         sequence.slot = self._free_slots.popleft()
         for table, pages in zip(self.tables, prefix.pages, strict=False):
             table.adopt(sequence.slot, pages, prefix.num_tokens // self.page_size)
+        self._note_room(sequence.slot)
 
     def can_allocate(self, sequence: Sequence, num_new_tokens: int) -> bool:
         """Whether `allocate` would grant all of them."""
@@ -286,7 +290,12 @@ class StateAllocator:
         for table in self.tables:
             if end > table.num_entries[sequence.slot] * self.page_size:
                 table.extend(sequence.slot, end)
+        self._note_room(sequence.slot)
         return granted
+
+    def _note_room(self, slot: int) -> None:
+        entries = min((table.num_entries[slot] for table in self.tables), default=None)
+        self.room_tokens[slot] = self._most_tokens if entries is None else entries * self.page_size
 
     def release_unreachable(self, sequence: Sequence) -> None:
         """Give back pages that lie wholly before the window of every query still to come."""
@@ -303,5 +312,6 @@ class StateAllocator:
         if sequence.slot:
             for table in self.tables:
                 table.free_all(sequence.slot)
+            self.room_tokens[sequence.slot] = 0
             self._free_slots.append(sequence.slot)
             sequence.slot = 0

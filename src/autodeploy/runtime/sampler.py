@@ -161,6 +161,8 @@ class Sampler:
             latest_R: the tokens that `Sequence.pending_row` means, on the device.
             offsets: how many tokens come between its sequence's last one and the token of each row; default: none.
         """
+        if logits_RV.is_cpu and all([each.is_plain for each in sequences]):
+            return Choice(*self._best(logits_RV))
         if logits_RV.is_cpu and all(each.is_plain or each.is_plainly_guided for each in sequences):
             return self._best_allowed(logits_RV, sequences)
         raw_RV = logits_RV

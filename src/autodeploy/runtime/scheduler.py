@@ -13,7 +13,7 @@ Drafts are computed behind the one token of a decoding sequence where budget and
 
 import heapq
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from autodeploy.runtime.pages import StateAllocator
@@ -107,9 +107,16 @@ class Scheduler:
     def _fill(self, step: ScheduledStep, *, may_preempt: bool) -> bool:
         """Schedule what there is to run. Returns False, with nobody admitted, when it would have to preempt."""
         budget = self._max_num_batched_tokens
+        room_tokens = self._allocator.room_tokens
         for sequence, wanted in self._in_service_order():
             if budget == 0:
                 break
+            # Most steps of most sequences need no page: they cost no calls.
+            has_room = sequence.num_computed_tokens < room_tokens[sequence.slot]
+            if wanted == 1 and has_room and not sequence.draft_token_ids:
+                step.scheduled[sequence] = 1
+                budget -= 1
+                continue
             granted = self._grant(sequence, wanted, budget, step)
             while not granted and sequence.status is Status.RUNNING:
                 if not may_preempt:
@@ -124,21 +131,28 @@ class Scheduler:
             budget -= self._grant(sequence, len(sequence.token_ids) - sequence.num_computed_tokens, budget, step)
         return True
 
-    def commit(self, sequence: Sequence, num_tokens: int) -> int:
-        """Record that the states of `num_tokens` more tokens are in memory.
+    def commit(self, num_tokens: Mapping[Sequence, int]) -> dict[Sequence, int]:
+        """Record that the states of so many more tokens of each sequence are in memory; of one that ended, nothing.
 
-        Returns the row that the sequence's slot states are to be copied to before the next step; 0 for none.
+        Returns the rows that slot states are to be copied to before the next step, of sequences that have one.
         """
-        before = sequence.num_computed_tokens
-        now = sequence.num_computed_tokens = before + num_tokens
-        # Most steps of most sequences fill no page: they cost no calls.
-        page_size = self._allocator.page_size
-        row = self._prefixes.publish(sequence, before) if now // page_size > before // page_size else 0
-        if self._allocator.has_windows:
-            self._allocator.release_unreachable(sequence)
-        if self._held and now >= sequence.num_prompt_tokens:
-            self._release_held(sequence)
-        return row
+        rows: dict[Sequence, int] = {}
+        page_size, has_windows = self._allocator.page_size, self._allocator.has_windows
+        for sequence, count in num_tokens.items():
+            if not sequence.slot:
+                continue
+            before = sequence.num_computed_tokens
+            now = sequence.num_computed_tokens = before + count
+            # Most steps of most sequences fill no page: they cost no calls.
+            if before % page_size + count >= page_size:
+                row = self._prefixes.publish(sequence, before)
+                if row:
+                    rows[sequence] = row
+            if has_windows:
+                self._allocator.release_unreachable(sequence)
+            if self._held and now >= sequence.num_prompt_tokens:
+                self._release_held(sequence)
+        return rows
 
     def _release_held(self, sequence: Sequence) -> None:
         for held in self._held.pop(sequence, ()):
@@ -170,7 +184,7 @@ class Scheduler:
         decoding: list[tuple[Sequence, int]] = []
         prefilling: list[tuple[Sequence, int]] = []
         for sequence in self.running:
-            num_tokens = sequence.num_tokens
+            num_tokens = len(sequence.token_ids) + (sequence.pending_row is not None)  # `num_tokens`, without a call
             if num_tokens >= sequence.max_length:
                 continue  # its last token is being sampled
             wanted = num_tokens - sequence.num_computed_tokens

@@ -22,7 +22,7 @@ from torch import Tensor
 from autodeploy.runtime.batch import Batch
 from autodeploy.runtime.draw import on_device
 from autodeploy.runtime.request import Logprob, Sequence
-from autodeploy.runtime.sampler import Choice, Sampler, Samples
+from autodeploy.runtime.sampler import Choice, Sampler
 
 
 @dataclass(slots=True)
@@ -88,31 +88,12 @@ def choose_at_once(sampler: Sampler, logits_RV: Tensor, sequences: SequenceOf[Se
     return replace(choice, accepted_S=accepted_S)
 
 
-def extend_by_choice(choice: Choice, batch: Batch) -> list[Extension]:
-    """Append the tokens chosen for `batch.sampled`; those sequences excepted that have ended."""
-    extensions = []
+def extend_by_choice(choice: Choice, accepted_S: Tensor, sequences: SequenceOf[Sequence]) -> list[Extension]:
+    """Append what `choose_at_once` chose for sequences with drafts."""
     samples = choice.read()
-    if choice.accepted_S is not None:
-        return _extend_by_drafts(samples, choice.accepted_S.tolist(), batch.sampled)
-    rows = zip(batch.sampled, samples.token_ids, samples.logprobs, strict=True)
-    for row, (sequence, token_id, logprobs) in enumerate(rows):
-        sequence.pending_row = None
-        if sequence.finish_reason is not None:
-            continue
-        if token_id is None:
-            extensions.append(Extension(sequence, row, is_usable=False, goes_on=False))
-            continue
-        sequence.append(token_id)
-        extensions.append(Extension(sequence, row, [token_id], [] if logprobs is None else [logprobs], goes_on=False))
-    return extensions
-
-
-def _extend_by_drafts(
-    samples: Samples, num_accepted: SequenceOf[int], sequences: SequenceOf[Sequence]
-) -> list[Extension]:
     extensions = []
     first_row = 0
-    for sequence, count in zip(sequences, num_accepted, strict=True):
+    for sequence, count in zip(sequences, accepted_S.tolist(), strict=True):
         extension = Extension(sequence, first_row)
         extensions.append(extension)
         first_row += 1 + len(sequence.draft_token_ids)

@@ -59,6 +59,36 @@ Best best_of(const T* row, int64_t width) {
     return best;
 }
 
+// Whole numbers in the order of bfloat16 numbers: NaN at either end, and -0 below 0.
+inline int16_t key_of(bf16 x) {
+    const int16_t bits = static_cast<int16_t>(x.bits);
+    return bits ^ ((bits >> 15) & 0x7fff);
+}
+
+// By comparing whole numbers, twice as many at a time.
+Best best_of(const bf16* row, int64_t width) {
+    constexpr int64_t KEYS = 512;  // looked at together
+    constexpr int16_t INFINITE = 0x7f80, MINUS_INFINITE = static_cast<int16_t>(0xff80 ^ 0x7fff);
+    int16_t greatest = std::numeric_limits<int16_t>::min(), least = std::numeric_limits<int16_t>::max();
+    int64_t best_block = 0;
+    for (int64_t block = 0; block < width; block += KEYS) {
+        const int64_t end = block + KEYS < width ? block + KEYS : width;
+        int16_t most = std::numeric_limits<int16_t>::min();
+        for (int64_t i = block; i < end; ++i) {
+            const int16_t key = key_of(row[i]);
+            most = key > most ? key : most;
+            least = key < least ? key : least;
+        }
+        if (most > greatest) greatest = most, best_block = block;
+    }
+    if (greatest > INFINITE || least < MINUS_INFINITE) return {std::numeric_limits<float>::quiet_NaN(), 0};
+    const bf16 bits = {static_cast<uint16_t>(greatest ^ ((greatest >> 15) & 0x7fff))};
+    const float value = to_float(bits);
+    Best best = {value, value == 0.0f ? 0 : best_block};  // 0 is no greater than -0
+    while (to_float(row[best.token]) != best.value) ++best.token;
+    return best;
+}
+
 // Number `position` of the generator `key`, in [0, 1): SplitMix64 (Steele, Lea and Flood, 2014).
 double uniform_number(int64_t key, int64_t position) {
     uint64_t bits = static_cast<uint64_t>(key) + static_cast<uint64_t>(position + 1) * 0x9E3779B97F4A7C15u;
