@@ -124,6 +124,13 @@ class AllocatorPlay(RuleBasedStateMachine):
                 assert all(row[position // PAGE_SIZE] for position in range(first, computed))
                 assert not row[: first // PAGE_SIZE].any(), "a page before the window is still owned"
 
+    @invariant()
+    def room_is_what_the_pages_of_every_group_hold(self) -> None:
+        owned = {sequence.slot for sequence in self.live} - {0}
+        for slot, room in enumerate(self.allocator.room_tokens):
+            num_entries = min(table.num_entries[slot] for table in self.allocator.tables)
+            assert room == (num_entries * PAGE_SIZE if slot in owned else 0)
+
 
 AllocatorPlay.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestAllocatorPlay = AllocatorPlay.TestCase

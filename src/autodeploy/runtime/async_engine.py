@@ -249,7 +249,9 @@ class AsyncEngine:
             if route is None:
                 continue
             own = [output for output in own if output.index in route.live]
-            route.live.difference_update(output.index for output in own if output.finish_reason is not None)
+            for output in own:
+                if output.finish_reason is not None:
+                    route.live.discard(output.index)
             self._deliver(request_id, own)
             if not route.live:
                 self._routes.pop(request_id, None)

@@ -276,7 +276,7 @@ class Logprob:
     rank: int
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(slots=True)
 class TokenOutput:
     """What one step added to one sequence.
 
@@ -419,16 +419,16 @@ class Sequence:
     def output(self, token_ids: list[int], logprobs: list[dict[int, Logprob]] | None = None) -> TokenOutput:
         """What to tell the caller: these new tokens, and how the sequence ended, if it did."""
         is_first = self.params.prompt_logprobs is not None and 0 < len(token_ids) == self.num_output_tokens
-        return TokenOutput(
-            request_id=self.request.request_id,
-            index=self.index,
-            token_ids=token_ids,
-            logprobs=logprobs,
-            finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason,
-            prompt_logprobs=self.prompt_logprobs if is_first else None,
-            num_cached_tokens=self.num_cached_tokens or 0,
-            first_scheduled_time=self.first_scheduled_time,
+        return TokenOutput(  # by position: by name it takes twice as long
+            self.request.request_id,
+            self.index,
+            token_ids,
+            logprobs,
+            self.finish_reason,
+            self.stop_reason,
+            self.prompt_logprobs if is_first else None,
+            self.num_cached_tokens or 0,
+            self.first_scheduled_time,
         )
 
 
