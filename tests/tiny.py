@@ -160,6 +160,20 @@ def kimi_linear() -> PreTrainedModel:
     return _build("KimiLinear", **(_HYBRID | {"num_key_value_heads": 4}), **layers, **latent)
 
 
+def qwen2_moe() -> PreTrainedModel:
+    """Routed experts beside a shared one with a gate."""
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return _build("Qwen2Moe", **_DECODER, **experts, shared_expert_intermediate_size=64)
+
+
+def deepseek_v3() -> PreTrainedModel:
+    """Latent attention whose queries have a latent too; experts in groups, one of them shared, after a dense layer."""
+    latent = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32}
+    groups = {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+    return _build("DeepseekV3", **(_DECODER | {"num_key_value_heads": 4}), **latent, **experts, **groups)
+
+
 def lfm3() -> PreTrainedModel:
     """Short convolutions, sliding windows and full attention: states of every kind in one model."""
     layers = ["conv", "sliding_attention", "conv", "full_attention"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from autodeploy.build import build
+from autodeploy.compile import whole_graphs
 from autodeploy.compile.capture import CudaCapture
 from autodeploy.compile.program import Program
 from autodeploy.config import EngineOptions, parse_options
@@ -90,6 +91,22 @@ def test_memory_of_graphs_was_foreseen() -> None:
     Engine(built, options, max_model_len=256)
     found = facts(built)
     assert reserved > 0 and found["bytes"] <= 1.25 * reserved + (64 << 20)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])
+@pytest.mark.parametrize("is_wanted", [True, False], ids=["always", "where faster"])
+def test_branches_on_a_second_stream_give_the_same_tokens(
+    name: str, is_wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_wanted:
+        monkeypatch.setattr(whole_graphs, "_FASTER", float("inf"))
+    prompts, mark = tiny.prompts(7, longest=40), {"assign_streams": {"enabled": True, "least_bytes": 1000}}
+    built = program(name, "torch-cudagraph", transforms=mark)
+    assert served(built, prompts) == served(program(name, "torch-simple"), prompts)
+    found = facts(built)
+    assert found["not_captured"] == {} and found["streams"].keys() == set(found["whole_sizes"])
+    assert all(entry["used"] for entry in found["streams"].values()) or not is_wanted
+    assert not any("why_not" in entry for entry in found["streams"].values())
 
 
 def test_what_reads_values_is_refused_and_the_device_goes_on() -> None:

@@ -9,7 +9,7 @@ import torch
 from autodeploy.build import transform
 from autodeploy.capture.export import capture
 from autodeploy.config import CompileOptions
-from autodeploy.graph.model_graph import ModelGraph
+from autodeploy.graph.model_graph import BRANCH, ModelGraph
 from autodeploy.graph.saved import NotSavable, describe, restore, save
 from autodeploy.graph.text import graph_text
 from tests import tiny
@@ -28,11 +28,13 @@ def _lowered(name: str, quantization: str | None) -> ModelGraph:
 )
 def test_comes_back_as_it_was(name: str, quantization: str | None, tmp_path: Path) -> None:
     graph = _lowered(name, quantization)
+    next(node for node, _ in graph.op_nodes()).meta[BRANCH] = 3
     save(describe(graph), graph, tmp_path, {"note": [1, None]})
     again, extra = restore(tmp_path)
     assert extra == {"note": [1, None]}
     assert (again.weights, again.states, again.level) == (graph.weights, graph.states, graph.level)
     assert describe(again) == describe(graph)
+    assert [node.meta[BRANCH] for node, _ in again.op_nodes() if BRANCH in node.meta] == [3]
     for (name_a, a), (name_b, b) in zip(
         sorted(graph.module.named_buffers()), sorted(again.module.named_buffers()), strict=True
     ):

@@ -9,6 +9,7 @@ from autodeploy.compile.cuda_graph import compile_cuda_graph
 from autodeploy.compile.eager import compile_eager
 from autodeploy.compile.program import GraphFunction
 from autodeploy.compile.replay import compile_replay
+from autodeploy.compile.streams import CudaStreams, Streams
 from autodeploy.errors import ConfigError
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport
@@ -51,6 +52,11 @@ def graph_capture(device: torch.device) -> Callable[[], Capture]:
     return lambda: CudaCapture(device)
 
 
+def second_stream(device: torch.device) -> Streams:
+    """Streams of a device that captures graphs."""
+    return CudaStreams(device)
+
+
 def compile_graph(
     graph: ModelGraph,
     backend: str,
@@ -70,7 +76,8 @@ def compile_graph(
     if backend == "replay":
         return compile_replay(graph, report)
     if backend == "torch-cudagraph":
-        return compile_cuda_graph(graph, device, report, graph_capture(device), capture_sizes)
+        new_capture, streams = graph_capture(device), second_stream(device)
+        return compile_cuda_graph(graph, device, report, new_capture, capture_sizes, streams=streams)
     # Importing Inductor takes a second that others need not pay.
     from autodeploy.compile.inductor import compile_inductor, region_compiler
 

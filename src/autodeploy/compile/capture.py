@@ -12,6 +12,9 @@ import torch
 Work = Callable[[], None]
 """Launches kernels that read and write tensors which stay where they are, and leaves nothing else behind."""
 
+_TIMED = 10
+"""Repetitions that are timed together."""
+
 
 class Capture(Protocol):
     """What captures the graphs of one program; they share one pool of memory, so that no two may run at a time."""
@@ -25,6 +28,9 @@ class Capture(Protocol):
         Raises:
             RuntimeError: it cannot be captured, with the reason.
         """
+
+    def seconds(self, repeat: Work) -> float:
+        """Time that the device takes to repeat a work, when it is done several times."""
 
     def used_bytes(self) -> int:
         """Memory of the device that is in use, in bytes, with what its allocator keeps for graphs and nothing else."""
@@ -67,6 +73,16 @@ class CudaCapture:
             graph.capture_end()
         replay: Work = graph.replay
         return replay
+
+    def seconds(self, repeat: Work) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        repeat()
+        start.record(torch.cuda.current_stream(self._device))
+        for _ in range(_TIMED):
+            repeat()
+        end.record(torch.cuda.current_stream(self._device))
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000 / _TIMED
 
     def used_bytes(self) -> int:
         torch.cuda.synchronize(self._device)

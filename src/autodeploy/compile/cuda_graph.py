@@ -24,6 +24,7 @@ from autodeploy.compile.piecewise import PiecewiseGraphs
 from autodeploy.compile.program import BatchLimits, Progress
 from autodeploy.compile.segments import CompileRegion, Cut, Segments
 from autodeploy.compile.static_batch import StaticInput
+from autodeploy.compile.streams import Branches, Streams
 from autodeploy.compile.whole_graphs import WholeGraphs
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport
@@ -47,6 +48,7 @@ def compile_cuda_graph(
     new_capture: Callable[[], Capture],
     sizes: Sequence[int] | None = None,
     compile_region: CompileRegion | None = None,
+    streams: Streams | None = None,
 ) -> "GraphedFunction":
     """A function of the graph's inputs in order that repeats captured steps once it is prepared.
 
@@ -55,11 +57,13 @@ def compile_cuda_graph(
         new_capture: who captures, anew for each preparation.
         sizes: numbers of tokens to capture; default: see `CaptureSizes`.
         compile_region: compiles regions before they are captured; default: they run node by node.
+        streams: for the graph's marked branches, if whole steps are faster with it.
     """
+    branches = None if streams is None else Branches(graph, streams)
     cut = Cut(graph)
     is_compiled = compile_region is not None
     bind_kernels(graph, keep_opaque=is_compiled, keep_kernels=is_compiled)
-    return GraphedFunction(graph, cut.segments(compile_region), device, report, new_capture, sizes)
+    return GraphedFunction(graph, cut.segments(compile_region), device, report, new_capture, sizes, branches)
 
 
 @dataclass
@@ -94,8 +98,10 @@ class GraphedFunction:
         report: BuildReport,
         new_capture: Callable[[], Capture],
         sizes: Sequence[int] | None,
+        branches: Branches | None,
     ) -> None:
         self._segments, self._new_capture, self._wanted_sizes = segments, new_capture, sizes
+        self._branches = branches
         placeholders = {str(node.target): node.meta["val"] for node in graph.inputs()}
         self._specs = graph.states
         self._inputs = [StaticInput.of(name, placeholders[name]) for name in graph.batch_inputs()]
@@ -133,6 +139,7 @@ class GraphedFunction:
             "not_captured": graphs.why_not,
             "bytes": max(0, capture.used_bytes() - used),
             "capture_seconds": time.perf_counter() - began,
+            "streams": graphs.whole.on_streams if graphs.whole is not None else {},
             "steps": {},  # counted anew: what ran before had no graphs to run in
             "tokens": {},
         }
@@ -178,7 +185,8 @@ class GraphedFunction:
         if (why := self._why_not_whole()) is not None:
             graphs.why_not[WHOLE] = why
         elif sizes.sequences:
-            graphs.whole = WholeGraphs(*step, max_sequences=max(sizes.sequences), **traits)
+            most = max(sizes.sequences)
+            graphs.whole = WholeGraphs(*step, max_sequences=most, branches=self._branches, **traits)
         if sizes.tokens:
             with _noting(graphs.why_not, PIECES):
                 graphs.pieces = PiecewiseGraphs(*step, max_tokens=max(sizes.tokens), **traits)

@@ -97,7 +97,7 @@ class Cut:
             if (producer := _producer(node)) is not node:
                 self._segment_of[node] = self._segment_of[producer]
                 continue
-            reason = _why_unsafe(node)
+            reason = why_unsafe(node)
             if reason is not None and reason not in self._unsafe:
                 self._unsafe.append(reason)
             is_region = reason is None and node not in by_sequence
@@ -174,7 +174,7 @@ def _is_size(node: fx.Node) -> bool:
     return bool(node.all_input_nodes) and all(_is_size(other) for other in node.all_input_nodes)
 
 
-def _why_unsafe(node: fx.Node) -> str | None:
+def why_unsafe(node: fx.Node) -> str | None:
     """Why a call cannot be captured, or None."""
     op = find_op(node.target)
     if op is not None:

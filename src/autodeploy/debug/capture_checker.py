@@ -42,6 +42,11 @@ class CaptureChecker:
 
         return replay
 
+    def seconds(self, repeat: Work) -> float:
+        """Nothing is faster than anything else here."""
+        repeat()
+        return 0.0
+
     def used_bytes(self) -> int:
         return 0
 

@@ -20,6 +20,8 @@ from autodeploy.ops.state import StateSpec
 
 ATTENTION, INDEXER, CONVOLUTION, RECURRENCE = "attention", "indexer", "convolution", "recurrence"
 """Kinds of state that a model writes to its Hugging Face cache."""
+BRANCH = "branch"
+"""Where a node keeps the number of the branch that it is of, if it may run beside what follows the branch."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from autodeploy.checkpoint.quantize import Float4Format, Float8Format, NumberFormat
 from autodeploy.checkpoint.recipe import Cast, Concat, Quantize, Recipe, Reshape, Slice, Source, Transpose
 from autodeploy.graph.levels import Level
-from autodeploy.graph.model_graph import ModelGraph
+from autodeploy.graph.model_graph import BRANCH, ModelGraph
 from autodeploy.ops.state import PagedState, SlotState
 
 GRAPH_FILE, CONSTANTS_FILE = "graph.json", "constants.safetensors"
@@ -61,7 +61,8 @@ def restore(folder: Path) -> tuple[ModelGraph, dict[str, Any]]:
         args, kwargs = _decode(entry["args"], nodes), _decode(entry["kwargs"], nodes)
         node = module.graph.create_node(entry["op"], target, args, kwargs, name=entry["name"])
         nodes[entry["name"]] = node
-        node.meta = {"provider": entry["provider"]} if entry["provider"] else {}
+        kept = {"provider": entry["provider"], BRANCH: entry["branch"]}
+        node.meta = {key: value for key, value in kept.items() if value is not None}
         if entry["value"] is not None:
             dtype, sizes = entry["value"]
             node.meta["val"] = torch.empty(sizes, dtype=getattr(torch, dtype), device="meta")
@@ -101,6 +102,7 @@ def describe(graph: ModelGraph) -> dict[str, Any]:
                 "args": _encode(node.args),
                 "kwargs": _encode(dict(node.kwargs)),
                 "provider": node.meta.get("provider"),
+                "branch": node.meta.get(BRANCH),
                 "value": _value(node.meta.get("val")),
             }
             for node in graph.graph.nodes

@@ -32,6 +32,7 @@ from autodeploy.transforms.canonicalize.use_position_ids import UsePositionIds
 from autodeploy.transforms.fuse.fuse_add_rms_norm import FuseAddRMSNorm
 from autodeploy.transforms.fuse.fuse_gate_up import FuseGateUp
 from autodeploy.transforms.fuse.fuse_qkv import FuseQKV
+from autodeploy.transforms.lower.assign_streams import AssignStreams
 from autodeploy.transforms.lower.place_on_device import PlaceOnDevice
 from autodeploy.transforms.lower.select_kernels import SelectKernels
 from autodeploy.transforms.quantize.quantize_weights import QuantizeWeights
@@ -73,8 +74,12 @@ def default_pipeline(device: torch.device, select_kernels: SelectKernels | None 
             Stage("cache", (KeepHiddenStates(), InsertCachedOps(), GatherLogits()), ensures=Level.CACHED),
             # Fused weights, and what is kept of tokens, with fewer bits, where they are wanted.
             Stage("quantize", (QuantizeWeights(), RoundKVCache()), ensures=Level.CACHED),
-            # The device, and a kernel provider for every op.
-            Stage("lower", (PlaceOnDevice(device=device), select_kernels or SelectKernels()), ensures=Level.LOWERED),
+            # The device, a kernel provider for every op, and what may run side by side, where that is wanted.
+            Stage(
+                "lower",
+                (PlaceOnDevice(device=device), select_kernels or SelectKernels(), AssignStreams(device=device)),
+                ensures=Level.LOWERED,
+            ),
         )
     )
 
