@@ -117,7 +117,12 @@ class OutputCollector:
 
     @property
     def num_output_tokens(self) -> int:
-        return sum(len(output.token_ids) for output in self._outputs)
+        return sum(self.num_tokens_of_each)
+
+    @property
+    def num_tokens_of_each(self) -> list[int]:
+        """Generated tokens per sequence."""
+        return [len(output.token_ids) for output in self._outputs]
 
     def add(self, token_output: TokenOutput) -> OutputDelta | None:
         """Add what one step produced; None when its sequence had already ended (by a stop string, say)."""

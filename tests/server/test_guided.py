@@ -310,6 +310,16 @@ def test_tools_that_may_be_called(start: Start) -> None:
     assert not {"reasoning_content", "reasoning"} & no_thought["choices"][0]["message"].keys()
 
 
+def test_values_of_calls_are_typed_by_the_tools_schema(start: Start) -> None:
+    written = "<tool_call>\n<function=paint>\n<parameter=n>\n1\n</parameter>\n</function>\n</tool_call>"
+    tokenizer = byte_level(chat_template=TEMPLATE + "{# <function=f><parameter=p> #}")
+    client = start(FakeEngine(tokenizer.encode(written), eos_id=EOS), tokenizer=tokenizer).client()
+    message = client.chat.completions.create(model="tiny", messages=MESSAGES, tools=TOOLS).choices[0].message
+    (call,) = message.tool_calls or []
+    assert call.type == "function" and (call.function.name, call.function.arguments) == ("paint", '{"n": 1}')
+    assert message.content is None
+
+
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
 def test_thoughts_of_earlier_answers_reach_the_template(start: Start, name: str) -> None:
     server = start(tokenizer=byte_level(chat_template="{{ messages[-1].reasoning_content }}"))

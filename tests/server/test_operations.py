@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import socket
 import ssl
 import threading
@@ -169,13 +170,45 @@ def test_metrics_have_vllms_names(start: Start) -> None:
         f"vllm:request_generation_tokens_sum{{{label}}} {2 * 4 + len(ANSWER_IDS) + 1}.0",
         f'vllm:request_success_total{{finished_reason="length",{label}}} 2.0',
         f'vllm:request_success_total{{finished_reason="stop",{label}}} 1.0',
+        f"vllm:request_params_n_sum{{{label}}} 3.0",
+        f"vllm:request_params_max_tokens_sum{{{label}}} 4.0",
+        f"vllm:request_max_num_generation_tokens_sum{{{label}}} {4 + len(ANSWER_IDS) + 1}.0",
+        f"vllm:request_prefill_kv_computed_tokens_count{{{label}}} 2.0",
+        'http_requests_total{handler="/v1/completions",method="POST",status="2xx"} 1.0',
+        "process_resident_memory_bytes",
         "vllm:prefix_cache_queries_total",
         "vllm:prefix_cache_hits_total",
     ):
         assert line in text, line
+
+    def total(name: str) -> float:
+        (value,) = re.findall(rf"^vllm:{name}_seconds_sum{{{label}}} (.*)$", text, re.MULTILINE)
+        return float(value)
+
+    assert total("request_queue_time") + total("request_inference_time") == pytest.approx(total("e2e_request_latency"))
+    parts = total("request_prefill_time") + total("request_decode_time")
+    assert parts == pytest.approx(total("request_inference_time")) and total("request_time_per_output_token") > 0
     status = httpx.get(f"{server.url}/status.json").json()
     assert status["latency_seconds"]["first token"]["p50"] <= status["latency_seconds"]["first token"]["p99"]
     assert status["is_healthy"] and status["models"] == ["tiny", "alias"]
+
+
+def test_what_is_refused_and_who_goes_away_is_counted(start: Start) -> None:
+    server = start(FakeEngine(max_queued=1, step_seconds=0.01))
+    body = {"prompt": "x", "n": 2, "stream": True, "max_tokens": 10**6}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60):
+        assert server.post("/v1/completions", {"prompt": "x"}).status_code == 429
+    httpx.request("BREW", f"{server.url}/v1/completions")
+    httpx.get(f"{server.url}/made/up")
+    label = 'model_name="tiny"'
+    lines = (
+        f'vllm:admission_rejections_total{{{label},reason="max_queued_requests"}} 1.0',
+        f'vllm:request_success_total{{finished_reason="abort",{label}}} 2.0',
+        'http_requests_total{handler="/v1/completions",method="POST",status="4xx"} 1.0',
+        'http_requests_total{handler="/v1/completions",method="other",status="4xx"} 1.0',
+        'http_requests_total{handler="none",method="GET",status="4xx"} 1.0',
+    )
+    wait_until(lambda: all(line in httpx.get(f"{server.url}/metrics").text for line in lines))
 
 
 def test_the_number_of_sequences_is_limited(start: Start) -> None:

@@ -57,7 +57,45 @@ CASES: list[tuple[ToolFormat, str, str, Calls]] = [
     ("bare", '{"name": "other", "parameters": {}} more', '{"name": "other", "parameters": {}} more', []),
     ("bare", '{"value": [3]}', '{"value": [3]}', []),
     ("bare", '  see {"name": "f"}', '  see {"name": "f"}', []),
+    (
+        "elements",
+        "Well.\n<tool_call>\n<function=f>\n<parameter=text>\na <b>\n  </function>\n</parameter>\n"
+        "<parameter=count>\n3\n</parameter>\n</function>\n</tool_call>\n"
+        "<tool_call>\n<function=g>\n</function>\n</tool_call>",
+        "Well.",
+        [("f", {"text": "a <b>\n  </function>", "count": 3}), ("g", {})],
+    ),
+    (
+        "elements",
+        '<function=f><parameter=deep>{"é": [1, null]}</parameter><parameter=yes>True</parameter>'
+        "<parameter=maybe>none</parameter><parameter=other>7</parameter></function> done",
+        " done",
+        [("f", {"deep": {"é": [1, None]}, "yes": True, "maybe": None, "other": "7"})],
+    ),
+    (
+        "elements",
+        "<tool_call><function=f><parameter=count>NaN</parameter><parameter=text>\n\n1\n</parameter></tool_call>",
+        "",
+        [("f", {"count": "NaN", "text": "\n1"})],
+    ),
+    ("elements", "a <tool_call>\n{} <function", "a <tool_call>\n{} <function", []),
+    ("elements", "<tool_call>\n <function=f", "<tool_call>\n <function=f", []),
 ]
+
+
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "f": {
+        "type": "object",
+        "properties": {
+            "text": {"type": "string"},
+            "count": {"type": "integer"},
+            "deep": {"$ref": "#/$defs/deep"},
+            "yes": {"type": ["boolean", "integer"]},
+            "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        },
+    },
+    "g": {"properties": True},
+}
 
 
 def read(plan: AnswerPlan, pieces: list[str]) -> tuple[str, str, Calls]:
@@ -89,7 +127,7 @@ def cut(text: str, random: Random) -> list[str]:
 
 @pytest.mark.parametrize(("form", "text", "content", "calls"), CASES)
 def test_calls_are_found_however_the_text_is_cut(form: ToolFormat, text: str, content: str, calls: Calls) -> None:
-    plan = AnswerPlan(tool_format=form, tool_names=["f", "g"])
+    plan = AnswerPlan(tool_format=form, tool_names=["f", "g"], tool_parameters=PARAMETERS)
     random = Random(0)
     for pieces in ([text], list(text), *(cut(text, random) for _ in range(20))):
         assert read(plan, pieces) == ("", content, calls)
@@ -139,10 +177,17 @@ def test_a_call_is_streamed_while_it_is_written() -> None:
     assert reader.push("1}}</tool_call>", is_last=True) == [CallArguments(0, "1}")]
 
 
-@pytest.mark.parametrize("form", ["tags", "list", "sections", "bare"])
+def test_a_call_that_is_cut_off_stays_as_far_as_it_came() -> None:
+    reader = AnswerPlan(tool_format="elements", tool_parameters=PARAMETERS).reader()
+    written = "<tool_call><function=f><parameter=count>3</parameter><parameter=text>half"
+    parts = reader.push(written, is_last=True)
+    assert parts == [CallStart(0, "f"), CallArguments(0, "{"), CallArguments(0, '"count": 3')]
+
+
+@pytest.mark.parametrize("form", ["tags", "list", "sections", "bare", "elements"])
 def test_long_hostile_outputs_take_linear_time(form: ToolFormat) -> None:
     """CPU time: twice the text may take twice as long, not four times; with much room for a busy machine."""
-    starts = {"tags": "<tool_call>", "list": "[TOOL_CALLS]", "sections": SECTIONS[:21], "bare": ""}
+    starts = {"tags": "<tool_call>", "list": "[TOOL_CALLS]", "sections": SECTIONS[:21], "bare": "", "elements": ""}
     pieces = [
         '{"name": "f", "arguments": ' + "[" * 50,
         "<tool_call",
@@ -150,6 +195,8 @@ def test_long_hostile_outputs_take_linear_time(form: ToolFormat) -> None:
         '"' * 51,
         "\\" * 50,
         "[TOOL_CALLS]",
+        "<tool_call><function=f>" + "<parameter=" * 9,
+        "</parameter" * 9 + ">",
         " " * 9,
     ]
     random = Random(1)
@@ -167,4 +214,5 @@ def test_formats_are_told_apart_by_the_template() -> None:
     assert tool_format("{% if tools %}[AVAILABLE_TOOLS] [TOOL_CALLS]") == "list"
     assert tool_format("{% if tools %}<｜tool▁calls▁begin｜>") == "sections"
     assert tool_format("{% if tools %}{'name':") == "bare"
+    assert tool_format("{% if tools %}<tool_call><function=f><parameter=p>") == "elements"
     assert tool_format("{{ messages }}") is None

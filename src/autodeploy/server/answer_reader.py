@@ -1,9 +1,11 @@
 """Reads the answers of one request: which parts they may have is decided once, then a reader follows each choice."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from autodeploy.server.answer_parts import CallArguments, CallStart, Part, Text, Thought, ThoughtReader
+from autodeploy.server.element_calls import ElementCallReader
 from autodeploy.server.tool_calls import ToolCallReader, ToolFormat
 
 
@@ -17,6 +19,7 @@ class AnswerPlan:
         shows_thoughts: False leaves thoughts out of the answer.
         tool_format: how calls are written; None looks for none.
         tool_names: tools that the request offers.
+        tool_parameters: JSON schemas of their arguments, by name.
         only_calls: the answer is a list of calls, and nothing else can be.
         only_arguments_of: the answer is the arguments of this tool, and nothing else can be.
         one_call: more calls than the first are left out.
@@ -27,6 +30,7 @@ class AnswerPlan:
     shows_thoughts: bool = True
     tool_format: ToolFormat | None = None
     tool_names: Collection[str] = ()
+    tool_parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     only_calls: bool = False
     only_arguments_of: str | None = None
     one_call: bool = False
@@ -41,9 +45,11 @@ class AnswerReader:
     def __init__(self, plan: AnswerPlan):
         self._plan = plan
         self._thoughts = ThoughtReader(is_open=plan.is_thinking) if plan.thoughts else None
-        self._calls: ToolCallReader | None = None
+        self._calls: ToolCallReader | ElementCallReader | None = None
         if plan.only_calls:
             self._calls = ToolCallReader("list", plan.tool_names, is_open=True)
+        elif plan.tool_format == "elements":
+            self._calls = ElementCallReader(plan.tool_parameters)
         elif plan.tool_format is not None:
             self._calls = ToolCallReader(plan.tool_format, plan.tool_names)
         self.num_calls = 0

@@ -64,11 +64,11 @@ def create_app(served: ServedModel, *, version: str = "", options: ServerOptions
     add("POST", "/v1/completions", generation.completions, CompletionResponse, responses=STREAM)
     add("POST", "/v1/chat/completions", generation.chat_completions, ChatCompletionResponse, responses=STREAM)
     add_error_handlers(app)
-    _add_middleware(app, options, served)
+    _add_middleware(app, options, served, metrics)
     return app
 
 
-def _add_middleware(app: FastAPI, options: ServerOptions, served: ServedModel) -> None:
+def _add_middleware(app: FastAPI, options: ServerOptions, served: ServedModel, metrics: ServingMetrics) -> None:
     """What is added last comes first: a request meets the log, then CORS, the key, the trace, and the limit."""
     app.add_middleware(LimitBody, max_bytes=options.max_body_bytes)
     if options.otlp_traces_endpoint is not None:
@@ -81,7 +81,7 @@ def _add_middleware(app: FastAPI, options: ServerOptions, served: ServedModel) -
         app.add_middleware(RequireKey, keys=options.api_key)
     if options.allowed_origins:
         app.add_middleware(AllowOrigins, origins=options.allowed_origins)
-    app.add_middleware(RequestLog)
+    app.add_middleware(RequestLog, note_answer=metrics.note_answer)
 
 
 class _Routes:

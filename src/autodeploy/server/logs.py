@@ -5,6 +5,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -22,10 +23,15 @@ _QUIET_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/status.jso
 
 
 class RequestLog:
-    """ASGI middleware: takes or makes a request's id, answers with it, and writes a line when it is over."""
+    """ASGI middleware: takes or makes a request's id, answers with it, and writes a line when it is over.
 
-    def __init__(self, app: ASGIApp):
+    Args:
+        note_answer: is told every request's method, route ("none" for paths of no route) and status.
+    """
+
+    def __init__(self, app: ASGIApp, note_answer: Callable[[str, str, int], None]):
         self._app = app
+        self._note_answer = note_answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,6 +59,7 @@ class RequestLog:
             facts = {"method": scope["method"], "path": scope["path"][:200], "status": status}
             seconds = round(time.monotonic() - began, 6)
             logger.log(level, "%(method)s %(path)s %(status)s", facts, extra={"facts": {**facts, "seconds": seconds}})
+            self._note_answer(scope["method"], getattr(scope.get("route"), "path", "none"), status)
             REQUEST_ID.reset(token)
 
 

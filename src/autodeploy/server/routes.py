@@ -7,6 +7,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,9 +16,8 @@ from pydantic import BaseModel
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from autodeploy.errors import InvalidRequestError
+from autodeploy.errors import EngineOverloadedError, InvalidRequestError
 from autodeploy.outputs import CompletionOutput, OutputCollector
-from autodeploy.runtime.async_engine import TokenStream
 from autodeploy.runtime.request import RequestOptions, SamplingParams
 from autodeploy.runtime.tokenizer import with_token_ids
 from autodeploy.server import chat, streaming
@@ -115,6 +115,7 @@ class GenerationRoutes:
             shows_thoughts=body.include_reasoning is not False,
             tool_format=tool_format(template) if body.may_call else None,
             tool_names=names,
+            tool_parameters={tool.function.name: tool.function.parameters or {} for tool in body.tools or ()},
             one_call=one_call,
         )
 
@@ -148,11 +149,11 @@ class GenerationRoutes:
         start = self._start(prompts, params, body.engine_options(self._timeout_seconds))
         if body.stream:
             generation = await until_disconnect(request.receive, start)
-            return _EventStream(streaming.server_sent_events(make_chunks(form, generation)), generation.stream)
+            return _EventStream(streaming.server_sent_events(make_chunks(form, generation)), generation)
 
         async def whole() -> Response:
             generation = await start
-            with generation.stream:
+            with closing(generation):
                 outputs = await generation.finish()
             answer = make_whole(form, generation, outputs)
             return Response(answer.model_dump_json(), media_type="application/json")
@@ -173,8 +174,10 @@ class GenerationRoutes:
                 # Its clock starts now: the engine takes new requests between two steps.
                 collectors.append(OutputCollector(request_id, token_ids, params, self._served.tokenizer, abort))
                 await stream.add(request_id, token_ids, params, **options)
-        except BaseException:
+        except BaseException as error:
             stream.close()
+            if isinstance(error, EngineOverloadedError):
+                self._metrics.note_rejection()
             raise
         note_collectors(collectors)
         return Generation(stream, collectors, self._metrics.watch(collectors))
@@ -200,11 +203,11 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) 
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events of a token stream, which is closed whichever way the answer ends."""
+    """Server-sent events of a generation, which is closed whichever way the answer ends."""
 
-    def __init__(self, events: AsyncIterator[str], stream: TokenStream):
+    def __init__(self, events: AsyncIterator[str], generation: Generation):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._token_stream = stream
+        self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -212,4 +215,4 @@ class _EventStream(StreamingResponse):
         except (ClientDisconnectedError, OSError):
             logger.info("a client went away before its answer was complete")
         finally:
-            self._token_stream.close()
+            self._generation.close()

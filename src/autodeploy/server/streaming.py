@@ -88,6 +88,12 @@ class Generation:
         self.prompt_of = [position for position, size in enumerate(sizes) for _ in range(size)]
         """the prompt of each choice"""
 
+    def close(self) -> None:
+        """The call is over, whichever way: what still runs is aborted."""
+        self.stream.close()
+        if self._watch is not None:
+            self._watch.close()
+
     @property
     def num_choices(self) -> int:
         return len(self.prompt_of)

@@ -1,19 +1,21 @@
-"""Calls of tools in a model's text: four ways of writing them, told apart by the model's own chat template.
+"""Calls of tools in a model's text: five ways of writing them, told apart by the model's own chat template.
 
 tags       <tool_call>{"name": "f", "arguments": {...}}</tool_call>, any number of them
 list       [TOOL_CALLS][{"name": "f", "arguments": {...}}, ...] or [TOOL_CALLS]f[ARGS]{...}
 sections   <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{...}<｜tool▁call▁end｜><｜tool▁calls▁end｜>,
            also with `function` before the separator, and the name and a block of JSON after it
 bare       {"name": "f", "parameters": {...}} as the whole answer, several of them with `;` between
+elements   <tool_call><function=f><parameter=p>...</parameter></function></tool_call>, read by `element_calls.py`
 """
 
 from collections.abc import Collection
 from typing import Literal
 
 from autodeploy.server.answer_parts import CallArguments, CallStart, Part, Text, split_at_marker
+from autodeploy.server.element_calls import FUNCTION, PARAMETER
 from autodeploy.server.json_scanner import MAX_NAME, CallScanner, ValueScanner
 
-ToolFormat = Literal["tags", "list", "sections", "bare"]
+ToolFormat = Literal["tags", "list", "sections", "bare", "elements"]
 
 _TAG, _TAG_END = "<tool_call>", "</tool_call>"
 _LIST, _LIST_ARGUMENTS = "[TOOL_CALLS]", "["
@@ -28,6 +30,8 @@ def tool_format(template: str) -> ToolFormat | None:
     """How a model with this chat template writes calls; None for a template that has no tools."""
     if "tools" not in template:
         return None
+    if FUNCTION in template and PARAMETER in template:
+        return "elements"
     if _TAG in template:
         return "tags"
     if _LIST in template:
