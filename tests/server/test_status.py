@@ -4,12 +4,16 @@ import html
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from autodeploy.runtime.stats import EngineStats
 from autodeploy.server.status import percentiles
+from tests.runtime.fake_engine import FakeEngine
 from tests.server.running import Start
 
 
@@ -35,6 +39,27 @@ def test_shows_the_servers_figures(start: Start, tmp_path: Path) -> None:
     assert re.search(r'data-name="state memory in use"><dt>[^<]*</dt><dd>25.0 %</dd>', page)
     assert re.search(r"<th>first token</th><td>[0-9.]+ m?s</td>", page)
     assert re.search(r'<div id="note" role="status"></div>', page), "nothing to complain of"
+
+
+class BusyEngine(FakeEngine):
+    """Tells of a batch, a queue and a cache."""
+
+    def stats(self) -> EngineStats:
+        told: Any = {"num_running": 2, "num_waiting": 5, "prefix_cache_queried_tokens": 4, "prefix_cache_hit_tokens": 1}
+        return replace(super().stats(), **told)
+
+
+def test_shows_batch_queue_cache_rate_and_percentiles(start: Start, tmp_path: Path) -> None:
+    server = start(BusyEngine(step_seconds=0.0005))
+    server.post("/v1/completions", {"prompt": "x", "max_tokens": 5})
+    body = {"prompt": "x", "max_tokens": 10**6, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60):
+        page = html.unescape(dom(f"{server.url}/status", tmp_path))
+    shown = dict(re.findall(r'data-name="([^"]*)"><dt>[^<]*</dt><dd>([^<]*)</dd>', page))
+    assert (shown["running"], shown["waiting"], shown["prefix cache hits"]) == ("2", "5", "25.0 %")
+    assert float(shown["generated tokens/s"]) > 0
+    for name in ("first token", "between tokens", "whole request"):
+        assert re.search(rf"<th>{name}</th>(<td>[0-9.]+ m?s</td>){{3}}</tr>", page), name
 
 
 def test_asks_for_a_key(start: Start, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class GenerationRoutes:
             raise InvalidRequestError(
                 f"{len(prompts)} prompts times n={params.n} are more than {self._most_sequences} sequences; "
                 "send several requests",
-                "prompt",
+                "prompt" if len(prompts) > 1 else "n",
             )
         token_ids = [await self._prompts.encode(prompt, body) for prompt in prompts]
         echoes = None

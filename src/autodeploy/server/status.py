@@ -23,7 +23,7 @@ def figures(served: ServedModel, metrics: ServingMetrics, version: str) -> dict[
     return {
         "models": list(served.names),
         "version": version,
-        "uptime_seconds": round(time.monotonic() - metrics.started, 1),
+        "uptime_seconds": time.monotonic() - metrics.started,
         "is_healthy": served.engine.is_healthy,
         "is_draining": served.lifecycle.is_draining,
         "running": stats.num_running,
