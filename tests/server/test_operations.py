@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
 
 from autodeploy.errors import ConfigError
 from autodeploy.runtime.async_engine import AsyncEngine
@@ -184,6 +185,11 @@ def test_metrics_have_vllms_names(start: Start) -> None:
         "vllm:prefix_cache_hits_total",
     ):
         assert line in text, line
+
+    page = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    for family in text_string_to_metric_families(text):  # as a scraper reads it
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        assert f"`{name}`" in page or name.startswith("process_") or name.endswith("_created"), name
 
     def total(name: str) -> float:
         (value,) = re.findall(rf"^vllm:{name}_seconds_sum{{{label}}} (.*)$", text, re.MULTILINE)

@@ -45,6 +45,8 @@ CASES: list[tuple[ToolFormat, str, str, Calls]] = [
         [("f", {"a": 1}), ("g", {"b": [2]})],
     ),
     ("list", '[TOOL_CALLS]f{"a": 1}', "", [("f", {"a": 1})]),
+    ("list", 'Hm. <TOOLCALL>[{"name": "f", "arguments": {"a": 1}}]</TOOLCALL>', "Hm.", [("f", {"a": 1})]),
+    ("list", "no </TOOLCALL> here", "no </TOOLCALL> here", []),
     ("sections", "Hm. " + SECTIONS, "Hm.", [("f", {"a": 1}), ("g", {"b": {}})]),
     (
         "bare",
@@ -212,6 +214,7 @@ def test_long_hostile_outputs_take_linear_time(form: ToolFormat) -> None:
 def test_formats_are_told_apart_by_the_template() -> None:
     assert tool_format("{% if tools %}<tool_call>") == "tags"
     assert tool_format("{% if tools %}[AVAILABLE_TOOLS] [TOOL_CALLS]") == "list"
+    assert tool_format("{% if tools %}<TOOLCALL>") == "list"
     assert tool_format("{% if tools %}<｜tool▁calls▁begin｜>") == "sections"
     assert tool_format("{% if tools %}{'name':") == "bare"
     assert tool_format("{% if tools %}<tool_call><function=f><parameter=p>") == "elements"

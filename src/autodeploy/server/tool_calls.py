@@ -1,7 +1,8 @@
 """Calls of tools in a model's text: five ways of writing them, told apart by the model's own chat template.
 
 tags       <tool_call>{"name": "f", "arguments": {...}}</tool_call>, any number of them
-list       [TOOL_CALLS][{"name": "f", "arguments": {...}}, ...] or [TOOL_CALLS]f[ARGS]{...}
+list       [TOOL_CALLS][{"name": "f", "arguments": {...}}, ...] or [TOOL_CALLS]f[ARGS]{...};
+           also <TOOLCALL>[...]</TOOLCALL>
 sections   <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{...}<｜tool▁call▁end｜><｜tool▁calls▁end｜>,
            also with `function` before the separator, and the name and a block of JSON after it
 bare       {"name": "f", "parameters": {...}} as the whole answer, several of them with `;` between
@@ -18,12 +19,14 @@ from autodeploy.server.json_scanner import MAX_NAME, CallScanner, ValueScanner
 ToolFormat = Literal["tags", "list", "sections", "bare", "elements"]
 
 _TAG, _TAG_END = "<tool_call>", "</tool_call>"
-_LIST, _LIST_ARGUMENTS = "[TOOL_CALLS]", "["
+_LISTS, _LIST_END, _LIST_ARGUMENTS = ("[TOOL_CALLS]", "<TOOLCALL>"), "</TOOLCALL>", "["
 _SECTION, _SECTION_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _CALL, _SEPARATOR, _CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 _PYTHON_TAG = "<|python_tag|>"
 
-_BEGINS: dict[ToolFormat, tuple[str, ...]] = {"tags": (_TAG,), "list": (_LIST,), "sections": (_SECTION,), "bare": ()}
+_BEGINS: dict[ToolFormat, tuple[str, ...]] = {"tags": (_TAG,), "list": _LISTS, "sections": (_SECTION,), "bare": ()}
+_ENDS: dict[ToolFormat, tuple[str, ...]] = {"tags": (_TAG_END,), "list": (_LIST_END,)}
+"""What only ends a call, and is no text behind one."""
 
 
 def tool_format(template: str) -> ToolFormat | None:
@@ -34,7 +37,7 @@ def tool_format(template: str) -> ToolFormat | None:
         return "elements"
     if _TAG in template:
         return "tags"
-    if _LIST in template:
+    if any(begin in template for begin in _LISTS):
         return "list"
     return "sections" if _SECTION in template else "bare"
 
@@ -91,13 +94,13 @@ class ToolCallReader:
         }[self._where](parts)
 
     def _read_text(self, parts: list[Part]) -> bool:
-        ends = (_TAG_END,) if self._form == "tags" and self.num_calls else ()
+        ends = _ENDS.get(self._form, ()) if self.num_calls else ()
         before, marker, self._held = split_at_marker(self._held, (*_BEGINS[self._form], *ends))
         self._text(before, parts)
         if marker is None:
             return False
         self._raw, self._space = self._space + marker, ""
-        if marker == _TAG_END:
+        if marker in ends:
             return True
         if self._form == "tags":
             self._call = CallScanner()
