@@ -243,6 +243,20 @@ def test_a_slow_template_is_ended(start: Start, monkeypatch: pytest.MonkeyPatch)
     assert server.post("/tokenize", {"prompt": "x"}).status_code == 200, "the tokenizer is free again"
 
 
+def test_an_operators_template_is_used_instead_of_the_models(start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text("{% for message in messages %}<{{ message.content }}>{% endfor %}", encoding="utf-8")
+    server = start(tokenizer=byte_level(), chat_template=str(file))
+    tokens = server.post("/tokenize", {"messages": MESSAGES}).json()["tokens"]
+    assert server.post("/detokenize", {"tokens": tokens}).json() == {"prompt": "<hello>"}
+    for text in ("{% for %}", "{{ messages[0].nothing.at_all }}"):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError, match="chat_template cannot write"):
+            start(tokenizer=byte_level(), chat_template=str(file))
+    with pytest.raises(ConfigError, match="needs a tokenizer"):
+        start(tokenizer=None, chat_template=str(file))
+
+
 def test_run_within() -> None:
     assert run_within(5, lambda: 3) == 3
     with pytest.raises(KeyError):
@@ -318,6 +332,8 @@ def test_not_ready_while_draining_but_healthy() -> None:
         ({"api_key": [""]}, "api_key"),
         ({"api_key": "é"}, "api_key"),
         ({"ssl_keyfile": "x"}, "belong together"),
+        ({"chat_template": "/no/template"}, "no file"),
+        ({"chat_template": 3}, "no file"),
         ({"ssl_keyfile": "/no/key", "ssl_certfile": "/no/cert"}, "no file"),
         ({"prot": 1}, "unknown server option 'prot'"),
     ],

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -36,8 +37,10 @@ STREAM = {200: {"content": {"text/event-stream": {"itemSchema": EVENT}}}}
 
 
 def create_app(served: ServedModel, *, version: str = "", options: ServerOptions | None = None) -> FastAPI:
-    """The app for one model. The caller shuts the engine down."""
+    """The app for one model. The caller shuts the engine down. Raises ConfigError for a chat template of no use."""
     options = options or ServerOptions()
+    if options.chat_template is not None:
+        served.use_chat_template(Path(options.chat_template).read_text(encoding="utf-8"))
     app = FastAPI(
         title="AutoDeploy", version=version or "unknown", docs_url=None, redoc_url=None, redirect_slashes=False
     )

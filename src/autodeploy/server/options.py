@@ -21,6 +21,7 @@ class ServerOptions:
         host: address to listen on. Others than this machine reach it on another one, e.g. 0.0.0.0: then set a key.
         port: port to listen on; 0 takes a free one.
         served_model_name: name that clients ask for; may be given several times. Default: MODEL as given.
+        chat_template: file with the chat template, in Jinja, in the place of the model's own.
         api_key: key that clients must send; may be given several times. Better: the variable AUTODEPLOY_API_KEY.
         ssl_keyfile: private key in PEM form, for HTTPS; with ssl_certfile.
         ssl_certfile: certificate in PEM form, for HTTPS; with ssl_keyfile.
@@ -36,6 +37,7 @@ class ServerOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     served_model_name: Sequence[str] = ()
+    chat_template: str | None = None
     api_key: Sequence[str] = ()
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
@@ -97,9 +99,9 @@ def _check(options: ServerOptions) -> None:
         _check_tracing(options.otlp_traces_endpoint)
     if (options.ssl_keyfile is None) != (options.ssl_certfile is None):
         raise ConfigError("ssl_keyfile and ssl_certfile belong together; give both or none")
-    for name in ("ssl_keyfile", "ssl_certfile"):
+    for name in ("ssl_keyfile", "ssl_certfile", "chat_template"):
         path = getattr(options, name)
-        if path is not None and not Path(path).is_file():
+        if path is not None and not (isinstance(path, str) and Path(path).is_file()):
             raise ConfigError(f"{name}: there is no file {path}")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from autodeploy.errors import InvalidRequestError
+from autodeploy.errors import ConfigError, InvalidRequestError
 from autodeploy.runtime.async_engine import AsyncEngine
 from autodeploy.runtime.constraints import Constraints
 from autodeploy.runtime.tokenizer import Tokenizer
@@ -51,6 +51,16 @@ class ServedModel:
         if name is not None and name not in self.names:
             raise HTTPException(404, f"the model {name[:200]!r} does not exist; served: {', '.join(self.names)}")
         return name or self.names[0]
+
+    def use_chat_template(self, text: str) -> None:
+        """From now on, instead of the model's own. Raises ConfigError for one that cannot write a conversation."""
+        if self.tokenizer is None:
+            raise ConfigError("chat_template needs a tokenizer, and this server has none; leave it out")
+        self.tokenizer.hf.chat_template = text
+        try:
+            self.tokenizer.apply_chat_template([{"role": "user", "content": "hello"}])
+        except InvalidRequestError as error:
+            raise ConfigError(f"chat_template cannot write a user's message: {error}") from error
 
     @property
     def chat_template(self) -> str:
