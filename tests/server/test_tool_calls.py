@@ -69,10 +69,10 @@ CASES: list[tuple[ToolFormat, str, str, Calls]] = [
     ),
     (
         "elements",
-        '<function=f><parameter=deep>{"é": [1, null]}</parameter><parameter=yes>True</parameter>'
-        "<parameter=maybe>none</parameter><parameter=other>7</parameter></function> done",
+        '<function=f><parameter=deep>\n{"é": [1, "\\ud800"]} </parameter><parameter=yes>True</parameter>'
+        "<parameter=maybe>null</parameter><parameter=other>7</parameter></function> done",
         " done",
-        [("f", {"deep": {"é": [1, None]}, "yes": True, "maybe": None, "other": "7"})],
+        [("f", {"deep": {"é": [1, "\ud800"]}, "yes": True, "maybe": None, "other": "7"})],
     ),
     (
         "elements",
@@ -117,7 +117,7 @@ def read(plan: AnswerPlan, pieces: list[str]) -> tuple[str, str, Calls]:
             assert part.index == len(calls)
             calls.append([part.name, ""])
         elif isinstance(part, CallArguments):
-            calls[part.index][1] += part.text
+            calls[part.index][1] += part.text.encode().decode()  # as it is sent
     assert reader.num_calls == len(calls)
     return thought, text, [(name, json.loads(arguments)) for name, arguments in calls]
 

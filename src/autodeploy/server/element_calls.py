@@ -19,6 +19,7 @@ from autodeploy.server.answer_parts import CallArguments, CallStart, Part, Text,
 from autodeploy.server.json_scanner import MAX_NAME
 
 FUNCTION, PARAMETER = "<function=", "<parameter="
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
 _CALL, _CALL_END, _FUNCTION_END, _PARAMETER_END = "<tool_call>", "</tool_call>", "</function>", "</parameter>"
 
 
@@ -127,9 +128,8 @@ class ElementCallReader:
         value = "".join(self._value).removeprefix("\n").removesuffix("\n")
         properties = self._parameters.get(self._name, {}).get("properties")
         schema = properties.get(self._parameter) if isinstance(properties, dict) else None
-        written = json.dumps(_typed(value, _types(schema)), ensure_ascii=False)
         comma = "" if self._is_empty else ", "
-        self._arguments(f"{comma}{json.dumps(self._parameter, ensure_ascii=False)}: {written}", parts)
+        self._arguments(f"{comma}{_quoted(self._parameter)}: {_as_json(value, _types(schema))}", parts)
         self._is_empty, self._where = False, "function"
         return True
 
@@ -163,19 +163,20 @@ def _types(schema: Any) -> set[str]:
     }
 
 
-def _typed(value: str, types: set[str]) -> Any:
-    """A value's text as what it stands for, where the schema wants something else than a text and it can be read so."""
-    if "null" in types and value.strip().lower() in ("null", "none"):
-        return None
-    if "string" in types or not (types or value.lstrip().startswith(("{", "["))):
-        return value
+def _as_json(value: str, types: set[str]) -> str:
+    """What is JSON already stays as it is, where the schema wants no text; else a JSON string."""
     spelled = value.strip()
+    if "null" in types and spelled == "null":
+        return spelled
+    if "string" in types or not (types or spelled.startswith(("{", "["))):
+        return _quoted(value)
     if "boolean" in types and spelled.lower() in ("true", "false"):
-        return spelled.lower() == "true"
+        return spelled.lower()
     try:
-        return json.loads(spelled, parse_constant=_refuse)
+        json.loads(spelled, parse_constant=_refuse)
     except (ValueError, RecursionError):
-        return value
+        return _quoted(value)
+    return spelled
 
 
 def _refuse(name: str) -> Any:

@@ -150,7 +150,8 @@ class RequestWatch:
     def close(self) -> None:
         """Nothing more will be seen: what has not ended never will, as its client has gone."""
         for collector in self._collectors.values():
-            for output in collector.snapshot().outputs:
+            outputs = [] if collector.finished else collector.snapshot().outputs
+            for output in outputs:
                 if output.finish_reason is None:
                     self._metrics.note_end("abort")
         self._collectors.clear()
@@ -175,7 +176,7 @@ class _EngineMetrics:
             ("generation_tokens", "Tokens generated.", stats.generation_tokens),
             ("prefix_cache_queries", "Prompt tokens looked for in the cache.", stats.prefix_cache_queried_tokens),
             ("prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hit_tokens),
-            ("prompt_tokens_cached", "The same.", stats.prefix_cache_hit_tokens),
+            ("prompt_tokens_cached", "Prompt tokens found in the cache.", stats.prefix_cache_hit_tokens),
             ("spec_decode_num_drafts", "Verifications of drafts.", stats.num_drafts),
             ("spec_decode_num_draft_tokens", "Tokens drafted.", stats.draft_tokens),
             ("spec_decode_num_accepted_tokens", "Drafted tokens that became output.", stats.accepted_tokens),
