@@ -60,7 +60,7 @@ def test_every_pair(start: Start, options: dict[str, Any]) -> None:
     assert len(refused) == 3 and all(pair <= FEATURES.keys() for pair in refused)
     server = start(random_engine(**options))
     wrong = []
-    with httpx.Client(base_url=server.url, timeout=30) as client:
+    with httpx.Client(base_url=server.url, timeout=120) as client:
         for pair in itertools.combinations(FEATURES, 2):
             body = {"prompt": "hello", "max_tokens": 6} | FEATURES[pair[0]] | FEATURES[pair[1]]
             response = client.post("/v1/completions", json=body)
