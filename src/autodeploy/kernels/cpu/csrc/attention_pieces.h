@@ -18,6 +18,7 @@ constexpr int64_t PIECE = 128;             // positions; a multiple of LANES
 constexpr int GROUP = 4;                   // query heads attended at once
 constexpr int64_t KEYS_AHEAD = 16;         // keys that are fetched before they are used
 constexpr int64_t HEADS = 16;              // query heads in a work item, a multiple of GROUP
+constexpr int64_t RUNS_PER_THREAD = 4;     // runs of work items, so that threads end together
 constexpr int64_t PARTIALS = 16 << 20;     // floats of partial results that are kept at a time, if one query allows it
 
 // A stretch of one query token's context: positions `[begin, end)`, which do not cross a multiple of PIECE.
@@ -50,18 +51,36 @@ Status for_each_query(const Call<T>& c, Visit visit) {
     return DONE;
 }
 
+// out[g][at + i] = the sum of weights[g][j] · values[j][at + i], for W registers of values. By itself, so that sums stay
+// in registers. Meanwhile the same part of the `next` piece's values comes into the second cache.
 template <class T, int G, int W>
-void add_weighted_values(const T* const* values, const float weights[GROUP][PIECE], int64_t count, int64_t at,
-                         float* const* out, int64_t lanes) {
-    Floats totals[G][W] = {};
+__attribute__((noinline)) void add_weighted_values(const T* const* values, const T* const* next, int64_t num_next,
+                                                   const float weights[GROUP][PIECE], int64_t count, int64_t at,
+                                                   float* const* out) {
+    using R = Register<float>;
+    R::Sums totals[G][W] = {};
     for (int64_t j = 0; j < count; ++j) {
+        if (j < num_next) prefetch<2>(next[j] + at, W * R::WIDTH);
         for (int w = 0; w < W; ++w) {
-            const Floats value = W > 1 ? load(values[j] + at + w * LANES) : load(values[j] + at, lanes);
+            R::Sums value = R::pack(values[j] + at + w * R::WIDTH);
+            keep_in_register(value);
             for (int g = 0; g < G; ++g) totals[g][w] = value * weights[g][j] + totals[g][w];
         }
     }
     for (int g = 0; g < G; ++g)
-        for (int w = 0; w < W; ++w) store(out[g] + at + w * LANES, totals[g][w], W > 1 ? LANES : lanes);
+        for (int w = 0; w < W; ++w) store_vector(out[g] + at + w * R::WIDTH, totals[g][w]);
+}
+
+// The last `lanes` values of rows.
+template <class T, int G>
+void add_last_values(const T* const* values, const float weights[GROUP][PIECE], int64_t count, int64_t at,
+                     float* const* out, int64_t lanes) {
+    Floats totals[G] = {};
+    for (int64_t j = 0; j < count; ++j) {
+        const Floats value = load(values[j] + at, lanes);
+        for (int g = 0; g < G; ++g) totals[g] = value * weights[g][j] + totals[g];
+    }
+    for (int g = 0; g < G; ++g) store(out[g] + at, totals[g], lanes);
 }
 
 // Adds to a head's scores of one piece, scaled and capped, what the distance of keys from their query adds.
@@ -123,13 +142,40 @@ __attribute__((noinline)) void multiply_four_keys(const T* const* keys, int64_t 
     for (int g = 0; g < G; ++g) store_sums(sums[g][0], sums[g][1], sums[g][2], sums[g][3], weights[g] + j);
 }
 
-// Meanwhile values come into the cache, and keys that are further on: the hardware does not see pages coming.
+// Where a piece's keys and values are, for one key-value head.
+template <class T>
+struct Places {
+    const T *keys[PIECE], *values[PIECE];
+    int64_t count = 0;
+};
+
+template <class T>
+Status locate(const Call<T>& c, const Piece& piece, int64_t kv_head, Places<T>& places) {
+    places.count = piece.end - piece.begin;
+    const int32_t* page = piece.pages + piece.begin / c.page_size;
+    int64_t offset = piece.begin % c.page_size;
+    for (int64_t j = 0; j < places.count; ++page, offset = 0) {
+        if (*page < 0 || *page >= c.num_pages) return BAD_PAGE;
+        for (; j < places.count && offset < c.page_size; ++j, ++offset) {
+            const int64_t entry = (*page * c.page_size + offset) * c.num_kv_heads + kv_head;
+            places.keys[j] = c.key_cache + entry * c.head_dim;
+            places.values[j] = c.value_cache + entry * c.value_stride;
+        }
+    }
+    return DONE;
+}
+
+// Meanwhile values come into the first cache, keys that are further on too, and those of the `next` piece into the
+// second: the hardware does not see pages coming.
 template <class T, int G, class X>
-void multiply_keys(const T* const* keys, const T* const* values, int64_t count, const X* const* queries,
-                   int64_t head_dim, int64_t value_dim, float weights[GROUP][PIECE]) {
+void multiply_keys(const Places<T>& places, const Places<T>& next, const X* const* queries, int64_t head_dim,
+                   int64_t value_dim, float weights[GROUP][PIECE]) {
+    const T *const* keys = places.keys, *const* values = places.values;
+    const int64_t count = places.count;
     const auto fetch = [&](int64_t j) {
         if (j + KEYS_AHEAD < count) prefetch<3>(keys[j + KEYS_AHEAD], head_dim);
         prefetch<3>(values[j], value_dim);
+        if (j < next.count) prefetch<2>(next.keys[j], head_dim);
     };
     int64_t j = 0;
     if constexpr (G < 4)  // four keys of four queries have too few registers
@@ -147,11 +193,11 @@ void multiply_keys(const T* const* keys, const T* const* values, int64_t count, 
 
 // G query heads over one piece. `partials` and the values behind them are the heads' places in the scratch memory.
 template <class T, int G>
-void attend(const Call<T>& c, const Piece& piece, int64_t head, const T* const* keys, const T* const* values,
+void attend(const Call<T>& c, const Piece& piece, int64_t head, const Places<T>& places, const Places<T>& next,
             float* partials, int64_t partial_size) {
     using X = typename Product<T>::Operand;
     const T* query = c.query + piece.token * c.query_token_stride + head * c.query_head_stride;
-    const int64_t count = piece.end - piece.begin;
+    const int64_t count = places.count;
     const X* queries[G];
     float weights[GROUP][PIECE];
     float* out[G];
@@ -164,7 +210,7 @@ void attend(const Call<T>& c, const Piece& piece, int64_t head, const T* const* 
     } else {
         for (int g = 0; g < G; ++g) queries[g] = query + g * c.query_head_stride;
     }
-    multiply_keys<T, G>(keys, values, count, queries, c.head_dim, c.value_dim, weights);
+    multiply_keys<T, G>(places, next, queries, c.head_dim, c.value_dim, weights);
     for (int g = 0; g < G; ++g) {
         for (int64_t tail = count; tail % LANES != 0; ++tail) weights[g][tail] = 0.0f;
         scale_and_cap(weights[g], count, c.scale, c.softcap);
@@ -174,41 +220,28 @@ void attend(const Call<T>& c, const Piece& piece, int64_t head, const T* const* 
         partials[g * partial_size + 1] = partial.total;
         out[g] = partials + g * partial_size + 2;
     }
-    // Vectors of values at a time: compilers keep 8 small sums in registers, or 16 large ones.
-    constexpr int W = REGISTER_BYTES == 64 || G == 1 ? 4 : G == 2 ? 2 : 1;
+    // Registers of values at a time, so that there are as many for sums as the processor has.
+    constexpr int W = REGISTER_BYTES == 64 ? 4 : G == 1 ? 8 : G < 4 ? 4 : 2, WIDTH = W * Register<float>::WIDTH;
     int64_t at = 0;
-    for (; W > 1 && at + W * LANES <= c.value_dim; at += W * LANES)
-        add_weighted_values<T, G, W>(values, weights, count, at, out, LANES);
+    for (; at + WIDTH <= c.value_dim; at += WIDTH)
+        add_weighted_values<T, G, W>(places.values, next.values, next.count, weights, count, at, out);
     for (; at < c.value_dim; at += LANES)
-        add_weighted_values<T, G, 1>(values, weights, count, at, out, c.value_dim - at);
+        add_last_values<T, G>(places.values, weights, count, at, out, c.value_dim - at);
 }
 
 // Query heads `[head, last)`, which share a key-value head, over one piece.
 template <class T>
-Status attend_piece(const Call<T>& c, const Piece& piece, int64_t head, int64_t last, float* partials,
-                    int64_t partial_size) {
-    const T *keys[PIECE], *values[PIECE];
-    const int64_t count = piece.end - piece.begin, kv_head = head / (c.num_heads / c.num_kv_heads);
-    const int32_t* page = piece.pages + piece.begin / c.page_size;
-    int64_t offset = piece.begin % c.page_size;
-    for (int64_t j = 0; j < count; ++page, offset = 0) {
-        if (*page < 0 || *page >= c.num_pages) return BAD_PAGE;
-        for (; j < count && offset < c.page_size; ++j, ++offset) {
-            const int64_t entry = (*page * c.page_size + offset) * c.num_kv_heads + kv_head;
-            keys[j] = c.key_cache + entry * c.head_dim;
-            values[j] = c.value_cache + entry * c.value_stride;
-        }
-    }
+void attend_piece(const Call<T>& c, const Piece& piece, int64_t head, int64_t last, const Places<T>& places,
+                  const Places<T>& next, float* partials, int64_t partial_size) {
     for (; head < last; head += GROUP) {
         float* place = partials + head * partial_size;
         switch (last - head) {
-            case 1: attend<T, 1>(c, piece, head, keys, values, place, partial_size); break;
-            case 2: attend<T, 2>(c, piece, head, keys, values, place, partial_size); break;
-            case 3: attend<T, 3>(c, piece, head, keys, values, place, partial_size); break;
-            default: attend<T, 4>(c, piece, head, keys, values, place, partial_size);
+            case 1: attend<T, 1>(c, piece, head, places, next, place, partial_size); break;
+            case 2: attend<T, 2>(c, piece, head, places, next, place, partial_size); break;
+            case 3: attend<T, 3>(c, piece, head, places, next, place, partial_size); break;
+            default: attend<T, 4>(c, piece, head, places, next, place, partial_size);
         }
     }
-    return DONE;
 }
 
 // One query head's result from its pieces' partial ones, whose greatest scores become the factors they are scaled by.
@@ -275,13 +308,26 @@ void attend_queries(const Call<T>& c, const Shared& shared, int64_t first, int64
     const int64_t piece_size = partial_size * c.num_heads, heads_each = c.num_heads / c.num_kv_heads;
     const int64_t parts_each = (heads_each + HEADS - 1) / HEADS, parts = c.num_kv_heads * parts_each;
     const int64_t begin = shared.starts[first], end = shared.starts[last];
+    const int64_t items = (end - begin) * parts, wanted = RUNS_PER_THREAD * team_size();
+    const int64_t run = std::max<int64_t>(1, (items + wanted - 1) / wanted);
+    // Within a run of items it is known what comes next, and can be fetched in time.
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < (end - begin) * parts; ++item) {
-        const int64_t p = item / parts, part = item % parts, kv_head = part / parts_each;
-        const int64_t head = kv_head * heads_each + part % parts_each * HEADS;
-        const Status found = attend_piece(c, shared.pieces[begin + p], head,
-                                          std::min(head + HEADS, (kv_head + 1) * heads_each),
-                                          shared.partials + p * piece_size, partial_size);
+    for (int64_t from = 0; from < items; from += run) {
+        const int64_t to = std::min(from + run, items);
+        const auto locate_item = [&](int64_t item, Places<T>& places) {
+            places.count = 0;
+            return item == to ? DONE : locate(c, shared.pieces[begin + item / parts], item % parts / parts_each, places);
+        };
+        Places<T> both[2];
+        Status found = locate_item(from, both[from % 2]);
+        for (int64_t item = from; item < to && found == DONE; ++item) {
+            found = locate_item(item + 1, both[(item + 1) % 2]);
+            if (found != DONE) break;
+            const int64_t p = item / parts, part = item % parts, kv_head = part / parts_each;
+            const int64_t head = kv_head * heads_each + part % parts_each * HEADS;
+            attend_piece(c, shared.pieces[begin + p], head, std::min(head + HEADS, (kv_head + 1) * heads_each),
+                         both[item % 2], both[(item + 1) % 2], shared.partials + p * piece_size, partial_size);
+        }
         if (found != DONE) {
 #pragma omp atomic write
             *shared.fault = found;
