@@ -114,13 +114,15 @@ def test_large_and_tiny_activations() -> None:
     assert quantized_linear_cpu(**arguments)[0, [0, 5]].eq(0).all()
 
 
-def test_extremes_of_both_ranges_do_not_overflow() -> None:
-    for number_format in (NumberFormat(8, None), NumberFormat(8, 32, has_offsets=True)):
-        arguments = sample(2, 4096, 16, number_format, torch.float32)
-        arguments["weight"].fill_(255)
-        arguments["x"] = torch.full((1, 2, 4096), -1.0)
-        expected = quantized_linear.reference(**arguments)
-        torch.testing.assert_close(quantized_linear_cpu(**arguments), expected, rtol=1e-4, atol=0)
+@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("numbers", [0, 255])
+@pytest.mark.parametrize("number_format", FORMATS[:1] + FORMATS[2:], ids=str)
+def test_extremes_of_both_ranges_do_not_overflow(number_format: NumberFormat, numbers: int, rows: int) -> None:
+    arguments = sample(rows, 4032, 16, number_format, torch.float32)
+    arguments["weight"].fill_(numbers)
+    arguments["x"] = torch.full((1, rows, 4032), -1.0)
+    expected = quantized_linear.reference(**arguments)
+    torch.testing.assert_close(quantized_linear_cpu(**arguments), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -117,21 +117,30 @@ inline Vector<int32_t, SIZE<V>> round(V x) {
 #endif
 }
 
-// How AVX2 alone multiplies weights of 8 bits: as pairs of 16 bits.
+// How AVX2 alone multiplies: weights of 8 bits as pairs of 16 bits; of 4 bits with sums of 16 bits, two for an output,
+// of which one counts the first two inputs of each quad and the other the last two.
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 template <int BITS>
 constexpr bool IN_PAIRS = BITS == 8;
+template <int BITS>
+constexpr bool HAS_SHORT_SUMS = BITS == 4;
 #else
 template <int BITS>
 constexpr bool IN_PAIRS = false;
+template <int BITS>
+constexpr bool HAS_SHORT_SUMS = false;
 #endif
+
+// Of lanes in quads the last two of each.
+constexpr int32_t LAST_OF_QUADS[LANES] = {0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1};
+
 
 // A block of a row of activations: scale · numbers, and what every output's sum begins with.
 template <int BITS>
 struct Block {
     std::conditional_t<IN_PAIRS<BITS>, int16_t, int8_t> numbers[STEP];  // in pairs, a quad is in the order 0, 2, 1, 3
     float scale;
-    int32_t start;  // - middle · sum of the numbers, so that weights count from their middle
+    int32_t start;  // - middle · sum of the numbers, so that weights count from their middle; or two such sums
     float sum;      // scale · sum of the numbers, for offsets
 
     void write(const Ints rounded[2]) {
@@ -191,10 +200,17 @@ struct RoundedRows {
             const Ints rounded[2] = {is_finite ? round(low * inverse) : Ints{},
                                      is_finite ? round(high * inverse) : Ints{}};
             block->write(rounded);
-            const int32_t total = add(rounded[0] + rounded[1]);
+            const Ints both = rounded[0] + rounded[1];
+            const int32_t total = add(both);
             block->scale = is_finite ? largest / 127.0f : __builtin_nanf("");
             block->start = -middle * total;
             block->sum = block->scale * static_cast<float>(total);
+            if constexpr (HAS_SHORT_SUMS<BITS>) {
+                const int32_t last = add(both & load_vector<Ints>(LAST_OF_QUADS));
+                const uint16_t starts[2] = {static_cast<uint16_t>(-middle * (total - last)),
+                                            static_cast<uint16_t>(-middle * last)};
+                std::memcpy(&block->start, starts, sizeof(block->start));
+            }
         }
     }
 };
@@ -252,16 +268,20 @@ inline __m256i weights_of(const uint8_t* from, bool second) {
 
 // Of 4 bits, a block's products are summed in 16 bits, where they fit: 16 · 15 · 127. Of 8 bits they need 32.
 template <int BITS>
-inline __m256i add_products(__m256i sums, __m256i weights, __m256i x) {
-    return BITS == 4 ? _mm256_add_epi16(sums, _mm256_maddubs_epi16(weights, x))
-                     : _mm256_add_epi32(sums, _mm256_madd_epi16(weights, x));
+inline __m256i multiply_weights(__m256i weights, __m256i x) {
+    return BITS == 4 ? _mm256_maddubs_epi16(weights, x) : _mm256_madd_epi16(weights, x);
 }
 
-template <int BITS, int M>
-inline void block_products(const uint8_t*& weight, const Block<BITS>* block, Ints whole[M]) {
-    __m256i sums[M][2];
-    for (int m = 0; m < M; ++m)
-        sums[m][0] = sums[m][1] = BITS == 4 ? _mm256_setzero_si256() : _mm256_set1_epi32(block[m].start);
+template <int BITS>
+inline __m256i add_sums(__m256i a, __m256i b) {
+    return BITS == 4 ? _mm256_add_epi16(a, b) : _mm256_add_epi32(a, b);
+}
+
+// A block's sums for the halves of a tile, which begin with what the block says (STARTS) or with zero.
+template <int BITS, int M, bool STARTS>
+inline void sums_of_block(const uint8_t*& weight, const Block<BITS>* block, __m256i sums[M][2]) {
+    if constexpr (STARTS)
+        for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = broadcast(&block[m].start);
 #pragma GCC unroll 8
     for (int quad = 0; quad < 8; quad += 8 / BITS, weight += VECTOR) {
         if constexpr (BITS == 4) __builtin_prefetch(weight + AHEAD);
@@ -269,20 +289,60 @@ inline void block_products(const uint8_t*& weight, const Block<BITS>* block, Int
             const __m256i weights[2] = {weights_of<BITS>(weight, second), weights_of<BITS>(weight + VECTOR / 2, second)};
             for (int m = 0; m < M; ++m) {
                 const __m256i x = broadcast(block[m].numbers + 4 * quad + (BITS == 4 ? 4 : 2) * second);
-                for (int half = 0; half < 2; ++half) sums[m][half] = add_products<BITS>(sums[m][half], weights[half], x);
+                for (int half = 0; half < 2; ++half) {
+                    const __m256i products = multiply_weights<BITS>(weights[half], x);
+                    const bool is_first = !STARTS && quad == 0 && second == 0;
+                    sums[m][half] = is_first ? products : add_sums<BITS>(sums[m][half], products);
+                }
                 // In this order: with more at a time, sums would not stay in registers.
                 asm("" : "+x"(sums[m][0]), "+x"(sums[m][1]));
             }
         }
     }
+}
+
+template <int BITS, int M>
+inline void block_products(const uint8_t*& weight, const Block<BITS>* block, Ints whole[M]) {
     using Half = Vector<int32_t, LANES / 2>;
-    for (int m = 0; m < M; ++m) {
-        if constexpr (BITS == 4)
-            for (int half = 0; half < 2; ++half)
-                sums[m][half] = _mm256_add_epi32(_mm256_madd_epi16(sums[m][half], _mm256_set1_epi16(1)),
-                                                 _mm256_set1_epi32(block[m].start));
+    __m256i sums[M][2];
+    sums_of_block<BITS, M, true>(weight, block, sums);
+    for (int m = 0; m < M; ++m)
         whole[m] = bit_cast<Ints>(Pair<Half>{bit_cast<Half>(sums[m][0]), bit_cast<Half>(sums[m][1])});
+}
+
+inline __m256 load_half(const fp16* from) {
+    return load_halves<Vector<float, 8>>(reinterpret_cast<const uint16_t*>(from));
+}
+
+// As `tile_products` below, with sums of 16 bits. Each block takes its scales by itself: then results, for which registers
+// have no place beside the sums, are read and written once.
+template <bool OFFSETS, int M>
+inline void short_sums_of_tile(const Tile& tile, const Block<4>* block, int64_t width, Floats results[M]) {
+    const uint8_t* weight = tile.weight;
+    const fp16 *scales = tile.scales, *offsets = tile.offsets;
+    alignas(32) float totals[M][2][LANES / 2] = {};
+    for (int64_t group = 0; group < tile.num_groups; ++group, scales += TILE) {
+        for (int64_t b = 0; b < tile.blocks_each; ++b, block += width) {
+            __m256i sums[M][2];
+            sums_of_block<4, M, !OFFSETS>(weight, block, sums);
+            __builtin_prefetch(scales + SCALES_AHEAD);
+            if constexpr (OFFSETS) __builtin_prefetch(offsets + SCALES_AHEAD);
+            for (int half = 0; half < 2; ++half) {
+                const __m256 scale = load_half(scales + half * TILE / 2);
+                const __m256 offset = OFFSETS ? load_half(offsets + half * TILE / 2) : scale;
+                for (int m = 0; m < M; ++m) {
+                    const __m256i whole = _mm256_madd_epi16(sums[m][half], _mm256_set1_epi16(1));
+                    const __m256 product = _mm256_cvtepi32_ps(whole) * _mm256_set1_ps(block[m].scale);
+                    __m256 total = product * scale + _mm256_load_ps(totals[m][half]);
+                    if constexpr (OFFSETS) total = offset * _mm256_set1_ps(block[m].sum) + total;
+                    _mm256_store_ps(totals[m][half], total);
+                }
+            }
+            asm("" ::: "memory");  // or compilers keep results in registers, and sums elsewhere
+        }
+        if constexpr (OFFSETS) offsets += TILE;
     }
+    for (int m = 0; m < M; ++m) results[m] = load(totals[m][0]);
 }
 #else
 template <int BITS, int M>
@@ -306,6 +366,9 @@ inline void block_products(const uint8_t*& weight, const Block<BITS>* block, Int
 // registers: in a larger function, compilers spill addresses that every load waits for.
 template <int BITS, bool OFFSETS, int M>
 __attribute__((noinline)) void tile_products(const Tile& tile, const Block<BITS>* block, int64_t width, Floats results[M]) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+    if constexpr (BITS == 4) return short_sums_of_tile<OFFSETS, M>(tile, block, width, results);
+#endif
     const uint8_t* weight = tile.weight;
     const fp16 *scales = tile.scales, *offsets = tile.offsets;
     const int64_t num_groups = tile.num_groups, blocks_each = tile.blocks_each;
