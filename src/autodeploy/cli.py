@@ -32,6 +32,7 @@ from autodeploy.cli_flags import (
 )
 from autodeploy.config import ALIASES, Options, parse_options
 from autodeploy.errors import AutoDeployError, ConfigError, InvalidRequestError
+from autodeploy.start_up import without_collection
 
 notes = Console(stderr=True, highlight=False)
 
@@ -119,10 +120,11 @@ def serve(
         quiet: no progress and no build report.
     """
     try:
-        from autodeploy.server.app import create_app
-        from autodeploy.server.options import NAMES, parse_server_options
-        from autodeploy.server.run import make_server
-        from autodeploy.server.served import ServedModel
+        with without_collection():
+            from autodeploy.server.app import create_app
+            from autodeploy.server.options import NAMES, parse_server_options
+            from autodeploy.server.run import make_server
+            from autodeploy.server.served import ServedModel
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs {error.name!r}: pip install 'autodeploy[serve]'") from error
 
@@ -139,7 +141,9 @@ def serve(
             constraints=llm.constraints,
             default_sampling=llm.generation_defaults,
         )
-        make_server(create_app(served, version=_show_version(), options=options), served, options).run()
+        with without_collection():
+            server = make_server(create_app(served, version=_show_version(), options=options), served, options)
+        server.run()
 
 
 @app.command

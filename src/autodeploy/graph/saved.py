@@ -46,7 +46,10 @@ def save(description: dict[str, Any], graph: ModelGraph, folder: Path, extra: di
 
 
 def restore(folder: Path) -> tuple[ModelGraph, dict[str, Any]]:
-    """The graph in a folder, at level LOWERED and without weights, and the extra values saved with it."""
+    """The graph in a folder, at level LOWERED and without weights, and the extra values saved with it.
+
+    Its module's code is made when kernels are bound, not here: that takes as long as all the rest.
+    """
     document = json.loads((folder / GRAPH_FILE).read_text(encoding="utf-8"))
     module = fx.GraphModule({}, fx.Graph())
     weights: dict[str, Recipe] = {name: _decode(recipe, {}) for name, recipe in document["weights"].items()}
@@ -66,7 +69,6 @@ def restore(folder: Path) -> tuple[ModelGraph, dict[str, Any]]:
         if entry["value"] is not None:
             dtype, sizes = entry["value"]
             node.meta["val"] = torch.empty(sizes, dtype=getattr(torch, dtype), device="meta")
-    module.recompile()
     graph = ModelGraph(
         document["name"],
         module,
