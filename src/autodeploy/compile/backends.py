@@ -83,4 +83,4 @@ def compile_graph(
 
     if backend == "torch-opt":
         return compile_cuda_graph(graph, device, report, graph_capture(device), capture_sizes, region_compiler(graph))
-    return compile_inductor(graph)
+    return compile_inductor(graph, report)
