@@ -4,8 +4,8 @@
 
 Each is switched off by a public option and measured in turns with the default (with, without, with, without, ...), so
 that every pair shares the machine's mood. A ratio above 1 is what the build gains from it. What changes several ops at
-once (a fusion that makes room for a kernel) counts with all it brings, so ratios do not multiply up to the last line,
-which is everything off.
+once (a fusion that makes room for a kernel) counts with all it brings, so ratios do not multiply up to that of
+everything off. Last, the default backend is exchanged for `torch-compile`, with native kernels and without.
 """
 
 import argparse
@@ -34,7 +34,8 @@ from autodeploy.transforms.pipeline import default_pipeline
 
 SLOW_SECONDS = 20.0
 SMOKE = ["fuse_qkv", "kernel rms_norm"]
-Transforms = Mapping[str, Mapping[str, Any]]
+Switch = Mapping[str, Any]
+"""Options that switch something off."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,25 +47,30 @@ class Load:
     rounds: int = 5
 
 
-def load_engine(folder: str, precision: str, transforms: Transforms) -> Engine:
-    """An engine with some transforms switched off, with memory for one long request."""
+def load_engine(folder: str, precision: str, switch: Switch) -> Engine:
+    """An engine with something switched off, with memory for one long request."""
     quantization = None if precision == "bf16" else precision
     lean = {"graph_cache": False, "check_isolation": False, "kv_cache_memory_bytes": 2**28}
-    options = parse_options({"transforms": transforms, "quantization": quantization} | lean)
+    options = parse_options({"quantization": quantization, **switch} | lean)
     return Engine(build(folder, options), options.engine)
 
 
-def switches(engine: Engine) -> dict[str, Transforms]:
-    """What can be switched off in the default build, and the options that do it."""
+def switches(engine: Engine) -> dict[str, Switch]:
+    """What can be switched off in the default build, or exchanged for Inductor, and the options that do it."""
     report = engine.program.report
     fusions = [transform.name() for transform in _fusions() if report.rewrites().get(transform.name())]
     kernels = [name for name, chosen in sorted(report.kernels.items()) if set(chosen) - {REFERENCE}]
-    everything = {name: {"enabled": False} for name in fusions} | {"select_kernels": {"without": tuple(kernels)}}
-    return (
+    no_kernels = {"select_kernels": {"without": tuple(kernels)}}
+    transforms = (
         {name: {name: {"enabled": False}} for name in fusions}
         | {f"kernel {name}": {"select_kernels": {"without": (name,)}} for name in kernels}
-        | {"all of them": everything}
+        | {"kernels": no_kernels, "all of them": {name: {"enabled": False} for name in fusions} | no_kernels}
     )
+    return {name: {"transforms": value} for name, value in transforms.items()} | {
+        "replay": {"compile_backend": "torch-simple"},
+        "replay, for Inductor": {"compile_backend": "torch-compile"},
+        "replay and kernels, for Inductor": {"compile_backend": "torch-compile", "transforms": no_kernels},
+    }
 
 
 def _fusions() -> list[Any]:
@@ -87,10 +93,10 @@ def compare(folder: str, precision: str, load: Load, chosen: list[str] | None) -
     """
     default = load_engine(folder, precision, {})
     pairs: dict[str, dict[str, list[Any]]] = {}
-    for name, transforms in switches(default).items():
+    for name, switch in switches(default).items():
         if chosen and name not in chosen:
             continue
-        other = load_engine(folder, precision, transforms)
+        other = load_engine(folder, precision, switch)
         pairs[name] = {"decode": [], "prefill": []}
         for turn in range(load.rounds + 1):
             start = time.perf_counter()
