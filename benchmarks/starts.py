@@ -54,7 +54,9 @@ def start(subject: str, folder: str, cache: str, text: str) -> float:
     own = {"AUTODEPLOY_CACHE": f"{cache}/autodeploy", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
     began = time.perf_counter()
     command = [sys.executable, "-c", SUBJECTS[subject], folder, text]
-    with subprocess.Popen(command, env=os.environ | own, stdout=subprocess.PIPE, text=True) as process:
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    # Bytecode is kept, as that of installed packages is.
+    with subprocess.Popen(command, env=inherited | own, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         line = next((line for line in process.stdout if line.startswith("first")), None)
         seconds = time.perf_counter() - began

@@ -34,10 +34,11 @@ class ProcessGroup:
 
     def __init__(self, command: Sequence[str], variables: dict[str, str], log: Path, stdout: int | None) -> None:
         self._log = log
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
                 command,
-                env=os.environ | variables,
+                env=inherited | variables,  # bytecode is kept, as that of installed packages is
                 stdin=subprocess.PIPE if stdout == subprocess.PIPE else subprocess.DEVNULL,
                 stdout=errors if stdout is None else stdout,
                 stderr=errors,
