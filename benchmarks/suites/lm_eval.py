@@ -16,6 +16,8 @@ from suites.setting import Setting
 TASKS = Path(__file__).parent / "tasks"
 SCORED = ("documentation_choice", "documentation_perplexity", "documentation_continuation")
 SPOKEN = ("documentation_continuation",)
+WHOLE_TEXTS = "documentation_perplexity"
+"""Its answers are log-probabilities alone, which the samples have as texts."""
 TOLERANCE = 1e-3
 """Of a log-probability of a whole answer, in nats; of a score, relative."""
 
@@ -90,10 +92,15 @@ def _evaluate(
     for task in tasks:
         (samples,) = output.rglob(f"samples_{task}_*.jsonl")
         lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
-        answers = {line["doc_id"]: line["filtered_resps"] for line in lines}
         values = {key: value for key, value in scores[task].items() if isinstance(value, float)}
-        found[task] = {"scores": values, "answers": [answers[number] for number in sorted(answers)]}
+        found[task] = {"scores": values, "answers": answers(task, lines)}
     return found
+
+
+def answers(task: str, samples: list[dict[str, Any]]) -> list[list[Any]]:
+    """What was answered to each document, in the order of the documents."""
+    found = [sample["filtered_resps"] for sample in sorted(samples, key=lambda sample: int(sample["doc_id"]))]
+    return [[float(each) for each in given] for given in found] if task == WHOLE_TEXTS else found
 
 
 def compare(served: dict[str, Any], direct: dict[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,13 @@ def test_greedy_texts_are_the_same_or_they_do_not_agree(script: Script) -> None:
     assert not found["agrees"] and found["unequal_answers"] == 1
 
 
+def test_log_probabilities_of_whole_texts_are_compared_as_numbers(script: Script) -> None:
+    lm_eval = script("suites.lm_eval")
+    samples = [{"doc_id": at, "filtered_resps": [text]} for at, text in ((10, "-2.5"), (2, "-1.5"))]
+    assert lm_eval.answers(lm_eval.WHOLE_TEXTS, samples) == [[-1.5], [-2.5]]
+    assert lm_eval.answers("another", samples) == [["-1.5"], ["-2.5"]]
+
+
 def _answer(*choices: tuple[str, str]) -> dict[str, Any]:
     return {"choices": [{"text": text, "finish_reason": reason} for text, reason in choices]}
 
