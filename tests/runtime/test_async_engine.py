@@ -51,6 +51,20 @@ def test_many_requests_get_their_own_tokens() -> None:
         wait_until(lambda: engine.stats().generation_tokens == 100)
 
 
+def test_who_has_got_a_token_finds_it_counted() -> None:
+    counted: list[int] = []
+
+    def deliver(delivery: Delivery) -> None:
+        assert isinstance(delivery, list)
+        if delivery:
+            counted.append(engine.stats().generation_tokens)
+
+    with running(FakeEngine()) as engine:
+        engine.submit("r", [1], SamplingParams(max_tokens=3), deliver)
+        wait_until(lambda: len(counted) == 3)
+    assert counted == [1, 2, 3]
+
+
 def test_cancelling_the_consumer_aborts_the_request() -> None:
     fake = FakeEngine(step_seconds=0.001)
 

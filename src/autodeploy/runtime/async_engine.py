@@ -191,6 +191,7 @@ class AsyncEngine:
                     self._step_started = time.monotonic()
                     outputs = self._engine.step()
                     self._step_started = None
+                    self._stats = self._engine.stats()  # who has got a token finds it counted
                     self._route(outputs)
                 self._stats = self._engine.stats()
         except BaseException as error:  # whatever it was, those who wait must hear of it
