@@ -107,6 +107,29 @@ def test_a_reader_that_takes_nothing_is_disconnected(serve: Serve, monkeypatch: 
     assert httpx.get(f"{url}/health").status_code == 200
 
 
+def test_connections_that_send_no_whole_request_are_closed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one or a later one; an answer may take longer than that, and so may the time between two requests."""
+    monkeypatch.setattr("autodeploy.server.run.SLOW_SENDER_SECONDS", 0.3)
+    url, _, _ = serve(FakeEngine(step_seconds=0.02))
+    body = json.dumps({"prompt": [1], "max_tokens": 50, **GREEDY}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    whole = f"{head}\r\n\r\n".encode() + body
+    for sent in (b"", b"GET /hea", whole[:-3], whole + whole[:-3]):
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=30) as connection:
+            connection.sendall(sent)
+            received = connection.makefile("rb").read()
+        assert received.count(b"HTTP/1.1 200") == (1 if sent.startswith(whole) else 0)
+        assert received == b"" or b'"completion_tokens":50' in received
+    patient = http.client.HTTPConnection("127.0.0.1", int(url.rpartition(":")[2]), timeout=30)
+    patient.connect()
+    patient.auto_open = 0  # not on another connection
+    for _ in range(2):
+        patient.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        assert b'"completion_tokens":50' in patient.getresponse().read()
+        time.sleep(0.6)
+    patient.close()
+
+
 def test_out_of_pages_is_slower_and_otherwise_the_same(start: Start) -> None:
     """Memory for a third of what runs: sequences are put back and computed again; what can never fit is refused."""
     server = start(random_engine(kv_cache_memory_bytes=40 * 128, max_model_len=512))

@@ -29,8 +29,39 @@ STALLED_READER_SECONDS = 60
 """A client that takes nothing of its answer for so long has gone, as far as the server is concerned."""
 
 
+SLOW_SENDER_SECONDS = 60
+"""A connection is closed when its first request is not there by then, or a later one that long after its first byte."""
+
+
 class HttpProtocol(H11Protocol):
-    """HTTP as h11 reads it, which bounds headers. What is no HTTP at all is answered in OpenAI's shape too."""
+    """HTTP as h11 reads it, which bounds headers. What is no HTTP at all is answered in OpenAI's shape too.
+
+    Who opens connections and does not send a whole request in `SLOW_SENDER_SECONDS` loses them: a process can have only
+    so many.
+    """
+
+    _limit: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._limit = self.loop.call_later(SLOW_SENDER_SECONDS, transport.close)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        state = self.conn.their_state
+        if state not in (h11.IDLE, h11.SEND_BODY):  # the request is whole
+            self._end_limit()
+        elif self._limit is None and (state is h11.SEND_BODY or self.conn.trailing_data[0]):
+            self._limit = self.loop.call_later(SLOW_SENDER_SECONDS, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_limit()
+        super().connection_lost(exc)
+
+    def _end_limit(self) -> None:
+        if self._limit is not None:
+            self._limit.cancel()
+            self._limit = None
 
     def send_400_response(self, msg: str) -> None:
         response = error_response(400, msg, "invalid_request_error", headers={"Connection": "close"})
