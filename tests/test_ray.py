@@ -25,7 +25,14 @@ import json, sys
 import ray
 from ray import serve
 import autodeploy.ray
-ray.init(num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False)
+for attempt in range(3):
+    try:
+        ray.init(num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False)
+        break
+    except Exception as error:  # Ray gives its own processes 30 seconds, whatever else the machine does
+        if attempt == 2 or "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
 serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
 application = {"model": sys.argv[1], "num_replicas": 2, "served_model_name": "tiny", "routing": sys.argv[3]}
 serve.run(autodeploy.ray.app(application))
