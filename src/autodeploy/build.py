@@ -40,6 +40,7 @@ from autodeploy.ops.fp8_moe import fp8_moe
 from autodeploy.ops.linear import linear
 from autodeploy.ops.moe import expert_linear, moe
 from autodeploy.ops.nvfp4_linear import nvfp4_linear
+from autodeploy.ops.nvfp4_moe import nvfp4_moe
 from autodeploy.ops.op import Kernel
 from autodeploy.ops.quantized_linear import quantized_linear
 from autodeploy.ops.quantized_moe import quantized_moe
@@ -430,6 +431,7 @@ _EXPERTS = (
     (expert_linear, ("weight",), ()),
     (quantized_moe, ("gate_up", "down"), ("gate_up_scales", "gate_up_offsets", "down_scales", "down_offsets")),
     (fp8_moe, ("gate_up", "down"), ("gate_up_scales", "down_scales")),
+    (nvfp4_moe, ("gate_up", "down"), ("gate_up_scales", "down_scales")),
 )
 """Ops that read experts' weights, the parameters that are weights, and those that belong to them."""
 
@@ -449,7 +451,8 @@ def _chosen_weights(graph: ModelGraph) -> Iterator[tuple[fx.Node, int, int]]:
                     continue
                 value = weight.meta["val"]
                 num_experts = arguments.get("num_experts", value.shape[0])
-                weights_each = 0 if name in belonging else 8 // value.shape[2] if op is quantized_moe else 1
+                packed = 8 // value.shape[2] if op is quantized_moe else 2 if op is nvfp4_moe else 1
+                weights_each = 0 if name in belonging else packed
                 yield weight, value.numel() // num_experts * min(choices, num_experts), weights_each
 
 

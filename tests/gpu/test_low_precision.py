@@ -43,7 +43,7 @@ def _moved(sample: dict[str, Any], dtype: torch.dtype, device: str) -> dict[str,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["fp8_linear", "fp8_moe", "nvfp4_linear"])
+@pytest.mark.parametrize("name", ["fp8_linear", "fp8_moe", "nvfp4_linear", "nvfp4_moe"])
 def test_kernels_give_what_their_ops_give(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     provider.priority(torch.device("cuda"))
@@ -102,6 +102,7 @@ def _distance(found: Tensor, expected: Tensor) -> float:
         ("nvfp4", "nvfp4_linear", False),
         ("fp8", "fp8_moe", True),
         ("fp8_per_block", "fp8_moe", True),
+        ("nvfp4", "nvfp4_moe", True),
     ],
 )
 def test_models_give_the_references_logits(quantization: str, op: str, mixture: bool) -> None:

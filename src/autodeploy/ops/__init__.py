@@ -22,7 +22,7 @@ norm.py rope.py linear.py mlp.py moe.py   token-wise operations
 quantized_linear.py quantized_moe.py       products with weights of 8 or 4 bits
 quantized_embedding.py       rows of such weights, looked up
 fp8_linear.py fp8_moe.py       the same with 8-bit floating point
-nvfp4_linear.py  the same with 4-bit floating point
+nvfp4_linear.py nvfp4_moe.py   the same with 4-bit floating point
 sampling.py      tokens chosen from rows of logits, beside the graph
 """
 
@@ -43,6 +43,7 @@ from autodeploy.ops.mlstm import mlstm
 from autodeploy.ops.moe import expert_linear, moe
 from autodeploy.ops.norm import add_rms_norm, gated_rms_norm, layer_norm, rms_norm
 from autodeploy.ops.nvfp4_linear import nvfp4_linear
+from autodeploy.ops.nvfp4_moe import nvfp4_moe
 from autodeploy.ops.op import OPS, Kernel, Op, find_op, op
 from autodeploy.ops.quantized_embedding import quantized_embedding
 from autodeploy.ops.quantized_linear import quantized_linear
@@ -91,6 +92,7 @@ __all__ = [
     "mlstm",
     "moe",
     "nvfp4_linear",
+    "nvfp4_moe",
     "op",
     "quantized_embedding",
     "quantized_linear",

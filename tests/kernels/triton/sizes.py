@@ -245,6 +245,21 @@ def fp8_moe() -> list[Arguments]:
     return [sample(1, None), sample(64, 128)]
 
 
+def nvfp4_moe() -> list[Arguments]:
+    def numbers(name: str, rows: int, columns: int) -> Arguments:
+        scales = empty(128 * rows, columns // 16, dtype=torch.float8_e4m3fn)
+        weight = empty(128 * rows, columns // 2, dtype=torch.uint8)
+        scale = empty(1, dtype=torch.float32)
+        return {name: weight, f"{name}_scales": scales, f"{name}_tensor_scale": scale, f"{name}_bias": None}
+
+    def sample(num_tokens: int) -> Arguments:
+        routing = {"indices": empty(num_tokens, 8, dtype=torch.int64), "weights": empty(num_tokens, 8)}
+        weights = numbers("gate_up", 1536, 2048) | numbers("down", 2048, 768)
+        return {"x": empty(num_tokens, 2048), "num_experts": 128, **routing, **weights, **_GATE}
+
+    return [sample(1), sample(64)]
+
+
 def accept_drafts() -> list[Arguments]:
     numbers = functools.partial(empty, dtype=torch.int64)
     return [{"tokens": numbers(320), "drafts": numbers(320), "starts": numbers(65)}]
@@ -292,4 +307,5 @@ SIZES: dict[str, Callable[[], list[Arguments]]] = {
     "fp8_linear": fp8_linear,
     "fp8_moe": fp8_moe,
     "nvfp4_linear": nvfp4_linear,
+    "nvfp4_moe": nvfp4_moe,
 }

@@ -177,9 +177,9 @@ def _mixture(hidden: int = 64, width: int = 32) -> nn.Module:
     return model.requires_grad_(False)
 
 
-@pytest.mark.parametrize(("quantization", "worst"), [("int8", 0.03), ("int4", 0.25), ("fp8", 0.25)])
+@pytest.mark.parametrize(("quantization", "worst"), [("int8", 0.03), ("int4", 0.25), ("fp8", 0.25), ("nvfp4", 0.5)])
 def test_experts_are_quantised_and_their_router_is_not(quantization: str, worst: float) -> None:
-    op = "fp8_moe" if quantization == "fp8" else "quantized_moe"
+    op = {"fp8": "fp8_moe", "nvfp4": "nvfp4_moe"}.get(quantization, "quantized_moe")
     exact, program = build(_mixture()), build(_mixture(), parse_options({"quantization": quantization}))
     report = next(report for report in program.report.transforms if report.name == "quantize_weights")
     assert (report.expected, report.rewritten, report.refused) == (4, 4, ())  # qkv, o, experts, head
@@ -189,7 +189,7 @@ def test_experts_are_quantised_and_their_router_is_not(quantization: str, worst:
         program.flops_per_logits_row,
     )
     parts = 4 * 3 * 64 * 32  # weights of experts, of which a token chooses half
-    least = {"int8": parts // 2, "int4": parts // 4, "fp8": parts // 2}[quantization]
+    least = {"int8": parts // 2, "int4": parts // 4, "fp8": parts // 2, "nvfp4": parts // 4}[quantization]
     unread = program.weight_bytes - program.step_weight_bytes
     assert least <= unread - 100 * 64 * 4 < 1.3 * least
     rows = [torch.tensor(prompt) % 100 for prompt in tiny.prompts(4, longest=20)]

@@ -6,9 +6,9 @@ norm.py rope.py mlp.py   token-wise ops, one launch each
 packed_weights.py   weights of 8 or 4 bits as tiles in registers, activations rounded
 quantized_linear.py   products with such weights
 float8.py scaled_mm.py fp8_linear.py   activations rounded to 8-bit floating point, products with such weights
-nvfp4_linear.py   products with weights of 4-bit floating point
+float4.py nvfp4_linear.py   products with weights of 4-bit floating point
 experts.py     products grouped by expert
-moe.py quantized_moe.py fp8_moe.py   mixtures of experts made of them
+moe.py quantized_moe.py fp8_moe.py nvfp4_moe.py   mixtures of experts made of them
 paged.py       what kernels over pages share
 attention.py mla.py   attention over pages read in place
 sequences.py   what kernels over slot states share
@@ -42,6 +42,7 @@ MODULES = (
     "moe",
     "norm",
     "nvfp4_linear",
+    "nvfp4_moe",
     "quantized_linear",
     "quantized_moe",
     "recurrence",

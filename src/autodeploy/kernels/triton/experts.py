@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autodeploy.kernels.triton.arithmetic import activated
+from autodeploy.kernels.triton.arithmetic import activated, dot
+from autodeploy.kernels.triton.float4 import float4_tile
 from autodeploy.kernels.triton.float8 import add_block
 from autodeploy.kernels.triton.launch import Launcher, row_key, tile_sizes
 from autodeploy.kernels.triton.packed_weights import add_products, load_levels
@@ -21,6 +22,8 @@ from autodeploy.ops.quantized_linear import BLOCK
 _UNSORTED_TOKENS = 2
 PLAIN = 16
 """In place of a number of bits: a weight of the dtype of what it is multiplied with; float8 numbers have scales."""
+FLOAT4 = 0
+"""The same: numbers of 4-bit floating point, with scales of groups, and one of all in the place of offsets."""
 
 
 @triton.jit
@@ -91,6 +94,41 @@ def _plain_sums(
         sums *= scale
         ups *= scale
     return sums, ups
+
+
+@triton.jit
+def _float4_sums(
+    x,
+    rows,
+    weight,
+    scales,
+    tensor_scale,
+    column,
+    half,
+    num_columns,
+    num_inputs,
+    GATED: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """As `_plain_sums`."""
+    columns = tl.minimum(column + tl.arange(0, COLUMNS), num_columns - 1)
+    up_columns = tl.minimum(half + columns, num_columns - 1)
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    ups = tl.zeros((ROWS, COLUMNS), tl.float32)
+    own = x + rows[:, None] * num_inputs
+    for start in tl.range(0, num_inputs, INPUTS):
+        inputs = start + tl.arange(0, INPUTS)[None, :]
+        value = tl.load(own + inputs) if EVEN else tl.load(own + inputs, mask=inputs < num_inputs, other=0.0)
+        gate = float4_tile(weight, scales, columns, start, num_inputs, INPUTS, EVEN)
+        sums = dot(value, tl.trans(gate.to(value.dtype)), sums)
+        if GATED:
+            up = float4_tile(weight, scales, up_columns, start, num_inputs, INPUTS, EVEN)
+            ups = dot(value, tl.trans(up.to(value.dtype)), ups)
+    scale = tl.load(tensor_scale).to(tl.float32)
+    return sums * scale, ups * scale
 
 
 @triton.jit
@@ -212,6 +250,11 @@ def _expert_rows(
             *(None if scales is None else scales + first_row // 128 * num_groups, column, half, weight_rows),
             *(num_inputs, num_groups, GATED, EVEN, ROWS, COLUMNS, INPUTS, BY_GROUP),
         )
+    elif BITS == 0:
+        sums, ups = _float4_sums(
+            *(x, choices // rows_each, weight + first_row * (num_inputs // 2), scales + first_row * num_groups),
+            *(offsets, column, half, weight_rows, num_inputs, GATED, EVEN, ROWS, COLUMNS, INPUTS),
+        )
     else:
         sums, ups = _packed_sums(
             *(x, x_scales, choices // rows_each, weight, scales, offsets, first_row),
@@ -251,6 +294,17 @@ _multiply_float8 = Launcher(
         tile_sizes(32, 64, 128, 4, 3),
         tile_sizes(64, 32, 128, 4, 3),
         tile_sizes(128, 32, 128, 8, 3),
+    ],
+    _KEY,
+)
+_multiply_float4 = Launcher(
+    _expert_rows,
+    [
+        tile_sizes(16, 32, 128, 4, 4),
+        tile_sizes(16, 16, 256, 4, 4),
+        tile_sizes(16, 64, 128, 4, 3),
+        tile_sizes(64, 32, 64, 4, 3),
+        tile_sizes(128, 32, 64, 8, 3),
     ],
     _KEY,
 )
@@ -364,6 +418,12 @@ class ExpertWeight:
         parts = weight.contiguous(), _contiguous(bias), scales.contiguous()
         return cls(*parts, num_groups=scales.shape[1], by_group=block_size is not None)
 
+    @classmethod
+    def float4(cls, weight: Tensor, scales: Tensor, tensor_scale: Tensor, bias: Tensor | None) -> "ExpertWeight":
+        """Of 4-bit floating point numbers, multiplied with what it is given."""
+        parts = weight.contiguous(), _contiguous(bias), scales.contiguous().view(torch.uint8), tensor_scale
+        return cls(*parts, FLOAT4, scales.shape[1], by_group=True)
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -389,8 +449,8 @@ def multiply_rows(
     """`weight[e] · x[choice // rows_each] + bias[e]` of each choice, or `expert_gate` of it: `[choices, num_outputs]`.
 
     Args:
-        x: `[rows, I]`, contiguous; with a weight that is not plain what `round_rows` or `round_to_float8` gave, as
-            x_scales is.
+        x: `[rows, I]`, contiguous; with a weight of float8 or packed numbers what `round_to_float8` or `round_rows`
+            gave, as x_scales is.
         dtype: of the result; None for x's.
     Returns:
         In the order in which choices are numbered; for choices that are no expert undefined, or with x_scales 0.
@@ -398,7 +458,10 @@ def multiply_rows(
     num_inputs, num_choices, num_groups = x.shape[1], routing.order.numel(), weight.num_groups
     make = x.new_empty if x_scales is None else x.new_zeros  # every row is rounded next, also of no expert
     out = make(num_choices, num_outputs, dtype=dtype)
-    multiply = _multiply if x_scales is None else _multiply_float8 if weight.bits == PLAIN else _multiply_packed
+    if x_scales is None:
+        multiply = _multiply if weight.bits == PLAIN else _multiply_float4
+    else:
+        multiply = _multiply_float8 if weight.bits == PLAIN else _multiply_packed
     multiply(
         lambda values: (routing.num_tiles(values["ROWS"]), triton.cdiv(num_outputs, values["COLUMNS"])),
         *(x, x_scales, routing.order, routing.borders),

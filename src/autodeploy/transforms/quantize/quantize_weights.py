@@ -18,6 +18,7 @@ from autodeploy.ops.fp8_moe import fp8_moe
 from autodeploy.ops.linear import linear
 from autodeploy.ops.moe import expert_linear, moe
 from autodeploy.ops.nvfp4_linear import nvfp4_linear
+from autodeploy.ops.nvfp4_moe import nvfp4_moe
 from autodeploy.ops.op import find_op
 from autodeploy.ops.quantized_embedding import quantized_embedding
 from autodeploy.ops.quantized_linear import quantized_linear
@@ -96,8 +97,6 @@ def _why_not(graph: ModelGraph, node: fx.Node, number_format: WeightFormat) -> s
     if node.target == expert_linear.overload:
         return "experts whose products stand alone have no op for fewer bits"
     is_mixture = node.target == moe.overload
-    if is_mixture and isinstance(number_format, Float4Format):
-        return "mixtures of experts have no op for nvfp4"
     for weight in node.args[3:5] if is_mixture else node.args[1:2]:
         recipe = graph.recipe(weight)
         if recipe is None:
@@ -155,9 +154,9 @@ def _quantize_moe(graph: ModelGraph, node: fx.Node, number_format: WeightFormat)
         op = quantized_moe
         arguments = (*_with_offsets(up_parts), *_with_offsets(down_parts), *biases, experts.shape[0])
     else:
-        assert isinstance(number_format, Float8Format)
-        op = fp8_moe
-        arguments = (*up_parts.values(), *down_parts.values(), *biases, experts.shape[0], number_format.block_size)
+        op = fp8_moe if isinstance(number_format, Float8Format) else nvfp4_moe
+        size = (number_format.block_size,) if isinstance(number_format, Float8Format) else ()
+        arguments = (*up_parts.values(), *down_parts.values(), *biases, experts.shape[0], *size)
     _replace(graph, node, graph.call(op, x, indices, weights, *arguments, *facts, before=node))
 
 
