@@ -65,10 +65,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m gpu`, leave out files without a GPU test: a GPU machine need not have what only they import."""
-    if config.option.markexpr != "gpu" or collection_path.suffix != ".py" or collection_path.name == "conftest.py":
+    """With `-m gpu`, leave out files and folders without a GPU test: a GPU machine need not have what they import."""
+    if config.option.markexpr != "gpu" or collection_path.name == "conftest.py":
         return None
-    return True if "mark.gpu" not in collection_path.read_text(encoding="utf-8") else None
+    files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
+    return None if any("mark.gpu" in file.read_text(encoding="utf-8") for file in files) else True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
