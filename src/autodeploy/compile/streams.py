@@ -8,6 +8,7 @@ Where streams are not in use, which is the default, branches run in their place.
 """
 
 import contextlib
+import functools
 import operator
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -35,7 +36,11 @@ class CudaStreams:
     """Streams of a CUDA device, for one thread; what they are given while a graph is captured is part of the graph."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._second = device, torch.cuda.Stream(device)
+        self._device = device
+
+    @functools.cached_property
+    def _second(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device)
 
     def beside(self) -> AbstractContextManager[object]:
         self._second.wait_stream(torch.cuda.current_stream(self._device))
