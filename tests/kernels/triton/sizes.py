@@ -245,6 +245,20 @@ def fp8_moe() -> list[Arguments]:
     return [sample(1, None), sample(64, 128)]
 
 
+def cached_sparse_attention() -> list[Arguments]:
+    def step(num_tokens: int, num_sequences: int, index_heads: int, **facts: Any) -> Arguments:
+        query, key, value = empty(1, num_tokens, 48, 128).split([32, 8, 8], dim=2)
+        index = {"index_query": empty(1, num_tokens, index_heads, 128), "index_key": empty(1, num_tokens, 128)}
+        caches = {"key_cache": empty(4096, 32, 8, 128), "value_cache": empty(4096, 32, 8, 128)}
+        caches["index_key_cache"] = empty(4096, 32, 128)
+        rest = {"sinks": None, "scale": 0.1, "local_blocks": 0, **facts, **paged(num_tokens, num_sequences)}
+        return {"query": query, "key": key, "value": value, **index, **rest, **caches}
+
+    by_token = {"index_weights": empty(1, 64, 32), "top_k": 512, "block_size": 1}
+    by_block = {"index_weights": None, "top_k": 16, "block_size": 64, "local_blocks": 1, "sinks": empty(32)}
+    return [step(64, 64, 32, **by_token), step(2048, 2, 4, **by_block)]
+
+
 def nvfp4_moe() -> list[Arguments]:
     def numbers(name: str, rows: int, columns: int) -> Arguments:
         scales = empty(128 * rows, columns // 16, dtype=torch.float8_e4m3fn)
@@ -308,4 +322,5 @@ SIZES: dict[str, Callable[[], list[Arguments]]] = {
     "fp8_moe": fp8_moe,
     "nvfp4_linear": nvfp4_linear,
     "nvfp4_moe": nvfp4_moe,
+    "cached_sparse_attention": cached_sparse_attention,
 }

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from autodeploy.kernels import provider
+from autodeploy.kernels import provider, triton
 from autodeploy.ops import OPS
 from tests.kernels.triton.sizes import SIZES
 
@@ -52,6 +52,13 @@ def defaults(tmp_path_factory: pytest.TempPathFactory) -> Launches:
 
 def test_every_kernel_has_sizes() -> None:
     assert set(SIZES) == set(NAMES) and "rms_norm" in SIZES
+
+
+def test_every_op_of_a_lowered_graph_has_a_kernel_or_a_reason() -> None:
+    lowered = {name: op for name, op in OPS.items() if op.states is None and not name.startswith("captured_")}
+    without = {name for name, op in lowered.items() if triton.PROVIDER not in op.kernels}
+    assert without == {"linear", "quantized_embedding", "cached_keep_rows", "cached_recurrence"}
+    assert all(f"`{name}`" in (triton.__doc__ or "") for name in without)
 
 
 def check(launches: list[dict[str, Any]], *capabilities: int) -> None:

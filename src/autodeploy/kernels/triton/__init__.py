@@ -10,12 +10,16 @@ float4.py nvfp4_linear.py   products with weights of 4-bit floating point
 experts.py     products grouped by expert
 moe.py quantized_moe.py fp8_moe.py nvfp4_moe.py   mixtures of experts made of them
 paged.py       what kernels over pages share
-attention.py mla.py   attention over pages read in place
+attention.py mla.py sparse_attention.py   attention over pages read in place
 sequences.py   what kernels over slot states share
 causal_conv.py ssm.py recurrence.py   convolutions, state-space and other recurrences of channels
 matrix_memory.py   delta rules and linear attention
 mlstm.py token_shift.py   the matrix memory of an xLSTM; tokens some places back
 sampling.py   tokens chosen from rows of logits
+
+Ops without a kernel, whose references run on the device: `linear`, which is a library's product; `quantized_embedding`,
+a lookup of a row for each token; `cached_keep_rows`, one indexed store; `cached_recurrence`, whose body is a text that
+any model may bring, and which would have to become a kernel's source first.
 
 Nothing of Triton is imported before `load`, so that a program for the CPU does not pay for it.
 """
@@ -48,6 +52,7 @@ MODULES = (
     "recurrence",
     "rope",
     "sampling",
+    "sparse_attention",
     "ssm",
     "token_shift",
 )
