@@ -207,35 +207,11 @@ def _gated(gate, up, limit, up_offset, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _expert_rows(
-    x,
-    x_scales,
-    order,
-    borders,
-    weight,
-    scales,
-    offsets,
-    bias,
-    out,
-    rows_each,
-    num_experts,
-    num_inputs,
-    num_outputs,
-    limit,
-    up_offset,
-    group_blocks,
-    num_groups,
-    CHOICES_KEY,
-    SORTED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    BITS: tl.constexpr,
-    BY_GROUP: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    EVEN_TO: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INPUTS: tl.constexpr,
-):
+    x, x_scales, order, borders, weight, scales, offsets, bias, out, rows_each, num_experts, num_inputs, num_outputs,
+    limit, up_offset, group_blocks, num_groups, CHOICES_KEY,
+    SORTED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, BITS: tl.constexpr, BY_GROUP: tl.constexpr,
+    EXPERTS: tl.constexpr, EVEN_TO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
+):  # fmt: skip
     EVEN: tl.constexpr = EVEN_TO % INPUTS == 0
     expert, choices, is_there = _find_tile(order, borders, num_experts, SORTED, EXPERTS, ROWS)
     if (expert < 0) | (expert >= num_experts):
