@@ -51,18 +51,44 @@ Status for_each_query(const Call<T>& c, Visit visit) {
     return DONE;
 }
 
+// Where a piece's keys and values are, for one key-value head.
+template <class T>
+struct Places {
+    const T *keys[PIECE], *values[PIECE];
+    int64_t count = 0;
+};
+
+template <class T>
+Status locate(const Call<T>& c, const Piece& piece, int64_t kv_head, Places<T>& places) {
+    places.count = piece.end - piece.begin;
+    const int32_t* page = piece.pages + piece.begin / c.page_size;
+    int64_t offset = piece.begin % c.page_size;
+    for (int64_t j = 0; j < places.count; ++page, offset = 0) {
+        if (*page < 0 || *page >= c.num_pages) return BAD_PAGE;
+        for (; j < places.count && offset < c.page_size; ++j, ++offset) {
+            const int64_t entry = (*page * c.page_size + offset) * c.num_kv_heads + kv_head;
+            places.keys[j] = c.key_cache + entry * c.head_dim;
+            places.values[j] = c.value_cache + entry * c.value_stride;
+        }
+    }
+    return DONE;
+}
+
 // out[g][at + i] = the sum of weights[g][j] · values[j][at + i], for W registers of values. By itself, so that sums stay
-// in registers. Meanwhile the same part of the `next` piece's values comes into the second cache.
+// in registers. Meanwhile the same part of what is `next` comes into the second cache: the hardware does not see pages
+// coming, and here fewer requests are on their way than while keys are multiplied.
 template <class T, int G, int W>
-__attribute__((noinline)) void add_weighted_values(const T* const* values, const T* const* next, int64_t num_next,
-                                                   const float weights[GROUP][PIECE], int64_t count, int64_t at,
-                                                   float* const* out) {
+__attribute__((noinline)) void add_weighted_values(const Places<T>& places, const Places<T>& next,
+                                                   const float weights[GROUP][PIECE], int64_t at, float* const* out) {
     using R = Register<float>;
     R::Sums totals[G][W] = {};
-    for (int64_t j = 0; j < count; ++j) {
-        if (j < num_next) prefetch<2>(next[j] + at, W * R::WIDTH);
+    for (int64_t j = 0; j < places.count; ++j) {
+        if (j < next.count) {
+            prefetch<2>(next.keys[j] + at, W * R::WIDTH);
+            prefetch<2>(next.values[j] + at, W * R::WIDTH);
+        }
         for (int w = 0; w < W; ++w) {
-            R::Sums value = R::pack(values[j] + at + w * R::WIDTH);
+            R::Sums value = R::pack(places.values[j] + at + w * R::WIDTH);
             keep_in_register(value);
             for (int g = 0; g < G; ++g) totals[g][w] = value * weights[g][j] + totals[g][w];
         }
@@ -142,40 +168,15 @@ __attribute__((noinline)) void multiply_four_keys(const T* const* keys, int64_t 
     for (int g = 0; g < G; ++g) store_sums(sums[g][0], sums[g][1], sums[g][2], sums[g][3], weights[g] + j);
 }
 
-// Where a piece's keys and values are, for one key-value head.
-template <class T>
-struct Places {
-    const T *keys[PIECE], *values[PIECE];
-    int64_t count = 0;
-};
-
-template <class T>
-Status locate(const Call<T>& c, const Piece& piece, int64_t kv_head, Places<T>& places) {
-    places.count = piece.end - piece.begin;
-    const int32_t* page = piece.pages + piece.begin / c.page_size;
-    int64_t offset = piece.begin % c.page_size;
-    for (int64_t j = 0; j < places.count; ++page, offset = 0) {
-        if (*page < 0 || *page >= c.num_pages) return BAD_PAGE;
-        for (; j < places.count && offset < c.page_size; ++j, ++offset) {
-            const int64_t entry = (*page * c.page_size + offset) * c.num_kv_heads + kv_head;
-            places.keys[j] = c.key_cache + entry * c.head_dim;
-            places.values[j] = c.value_cache + entry * c.value_stride;
-        }
-    }
-    return DONE;
-}
-
-// Meanwhile values come into the first cache, keys that are further on too, and those of the `next` piece into the
-// second: the hardware does not see pages coming.
+// Meanwhile values come into the first cache, and keys that are further on.
 template <class T, int G, class X>
-void multiply_keys(const Places<T>& places, const Places<T>& next, const X* const* queries, int64_t head_dim,
-                   int64_t value_dim, float weights[GROUP][PIECE]) {
+void multiply_keys(const Places<T>& places, const X* const* queries, int64_t head_dim, int64_t value_dim,
+                   float weights[GROUP][PIECE]) {
     const T *const* keys = places.keys, *const* values = places.values;
     const int64_t count = places.count;
     const auto fetch = [&](int64_t j) {
         if (j + KEYS_AHEAD < count) prefetch<3>(keys[j + KEYS_AHEAD], head_dim);
         prefetch<3>(values[j], value_dim);
-        if (j < next.count) prefetch<2>(next.keys[j], head_dim);
     };
     int64_t j = 0;
     if constexpr (G < 4)  // four keys of four queries have too few registers
@@ -210,7 +211,7 @@ void attend(const Call<T>& c, const Piece& piece, int64_t head, const Places<T>&
     } else {
         for (int g = 0; g < G; ++g) queries[g] = query + g * c.query_head_stride;
     }
-    multiply_keys<T, G>(places, next, queries, c.head_dim, c.value_dim, weights);
+    multiply_keys<T, G>(places, queries, c.head_dim, c.value_dim, weights);
     for (int g = 0; g < G; ++g) {
         for (int64_t tail = count; tail % LANES != 0; ++tail) weights[g][tail] = 0.0f;
         scale_and_cap(weights[g], count, c.scale, c.softcap);
@@ -224,7 +225,7 @@ void attend(const Call<T>& c, const Piece& piece, int64_t head, const Places<T>&
     constexpr int W = REGISTER_BYTES == 64 ? 4 : G == 1 ? 8 : G < 4 ? 4 : 2, WIDTH = W * Register<float>::WIDTH;
     int64_t at = 0;
     for (; at + WIDTH <= c.value_dim; at += WIDTH)
-        add_weighted_values<T, G, W>(places.values, next.values, next.count, weights, count, at, out);
+        add_weighted_values<T, G, W>(places, next, weights, at, out);
     for (; at < c.value_dim; at += LANES)
         add_last_values<T, G>(places.values, weights, count, at, out, c.value_dim - at);
 }
