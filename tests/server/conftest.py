@@ -15,7 +15,7 @@ from autodeploy.runtime.constraints import Constraints
 from autodeploy.runtime.grammar import GrammarCompiler
 from autodeploy.server.app import create_app
 from autodeploy.server.options import ServerOptions, parse_server_options
-from autodeploy.server.run import DrainingServer, make_server
+from autodeploy.server.run import DrainingServer, HttpProtocol, make_server
 from autodeploy.server.served import ServedModel
 from tests.runtime.fake_engine import FakeEngine
 from tests.server.running import ANSWER_IDS, EOS, TOKENIZER, VOCAB, Serve, Server, Start, wait_until
@@ -50,7 +50,9 @@ def start() -> Iterator[Start]:
         app = create_app(served, version="1.2.3", options=ServerOptions(**options))
         listener = socket.create_server(("127.0.0.1", 0))
         server = _QuickServer(
-            uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1, **more)
+            uvicorn.Config(
+                app, http=HttpProtocol, log_level="critical", lifespan="off", timeout_graceful_shutdown=1, **more
+            )
         )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
