@@ -363,7 +363,8 @@ class Engine:
     def _read(self, flight: Flight) -> list[TokenOutput]:
         """Append the tokens of a step without drafts, which is committed already, to the sequences that go on still."""
         choice, batch = flight.choice, flight.batch
-        assert choice is not None
+        if choice is None:
+            raise ValueError("a step without drafts whose tokens were not chosen")
         began = time.perf_counter()
         samples = choice.read()
         note_prompt_logprobs(batch, flight.logits_RV)
@@ -386,8 +387,9 @@ class Engine:
         batch, choice, logits_RV = flight.batch, flight.choice, flight.logits_RV
         if choice is not None and choice.accepted_S is not None:
             extensions = extend_by_choice(choice, choice.accepted_S, batch.sampled)
+        elif logits_RV is None:
+            raise ValueError("a step with drafts that kept neither tokens nor logits")
         else:
-            assert logits_RV is not None
             extensions = extend_sequences(self._sampler, logits_RV[: batch.num_sampled_rows], batch)
         note_prompt_logprobs(batch, logits_RV)
         self._model_seconds += time.perf_counter() - began
