@@ -32,11 +32,13 @@ class _QuickServer(uvicorn.Server):
 @pytest.fixture
 def start() -> Iterator[Start]:
     """Starts servers with the given engine; stops them all at the end."""
-    running: list[tuple[uvicorn.Server, threading.Thread, AsyncEngine, Any]] = []
+    running: list[tuple[uvicorn.Server, threading.Thread]] = []
+    engines: list[tuple[AsyncEngine, Any]] = []  # of servers that were refused too
 
     def start_server(fake: Any = None, tokenizer: Any = TOKENIZER, **options: Any) -> Server:
         fake = fake or FakeEngine(ANSWER_IDS, eos_id=EOS)
         engine = AsyncEngine(fake, step_timeout_seconds=options.pop("step_timeout_seconds", 600))
+        engines.append((engine, fake))
         grammars = None if tokenizer is None else GrammarCompiler(tokenizer, VOCAB, [EOS])
         served = ServedModel(
             engine=engine,
@@ -56,17 +58,19 @@ def start() -> Iterator[Start]:
         )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        running.append((server, thread, engine, fake))
+        running.append((server, thread))
         wait_until(lambda: server.started)
         scheme = "https" if more else "http"
         return Server(f"{scheme}://127.0.0.1:{listener.getsockname()[1]}", fake, engine)
 
     yield start_server
-    for server, thread, engine, fake in running:
+    for _, fake in engines:
         if isinstance(fake, FakeEngine):
             fake.hold.clear()
+    for server, thread in running:
         server.should_exit = True
         thread.join(10)
+    for engine, _ in engines:
         engine.shutdown()
 
 
