@@ -64,8 +64,13 @@ def experts_hooked(model: nn.Module) -> Iterator[int]:
 
 def is_at_interface(module: nn.Module) -> bool:
     """True for a module of a class that transformers' `use_experts_implementation` decorates."""
-    facts = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+    facts = ("has_gate", "has_bias", "is_transposed")
     return all(isinstance(vars(module).get(fact), bool) for fact in facts) and hasattr(type(module), "_apply_gate")
+
+
+def _has_norm(module: nn.Module) -> bool:
+    """Whether a norm stands behind each expert; transformers 5.17 knows no such experts."""
+    return bool(vars(module).get("has_post_expert_norm"))
 
 
 def probe_gate(function: Callable[[Tensor], Tensor], module: nn.Module) -> GateFacts | None:
@@ -122,7 +127,7 @@ def _emit(module: Any, facts: GateFacts | None, x: Tensor, indices: Tensor, weig
     if module.is_transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     inner = x.to(gate_up.dtype)
-    if facts is None or module.has_post_expert_norm:
+    if facts is None or _has_norm(module):
         return _emit_parts(module, inner, indices, weights, (gate_up, up_bias), (down, down_bias)).to(x.dtype)
     if facts.interleaved:
         gate_up = deinterleaved(gate_up, 1)
@@ -144,7 +149,7 @@ def _emit_parts(
     hidden = expert_linear(x.unsqueeze(1), indices, *up)
     hidden = _own_gate(module)(hidden.flatten(0, 1))
     result = expert_linear(hidden.unflatten(0, indices.shape), indices, *down)
-    if module.has_post_expert_norm:
+    if _has_norm(module):
         result = module.post_expert_norm(result.flatten(0, 1)).unflatten(0, indices.shape)
     summed: Tensor = (result * weights.unsqueeze(-1)).sum(1)
     return summed
