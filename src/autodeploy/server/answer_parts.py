@@ -4,6 +4,7 @@ However the pieces are cut, the parts joined are the same. Every character is lo
 regular expression runs over a model's output.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,43 @@ def split_at_marker(text: str, markers: Sequence[str]) -> tuple[str, str | None,
         if any(marker.startswith(text[-length:]) for marker in markers):
             return text[:-length], None, text[-length:]
     return text, None, ""
+
+
+class CallReader(ABC):
+    """Splits text into text and calls. What only looks like a call is given as text."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._space = ""  # white space that may turn out to stand before a call
+        self._raw = ""  # of a call that may turn out to be none
+        self.num_calls = 0
+
+    def push(self, text: str) -> list[Part]:
+        parts: list[Part] = []
+        self._held += text
+        while self._held and self._advance(parts):
+            pass
+        return parts
+
+    @abstractmethod
+    def finish(self) -> list[Part]:
+        """What was held back. A call that is not whole stays as far as it came."""
+
+    @abstractmethod
+    def _advance(self, parts: list[Part]) -> bool:
+        """One move; False when more text is needed."""
+
+    def _text(self, text: str, parts: list[Part]) -> None:
+        shown = (self._space + text).rstrip()
+        self._space = (self._space + text)[len(shown) :]
+        if shown:
+            parts.append(Text(shown))
+
+    def _last_text(self, text: str, parts: list[Part]) -> None:
+        """Text that nothing follows: white space behind it is shown too, but for what stands behind calls."""
+        self._text(text, parts)
+        if self._space and not self.num_calls:
+            parts.append(Text(self._space))
 
 
 class ThoughtReader:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from autodeploy.server.answer_parts import CallArguments, CallStart, Part, Text, Thought, ThoughtReader
+from autodeploy.server.answer_parts import CallArguments, CallReader, CallStart, Part, Text, Thought, ThoughtReader
 from autodeploy.server.element_calls import ElementCallReader
 from autodeploy.server.tool_calls import ToolCallReader, ToolFormat
 
@@ -45,7 +45,7 @@ class AnswerReader:
     def __init__(self, plan: AnswerPlan):
         self._plan = plan
         self._thoughts = ThoughtReader(is_open=plan.is_thinking) if plan.thoughts else None
-        self._calls: ToolCallReader | ElementCallReader | None = None
+        self._calls: CallReader | None = None
         if plan.only_calls:
             self._calls = ToolCallReader("list", plan.tool_names, is_open=True)
         elif plan.tool_format == "elements":

@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from autodeploy.server.answer_parts import CallArguments, CallStart, Part, Text, split_at_marker
+from autodeploy.server.answer_parts import CallArguments, CallReader, CallStart, Part, split_at_marker
 from autodeploy.server.json_scanner import MAX_NAME
 
 FUNCTION, PARAMETER = "<function=", "<parameter="
@@ -23,44 +23,30 @@ _quoted = json.JSONEncoder(ensure_ascii=False).encode
 _CALL, _CALL_END, _FUNCTION_END, _PARAMETER_END = "<tool_call>", "</tool_call>", "</function>", "</parameter>"
 
 
-class ElementCallReader:
-    """Splits text into text and calls. What only looks like a call is given as text.
+class ElementCallReader(CallReader):
+    """Reads calls whose arguments are elements.
 
     Args:
         parameters: JSON schemas of the arguments, by tool.
     """
 
     def __init__(self, parameters: Mapping[str, Mapping[str, Any]]):
+        super().__init__()
         self._parameters = parameters
-        self._held = ""
-        self._space = ""  # white space that may turn out to stand before a call
-        self._raw = ""  # of a call that has not told its name yet
         self._where = "text"
         self._name = ""
         self._parameter = ""
         self._value: list[str] = []
         self._is_empty = True
-        self.num_calls = 0
-
-    def push(self, text: str) -> list[Part]:
-        parts: list[Part] = []
-        self._held += text
-        while self._held and self._advance(parts):
-            pass
-        return parts
 
     def finish(self) -> list[Part]:
-        """What was held back. A call that is not whole stays as far as it came."""
         parts: list[Part] = []
         if self._where in ("text", "call", "name"):
-            self._text(self._raw + self._held, parts)
-            if self._space and not self.num_calls:
-                parts.append(Text(self._space))
+            self._last_text(self._raw + self._held, parts)
         self._held = ""
         return parts
 
     def _advance(self, parts: list[Part]) -> bool:
-        """One move; False when more text is needed."""
         return {
             "text": self._read_text,
             "call": self._read_call,
@@ -141,12 +127,6 @@ class ElementCallReader:
         self._text(self._raw, parts)
         self._raw, self._where = "", "text"
         return True
-
-    def _text(self, text: str, parts: list[Part]) -> None:
-        shown = (self._space + text).rstrip()
-        self._space = (self._space + text)[len(shown) :]
-        if shown:
-            parts.append(Text(shown))
 
 
 def _types(schema: Any) -> set[str]:

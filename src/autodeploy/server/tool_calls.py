@@ -12,7 +12,7 @@ elements   <tool_call><function=f><parameter=p>...</parameter></function></tool_
 from collections.abc import Collection
 from typing import Literal
 
-from autodeploy.server.answer_parts import CallArguments, CallStart, Part, Text, split_at_marker
+from autodeploy.server.answer_parts import CallArguments, CallReader, CallStart, Part, split_at_marker
 from autodeploy.server.element_calls import FUNCTION, PARAMETER
 from autodeploy.server.json_scanner import MAX_NAME, CallScanner, ValueScanner
 
@@ -42,8 +42,8 @@ def tool_format(template: str) -> ToolFormat | None:
     return "sections" if _SECTION in template else "bare"
 
 
-class ToolCallReader:
-    """Splits text into text and calls. What only looks like a call is given as text.
+class ToolCallReader(CallReader):
+    """Reads calls whose arguments are JSON.
 
     Args:
         names: tools that the request offers; bare objects of other names are text.
@@ -51,23 +51,13 @@ class ToolCallReader:
     """
 
     def __init__(self, form: ToolFormat, names: Collection[str], *, is_open: bool = False):
+        super().__init__()
         self._form = form
         self._names = names
-        self._held = ""
-        self._space = ""  # white space that may turn out to stand before a call
-        self._raw = ""  # of the call that is being read
         self._where = "list" if is_open else "bare" if form == "bare" else "text"
         self._call: CallScanner | None = None
         self._arguments: ValueScanner | None = None
         self._is_started = False
-        self.num_calls = 0
-
-    def push(self, text: str) -> list[Part]:
-        parts: list[Part] = []
-        self._held += text
-        while self._held and self._advance(parts):
-            pass
-        return parts
 
     def finish(self) -> list[Part]:
         parts: list[Part] = []
@@ -75,13 +65,10 @@ class ToolCallReader:
             self._give_up(parts)
         held, self._held = self._held, ""
         if self._where in ("text", "bare"):
-            self._text(held, parts)
-            if self._space and not self.num_calls:
-                parts.append(Text(self._space))
+            self._last_text(held, parts)
         return parts
 
     def _advance(self, parts: list[Part]) -> bool:
-        """One move; False when more text is needed."""
         if self._call is not None or self._arguments is not None:
             self._read_call(parts)
             return True
@@ -206,9 +193,3 @@ class ToolCallReader:
         self._where = "text"
         self._text(self._raw, parts)
         self._raw = ""
-
-    def _text(self, text: str, parts: list[Part]) -> None:
-        shown = (self._space + text).rstrip()
-        self._space = (self._space + text)[len(shown) :]
-        if shown:
-            parts.append(Text(shown))
