@@ -18,6 +18,7 @@ from transformers import (
 
 from autodeploy.build import kernels_beside
 from autodeploy.ops.sampling import choose_tokens
+from autodeploy.runtime.logprobs import ROWS_AT_ONCE_ON_CPU
 from autodeploy.runtime.request import Limits, Request, SamplingParams, Sequence
 from autodeploy.runtime.sampler import Sampler
 
@@ -336,6 +337,17 @@ def test_logprobs_are_of_the_raw_model_in_float32() -> None:
     assert first is not None and second is not None
     assert sorted(entry.rank for entry in first.values())[:3] == [1, 2, 3] and len(first) in (3, 4)
     assert len(second) == 1 and next(iter(second.values())).rank == 1
+
+
+def test_logprobs_of_more_rows_than_are_computed_together_are_those_of_each_alone() -> None:
+    num_rows = 2 * ROWS_AT_ONCE_ON_CPU + 3
+    logits = torch.randn(num_rows, 40, generator=torch.Generator().manual_seed(6)).bfloat16()
+    sequences = [make_sequence(seed=row, logprobs=row % 4 if row % 3 else None) for row in range(num_rows)]
+    together = Sampler().sample(logits, sequences)
+    alone = [Sampler().sample(logits[row : row + 1], [sequence]) for row, sequence in enumerate(sequences)]
+    assert together.token_ids == [each.token_ids[0] for each in alone]
+    assert together.logprobs == [each.logprobs[0] for each in alone]
+    assert sum(each is not None for each in together.logprobs) == 12
 
 
 def test_rows_without_logprobs_have_none_and_small_vocabularies_are_no_trouble() -> None:

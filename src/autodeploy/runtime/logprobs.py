@@ -15,8 +15,9 @@ from autodeploy.runtime.batch import Batch
 from autodeploy.runtime.draw import on_device
 from autodeploy.runtime.request import Logprob
 
-ROWS_AT_ONCE = 64
-"""Rows whose log-probabilities are computed together: those of a whole prompt would be a copy of all its logits."""
+ROWS_AT_ONCE, ROWS_AT_ONCE_ON_CPU = 64, 8
+"""Rows whose log-probabilities are computed together: all those of a prompt or of a crowd would be copies of all their
+logits, memory that comes and goes with every step."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,16 @@ class LogprobRows:
 
     @staticmethod
     @torch.inference_mode()
-    def of(raw_RV: Tensor, tokens_R: Tensor, counts: SequenceOf[int]) -> "LogprobRows":
-        """Of logits of any float dtype and one token for each row, at least one."""
+    def of(raw_RV: Tensor, tokens_R: Tensor, rows: SequenceOf[int], counts: SequenceOf[int]) -> "LogprobRows":
+        """Of the `rows` of logits of any float dtype with a token each, at least one; `counts` are of these rows."""
         parts = []
-        for start in range(0, len(counts), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            logprobs = torch.log_softmax(raw_RV[rows].float(), dim=-1)
-            own = logprobs.gather(-1, tokens_R[rows].unsqueeze(1))
+        at_once = ROWS_AT_ONCE_ON_CPU if raw_RV.is_cpu else ROWS_AT_ONCE
+        for some_R in on_device(rows, tokens_R).split(at_once):
+            logprobs, tokens = torch.log_softmax(raw_RV[some_R].float(), dim=-1), tokens_R[some_R]
+            own = logprobs.gather(-1, tokens.unsqueeze(1))
             ranks = (logprobs > own).sum(dim=-1) + 1
             top = logprobs.topk(min(max(counts), logprobs.shape[-1]), dim=-1)
-            parts.append((tokens_R[rows], own.squeeze(1), ranks, top.indices, top.values))
+            parts.append((tokens, own.squeeze(1), ranks, top.indices, top.values))
         return LogprobRows(counts, tuple(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def read(self) -> list[dict[int, Logprob]]:
@@ -70,5 +71,6 @@ def note_prompt_logprobs(batch: Batch, logits_RV: Tensor | None) -> None:
         token_ids = sequence.token_ids[first + 1 : first + 1 + count]
         wanted = [sequence.params.prompt_logprobs or 0] * count
         tokens_R = on_device(token_ids, logits_RV, torch.int64)
-        sequence.prompt_logprobs[first + 1 :] = LogprobRows.of(logits_RV[at : at + count], tokens_R, wanted).read()
+        of_prompt = LogprobRows.of(logits_RV[at : at + count], tokens_R, range(count), wanted)
+        sequence.prompt_logprobs[first + 1 :] = of_prompt.read()
         at += count

@@ -177,8 +177,7 @@ class Sampler:
         if not wanted:
             return Choice(tokens_R, best_R)
         logprob_rows, counts = map(list, zip(*wanted, strict=True))
-        rows = on_device(logprob_rows, tokens_R)
-        return Choice(tokens_R, best_R, logprob_rows, LogprobRows.of(raw_RV[rows], tokens_R[rows], counts))
+        return Choice(tokens_R, best_R, logprob_rows, LogprobRows.of(raw_RV, tokens_R, logprob_rows, counts))
 
     def draws_one_by_one(self, logits_RV: Tensor) -> bool:
         """Whether drawing from a row costs time of the host, as it does on the CPU."""
