@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from autodeploy.checkpoint.kept import KeptWeights
 from autodeploy.checkpoint.load import load_weights, weight_bytes
 from autodeploy.checkpoint.recipe import ReadTensor, renamed
 from autodeploy.compile.backends import compile_graph, require_backend, resolve_backend
@@ -90,13 +91,14 @@ def build(
     if restored is not None:
         graph, facts = restored
         subject = _kept_subject(facts, located, options)
-        return _finish(graph, subject, options.compile, device, clock)
+        return _finish(graph, subject, options.compile, device, clock, weights=_kept_weights(kept, located, options))
     subject = subject_of_model(located, options)
     graph = _lower(subject, options.compile, device, clock)
     cache = GraphCache.of(located, device, options)
     if cache is not None:
         cache.describe(graph)
-    program = _finish(graph, subject, options.compile, device, clock)
+    weights = _kept_weights(cache, located, options)
+    program = _finish(graph, subject, options.compile, device, clock, weights=weights)
     if cache is not None:
         cache.save(graph, clock.report, subject.to_keep(graph))
     return program
@@ -248,6 +250,19 @@ def _kept_subject(kept: dict[str, Any], located: LocatedModel, options: Options)
     )
 
 
+def _kept_weights(cache: GraphCache | None, located: LocatedModel, options: Options) -> KeptWeights | None:
+    """Where the model's quantised weights are kept; None where graphs are not kept either."""
+    if cache is None or not options.compile.weight_cache:
+        return None
+    compile_options = options.compile
+    owner = {
+        "folder": str(located.folder.resolve()),
+        "device": compile_options.device,
+        "quantization": [compile_options.quantization, compile_options.quantization_group_size],
+    }
+    return KeptWeights(cache.path.name, owner, located.weight_files)
+
+
 def _subject_of_module(module: nn.Module, options: Options) -> Subject:
     floating = [p.dtype for p in module.parameters() if p.is_floating_point()]
     if not floating:
@@ -319,10 +334,10 @@ def _lower(subject: Subject, options: CompileOptions, device: torch.device, cloc
     return graph
 
 
-def _load(graphs: Sequence[ModelGraph], read: ReadTensor, device: torch.device) -> int:
+def _load(graphs: Sequence[ModelGraph], read: ReadTensor, device: torch.device, kept: KeptWeights | None) -> int:
     """Read the graphs' weights; equal recipes share one tensor. Returns the bytes of all."""
     recipes = {f"{graph.name}.{name}": recipe for graph in graphs for name, recipe in graph.weights.items()}
-    tensors = load_weights(recipes, read, device=device)
+    tensors = load_weights(recipes, read, device=device, kept=kept)
     for graph in graphs:
         for name in graph.weights:
             setattr(graph.module, name, nn.Parameter(tensors[f"{graph.name}.{name}"], requires_grad=False))
@@ -336,10 +351,13 @@ def _finish(
     device: torch.device,
     clock: _Clock,
     head: ModelGraph | None = None,
+    weights: KeptWeights | None = None,
 ) -> Program:
     graphs = [graph] if head is None else [graph, head]
     with clock.stage("load", "reading weights"):
-        total_bytes = _load(graphs, subject.read, device)
+        total_bytes = _load(graphs, subject.read, device, weights)
+    if weights is not None and weights.is_used:
+        clock.report.facts["weights"] = "quantised by an earlier start"
     backend = "torch-simple" if options.batch_invariant else resolve_backend(options.compile_backend, device)
     (logits,) = graph.graph.output_node().args
     (flops, head_flops), unread_bytes = _count_flops(graph), _unread_bytes(graph)

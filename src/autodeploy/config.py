@@ -76,6 +76,7 @@ class CompileOptions:
         strict: fail when a transform leaves a site it expected to rewrite.
         check_isolation: pack two sequences and compare with each alone, once after loading.
         graph_cache: keep the lowered graph of a Hugging Face config, so that a second start need not capture it again.
+        weight_cache: keep quantised weights beside that graph, so that a second start need not quantise them again.
         instant_on: serve with the model's own code while a first start builds the graph, where that can be done.
     """
 
@@ -91,6 +92,7 @@ class CompileOptions:
     strict: bool = False
     check_isolation: bool = True
     graph_cache: bool = True
+    weight_cache: bool = True
     instant_on: bool = True
 
 

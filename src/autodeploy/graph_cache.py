@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 COMPILER_HALF = ("capture", "checkpoint", "graph", "kernels", "models", "ops", "transforms", "build.py")
 """Parts of the package whose text decides what a lowered graph looks like."""
 
-WITHOUT_EFFECT = ("instant_on", "cudagraph_capture_sizes")
+WITHOUT_EFFECT = ("instant_on", "weight_cache", "cudagraph_capture_sizes")
 """Options that a lowered graph does not depend on."""
 
 KEPT_FACTS = ("captured_nodes", "layers", "isolation")

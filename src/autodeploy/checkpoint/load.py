@@ -4,17 +4,23 @@ Each weight is read once and written straight into its final tensor, so that the
 sources of one recipe part.
 """
 
+import contextlib
+import logging
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from autodeploy.checkpoint.kept import KeptWeights, OpenWeights
 from autodeploy.checkpoint.recipe import Quantize, ReadTensor, Recipe, evaluate, evaluate_quantized
 from autodeploy.errors import OutOfMemoryError
 from autodeploy.memory import available_bytes, huge_pages
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called as `progress(bytes_done, bytes_total)` after each weight."""
@@ -25,7 +31,12 @@ ALIGNMENT = 64
 
 
 def load_weights(
-    recipes: Mapping[str, Recipe], read: ReadTensor, *, device: torch.device, progress: Progress | None = None
+    recipes: Mapping[str, Recipe],
+    read: ReadTensor,
+    *,
+    device: torch.device,
+    progress: Progress | None = None,
+    kept: KeptWeights | None = None,
 ) -> dict[str, Tensor]:
     """Make every recipe's tensor, contiguous, on `device`, in the recipe's dtype.
 
@@ -33,6 +44,9 @@ def load_weights(
     the order in which checkpoints store them; the result keeps the order of `recipes`. `read` is called by one thread
     at a time; what it gives is copied by several, as touching new memory and mapped files takes longer than copying.
 
+    Args:
+        kept: where quantised weights are taken from, if an earlier start has left them there, else left for a later
+            one.
     Raises:
         OutOfMemoryError: the weights do not fit the device's free memory; nothing has been read then.
         CheckpointError: from `read`, or for a source of the wrong shape.
@@ -47,24 +61,41 @@ def load_weights(
         with reading:
             return read(name)
 
+    quantized = [recipe for recipe in distinct if isinstance(recipe, Quantize)]
     is_inference = torch.is_inference_mode_enabled()  # holds for one thread; tensors made under it want it again
 
-    def make(recipes: Sequence[Recipe]) -> int:
+    def make(recipes: Sequence[Recipe], opened: OpenWeights | None) -> int:
         parts = {recipe: loaded[recipe] for recipe in recipes if isinstance(recipe, Quantize)}
         with torch.inference_mode(is_inference):
-            if parts:
+            if parts and not (opened is not None and _read_kept(opened, parts)):
                 evaluate_quantized(parts, read_alone)
-            else:
+            elif not parts:
                 evaluate(recipes[0], read_alone, loaded[recipes[0]])
         return sum(map(weight_bytes, recipes))
 
     done_bytes = 0
-    with ThreadPoolExecutor(torch.get_num_threads() if device.type == "cpu" else 1) as pool:
-        for made_bytes in pool.map(make, _made_together(distinct)):
+    with (
+        contextlib.nullcontext() if kept is None else kept.opened(quantized) as opened,
+        ThreadPoolExecutor(torch.get_num_threads() if device.type == "cpu" else 1) as pool,
+    ):
+        for made_bytes in pool.map(partial(make, opened=opened), _made_together(distinct)):
             done_bytes += made_bytes
             if progress is not None:
                 progress(done_bytes, total_bytes)
+    if kept is not None and opened is None:
+        kept.save({recipe: loaded[recipe] for recipe in quantized})
     return {name: loaded[recipe] for name, recipe in recipes.items()}
+
+
+def _read_kept(opened: OpenWeights, parts: Mapping[Quantize, Tensor]) -> bool:
+    """Whether the parts could be read as they were kept."""
+    try:
+        for recipe, out in parts.items():
+            opened.read(recipe, out)
+    except OSError as error:
+        logger.warning("kept weights cannot be read (%s); quantising anew", error)
+        return False
+    return True
 
 
 def _made_together(recipes: Sequence[Recipe]) -> list[list[Recipe]]:
