@@ -11,6 +11,7 @@ import torch
 
 from autodeploy import graph_cache
 from autodeploy.build import build
+from autodeploy.checkpoint import kept
 from autodeploy.compile.program import Program
 from autodeploy.config import parse_options
 from autodeploy.debug.packed_run import run_packed
@@ -87,6 +88,27 @@ def test_other_weights_of_the_same_config_are_read(folder: Path, tmp_path: Path)
     with torch.no_grad():
         expected = model(torch.tensor([[3, 1, 4]])).logits[0]
     torch.testing.assert_close(_logits(second)[:3], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_start_takes_quantised_weights_as_the_first_made_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "SETTLED_SECONDS", -1.0)
+    first, second = _build(folder, quantization="int8"), _build(folder, quantization="int8")
+    assert "weights" not in first.report.facts
+    assert second.report.facts["weights"] == "quantised by an earlier start"
+    assert torch.equal(_logits(first), _logits(second))
+    without = _build(folder, quantization="int8", weight_cache=False)
+    assert _is_restored(without) and "weights" not in without.report.facts
+    assert torch.equal(_logits(first), _logits(without))
+    model = tiny.TINY["llama"]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    model.save_pretrained(tmp_path / "model")
+    other = _build(folder, quantization="int8")
+    assert _is_restored(other) and "weights" not in other.report.facts
+    assert not torch.allclose(_logits(first), _logits(other))
 
 
 @pytest.mark.parametrize(

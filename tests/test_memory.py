@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from autodeploy.memory import available_bytes, container_bytes, forget_pages, huge_pages
+from autodeploy.memory import available_bytes, container_bytes, forget_pages, huge_pages, zeros_when_touched
 
 
 def test_available_memory_is_plausible() -> None:
@@ -36,6 +37,18 @@ def test_huge_pages_are_memory_like_any_other() -> None:
         block = huge_pages(num_bytes)
         assert block.shape == (num_bytes,) and block.dtype == torch.uint8
         assert bool((block.fill_(7) == 7).all())
+
+
+def test_zeros_take_memory_for_what_is_touched() -> None:
+    for num_bytes in (0, 1, 5_000_001):
+        block = zeros_when_touched(num_bytes)
+        assert block.shape == (num_bytes,) and not block.any()
+        assert bool((block.fill_(7) == 7).all())
+    blocks = [zeros_when_touched(8 * 2**20) for _ in range(64)]
+    before = psutil.Process().memory_info().rss
+    for block in blocks:
+        block[: 2**21 : 2**18] = 1
+    assert psutil.Process().memory_info().rss - before < 64 * 2**19
 
 
 def test_only_mappings_of_the_named_file_are_forgotten(tmp_path: Path) -> None:

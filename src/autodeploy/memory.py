@@ -3,13 +3,16 @@
 import ctypes
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
 _MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
+_MADV_NOHUGEPAGE = 15
 _PAGE_BYTES = 4096
+_HUGE_PAGE_BYTES = 2**21
 
 
 def available_bytes(device: torch.device) -> int:
@@ -47,6 +50,23 @@ def huge_pages(num_bytes: int) -> Tensor:
     """
     block = torch.empty(num_bytes, dtype=torch.uint8)
     _advise(block.data_ptr(), block.data_ptr() + num_bytes, _MADV_HUGEPAGE)
+    return block
+
+
+def zeros_when_touched(num_bytes: int) -> Tensor:
+    """A uint8 tensor of zeros on the CPU whose memory the system hands out when it is first touched.
+
+    It comes in huge pages, but for the beginning: of many tensors that are filled from their beginnings, each would
+    take a huge page for its first bytes.
+
+    Raises:
+        MemoryError, ValueError: there is no such memory, or no room in the address space for it.
+    """
+    block = torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8))
+    begin, end = block.data_ptr(), block.data_ptr() + num_bytes
+    border = min(begin + _HUGE_PAGE_BYTES, end)
+    _advise(border, end, _MADV_HUGEPAGE)
+    _advise(begin, border, _MADV_NOHUGEPAGE)  # NumPy asks for huge pages throughout
     return block
 
 

@@ -59,6 +59,21 @@ def test_quantised_weights_are_read_back_bit_for_bit(checkpoint: Path) -> None:
         assert torch.equal(tensor.flatten().view(torch.uint8), again[name].flatten().view(torch.uint8)), name
 
 
+def test_weights_may_be_asked_for_in_any_order(checkpoint: Path) -> None:
+    weights = KeptWeights("graph", {}, [checkpoint])
+    made = {
+        recipe: torch.full(recipe.shape, index + 1).to(recipe.dtype)
+        for index, recipe in enumerate(recipe for recipe in RECIPES.values() if isinstance(recipe, Quantize))
+    }
+    weights.save(made)
+    with weights.opened(list(reversed(made))) as opened:
+        assert opened is not None
+        for recipe, expected in made.items():
+            out = torch.empty_like(expected)
+            opened.read(recipe, out)
+            assert torch.equal(out.float(), expected.float()), recipe
+
+
 def test_a_checkpoint_that_changed_is_quantised_anew_and_has_one_entry(checkpoint: Path) -> None:
     first, _, _ = _load(checkpoint)
     status = checkpoint.stat()

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +55,7 @@ class KeptWeights:
         self.path = entry(_KIND, {"graph": graph, "owner": self._owner, "files": self._states})
 
     @contextmanager
-    def opened(self, recipes: Sequence[Quantize]) -> Iterator["OpenWeights | None"]:
+    def opened(self, recipes: Collection[Quantize]) -> Iterator["OpenWeights | None"]:
         """What is kept of exactly these weights, for reading; None when nothing is."""
         found = self._open(recipes) if self._is_settled else None
         self.is_used = found is not None
@@ -65,7 +65,7 @@ class KeptWeights:
             if found is not None:
                 os.close(found.descriptor)
 
-    def _open(self, recipes: Sequence[Quantize]) -> "OpenWeights | None":
+    def _open(self, recipes: Collection[Quantize]) -> "OpenWeights | None":
         try:
             contents = json.loads((self.path / _CONTENTS).read_text(encoding="utf-8"))
             descriptor = os.open(self.path / _TENSORS, os.O_RDONLY)
@@ -76,10 +76,10 @@ class KeptWeights:
             return None
         starts, end = _starts(recipes)
         num_bytes = os.fstat(descriptor).st_size
-        if contents == _described(recipes) and num_bytes == end:
+        if contents == _described(starts) and num_bytes == end:
             return OpenWeights(descriptor, starts)
         os.close(descriptor)
-        self._discard(f"it holds {num_bytes} bytes of {len(contents)} tensors, not {end} of {len(recipes)}")
+        self._discard(f"{num_bytes} bytes where {end} are expected" if num_bytes != end else "they are other weights")
         return None
 
     def _discard(self, reason: str) -> None:
@@ -90,17 +90,17 @@ class KeptWeights:
         """Keep these weights; nothing if their files changed meanwhile, or where the disk has little room."""
         if not (self._is_settled and weights) or self.path.is_dir() or self._look() != self._states:
             return
-        _, num_bytes = _starts(list(weights))
+        starts, num_bytes = _starts(weights)
 
         def write(folder: Path) -> None:
             free = shutil.disk_usage(folder).free
             if free < LEAST_FREE_SHARE * num_bytes:
                 raise ConfigError(f"they take {num_bytes} bytes, and the disk of {folder.parent} has {free} left")
             (folder / _OWNER).write_text(json.dumps(self._owner), encoding="utf-8")
-            (folder / _CONTENTS).write_text(json.dumps(_described(list(weights))), encoding="utf-8")
+            (folder / _CONTENTS).write_text(json.dumps(_described(starts)), encoding="utf-8")
             with (folder / _TENSORS).open("wb") as file:
-                for tensor in weights.values():
-                    file.write(_bytes_of(tensor.cpu()))
+                for recipe in starts:
+                    file.write(_bytes_of(weights[recipe].cpu()))
                 file.flush()
                 os.fsync(file.fileno())  # a name must not outlive what it names when the machine stops
 
@@ -157,14 +157,14 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _described(recipes: Sequence[Quantize]) -> list[list[Any]]:
+def _described(recipes: Iterable[Quantize]) -> list[list[Any]]:
     return [[str(recipe), str(recipe.dtype), list(recipe.shape)] for recipe in recipes]
 
 
-def _starts(recipes: Sequence[Quantize]) -> tuple[dict[Quantize, int], int]:
-    """Where each tensor begins in the file, and where the last one ends."""
+def _starts(recipes: Iterable[Quantize]) -> tuple[dict[Quantize, int], int]:
+    """Where each tensor begins in the file, in the file's order, and where the last one ends."""
     starts, end = {}, 0
-    for recipe in recipes:
+    for recipe in sorted(recipes, key=str):  # the order that they come in is another in every process
         starts[recipe] = end
         end += math.prod(recipe.shape) * recipe.dtype.itemsize
     return starts, end

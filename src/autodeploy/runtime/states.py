@@ -5,14 +5,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from autodeploy.compile.program import BatchLimits, Program
 from autodeploy.config import EngineOptions
 from autodeploy.errors import OutOfMemoryError
-from autodeploy.memory import available_bytes
+from autodeploy.memory import available_bytes, zeros_when_touched
 from autodeploy.ops.state import PagedState, SlotState, StateSpec
 from autodeploy.runtime.pages import PageGroup, StateAllocator
 
@@ -271,7 +270,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+    return zeros_when_touched(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 def copy_slot(specs: Iterable[StateSpec], states: dict[str, Tensor], source: int, target: int) -> None:
