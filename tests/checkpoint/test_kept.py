@@ -92,9 +92,12 @@ def test_another_graph_has_weights_of_its_own(checkpoint: Path) -> None:
     assert not _load(checkpoint, graph="another")[1]
 
 
-def test_what_changes_while_it_is_read_is_not_kept(checkpoint: Path) -> None:
+@pytest.mark.parametrize("is_gone", [False, True], ids=["changed", "gone"])
+def test_what_changes_while_it_is_read_is_not_kept(checkpoint: Path, is_gone: bool) -> None:
     weights = KeptWeights("graph", {}, [checkpoint])
     checkpoint.write_bytes(b"a third content")
+    if is_gone:
+        checkpoint.unlink()
     load_weights(RECIPES, lambda _: torch.zeros(48, 64), device=CPU, kept=weights)
     assert _entries(checkpoint) == []
 

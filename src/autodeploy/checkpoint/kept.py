@@ -122,8 +122,14 @@ class KeptWeights:
                 shutil.rmtree(owner.parent, ignore_errors=True)
 
     def _look(self) -> list[list[int]]:
-        """Of each file device, number, bytes, and when its content and anything about it last changed, in ns."""
-        found = [path.stat() for path in self._files]
+        """Of each file device, number, bytes, and when its content and anything about it last changed, in ns.
+
+        Nothing where one cannot be looked at, which is no content that anything is kept for.
+        """
+        try:
+            found = [path.stat() for path in self._files]
+        except OSError:
+            return []
         return [[of.st_dev, of.st_ino, of.st_size, of.st_mtime_ns, of.st_ctime_ns] for of in found]
 
 
