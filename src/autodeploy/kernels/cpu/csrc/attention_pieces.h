@@ -179,7 +179,7 @@ void multiply_keys(const Places<T>& places, const X* const* queries, int64_t hea
         prefetch<3>(values[j], value_dim);
     };
     int64_t j = 0;
-    if constexpr (G < 4)  // four keys of four queries have too few registers
+    if constexpr (G < 4 || REGISTER_BYTES == 64)  // or four keys of four queries have too few registers
         for (; j + 4 <= count && head_dim % Register<T>::WIDTH == 0; j += 4) {
             for (int k = 0; k < 4; ++k) fetch(j + k);
             multiply_four_keys<T, G>(keys, j, queries, head_dim, weights);

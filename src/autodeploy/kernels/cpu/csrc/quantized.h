@@ -99,6 +99,18 @@ inline int32_t add(Ints x) {
 #endif
 }
 
+#if defined(__AVX2__)
+// The same numbers in 16 bits, where they fit.
+inline __m256i to_words(Ints x) {
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_epi16(bit_cast<__m512i>(x));
+#else
+    const __m256i words = _mm256_packs_epi32(bit_cast<__m256i>(x.low), bit_cast<__m256i>(x.high));
+    return _mm256_permute4x64_epi64(words, _MM_SHUFFLE(3, 1, 2, 0));
+#endif
+}
+#endif
+
 // Nearest whole numbers, ties to even. (Adding 1.5 · 2^23 would become one operation with the product before it.)
 template <class V>
 inline Vector<int32_t, SIZE<V>> round(V x) {
@@ -117,8 +129,8 @@ inline Vector<int32_t, SIZE<V>> round(V x) {
 #endif
 }
 
-// How AVX2 alone multiplies: weights of 8 bits as pairs of 16 bits; of 4 bits with sums of 16 bits, two for an output,
-// of which one counts the first two inputs of each quad and the other the last two.
+// How AVX2 multiplies, and AVX-512 without VNNI: weights of 8 bits as pairs of 16 bits; of 4 bits with sums of 16 bits,
+// two for an output, of which one counts the first two inputs of each quad and the other the last two.
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 template <int BITS>
 constexpr bool IN_PAIRS = BITS == 8;
@@ -144,12 +156,8 @@ struct Block {
     float sum;      // scale · sum of the numbers, for offsets
 
     void write(const Ints rounded[2]) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-        __m256i words[2];
-        for (int i = 0; i < 2; ++i) {
-            const auto low = bit_cast<__m256i>(rounded[i].low), high = bit_cast<__m256i>(rounded[i].high);
-            words[i] = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), _MM_SHUFFLE(3, 1, 2, 0));
-        }
+#if defined(__AVX2__)
+        const __m256i words[2] = {to_words(rounded[0]), to_words(rounded[1])};
         auto* to = reinterpret_cast<__m256i*>(numbers);
         if constexpr (IN_PAIRS<BITS>) {
             constexpr int PAIRS = _MM_SHUFFLE(3, 1, 2, 0);
@@ -224,6 +232,19 @@ struct Tile {
 
 // The whole-number products of a block, 16 outputs of M rows; `weight` is moved on.
 #if defined(__AVX512VNNI__)
+// Adds to each lane the products of its four bytes with the same four numbers.
+inline void add_products(Ints& total, Bytes bytes, const int8_t* four) {
+#if defined(AUTODEPLOY_EMULATED)  // in tests, on processors that lack it
+    const __m512i numbers = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(four));
+    total = bit_cast<Ints>(_mm512_dpbusd_epi32(bit_cast<__m512i>(total), bit_cast<__m512i>(bytes), numbers));
+#else
+    // Spelled out, as compilers neither fold the broadcast into it nor keep many totals in registers.
+    asm("vpdpbusd %2%{1to16%}, %1, %0"
+        : "+v"(total)
+        : "v"(bytes), "m"(*reinterpret_cast<const int32_t*>(four)));
+#endif
+}
+
 template <int BITS, int M>
 inline void block_products(const uint8_t*& weight, const Block<BITS>* block, Ints whole[M]) {
     // Few rows have registers for several sums that do not wait for each other. One of them may then count sixteenths,
@@ -240,10 +261,7 @@ inline void block_products(const uint8_t*& weight, const Block<BITS>* block, Int
         const Bytes parts[2] = {BITS == 8 ? bytes : bytes & 15, upper};
         for (int part = 0; part < 8 / BITS; ++part)
             for (int m = 0; m < M; ++m)
-                // Spelled out, as compilers neither fold the broadcast into it nor keep many totals in registers.
-                asm("vpdpbusd %2%{1to16%}, %1, %0"
-                    : "+v"(chains[m][(quad + part) % CHAINS])
-                    : "v"(parts[part]), "m"(*reinterpret_cast<const int32_t*>(block[m].numbers + 4 * (quad + part))));
+                add_products(chains[m][(quad + part) % CHAINS], parts[part], block[m].numbers + 4 * (quad + part));
     }
     for (int m = 0; m < M; ++m) {
         whole[m] = chains[m][0];
@@ -251,51 +269,73 @@ inline void block_products(const uint8_t*& weight, const Block<BITS>* block, Int
     }
 }
 #elif defined(__AVX2__)
-inline __m256i broadcast(const void* four_bytes) {
+// A register of whole numbers, and the processor's operations on it by their common name.
+#if defined(__AVX512BW__)
+using Integers = __m512i;
+#define AUTODEPLOY_OPERATION(NAME) _mm512_##NAME
+#else
+using Integers = __m256i;
+#define AUTODEPLOY_OPERATION(NAME) _mm256_##NAME
+#endif
+constexpr int PARTS = VECTOR / sizeof(Integers);  // registers of a vector
+
+inline Integers broadcast(const void* four_bytes) {
     int32_t bits;
     std::memcpy(&bits, four_bytes, sizeof(bits));
-    return _mm256_set1_epi32(bits);
+    return AUTODEPLOY_OPERATION(set1_epi32)(bits);
 }
 
 // Weights in their places of 8 or 16 bits: of two quads the first or the second, or of a quad two inputs or the others.
 template <int BITS>
-inline __m256i weights_of(const uint8_t* from, bool second) {
-    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    const __m256i mask = BITS == 4 ? _mm256_set1_epi8(15) : _mm256_set1_epi16(255);
-    if (BITS == 8) return second ? _mm256_srli_epi16(bytes, 8) : _mm256_and_si256(bytes, mask);
-    return _mm256_and_si256(second ? _mm256_srli_epi16(bytes, 4) : bytes, mask);
+inline Integers weights_of(const uint8_t* from, bool second) {
+    Integers bytes;
+    std::memcpy(&bytes, from, sizeof(bytes));
+    const Integers mask = BITS == 4 ? AUTODEPLOY_OPERATION(set1_epi8)(15) : AUTODEPLOY_OPERATION(set1_epi16)(255);
+    if (BITS == 8) return second ? AUTODEPLOY_OPERATION(srli_epi16)(bytes, 8) : bytes & mask;
+    return (second ? AUTODEPLOY_OPERATION(srli_epi16)(bytes, 4) : bytes) & mask;
 }
 
 // Of 4 bits, a block's products are summed in 16 bits, where they fit: 16 · 15 · 127. Of 8 bits they need 32.
 template <int BITS>
-inline __m256i multiply_weights(__m256i weights, __m256i x) {
-    return BITS == 4 ? _mm256_maddubs_epi16(weights, x) : _mm256_madd_epi16(weights, x);
+inline Integers multiply_weights(Integers weights, Integers x) {
+    return BITS == 4 ? AUTODEPLOY_OPERATION(maddubs_epi16)(weights, x) : AUTODEPLOY_OPERATION(madd_epi16)(weights, x);
 }
 
 template <int BITS>
-inline __m256i add_sums(__m256i a, __m256i b) {
-    return BITS == 4 ? _mm256_add_epi16(a, b) : _mm256_add_epi32(a, b);
+inline Integers add_sums(Integers a, Integers b) {
+    return BITS == 4 ? AUTODEPLOY_OPERATION(add_epi16)(a, b) : AUTODEPLOY_OPERATION(add_epi32)(a, b);
 }
 
-// A block's sums for the halves of a tile, which begin with what the block says (STARTS) or with zero.
+// Sums of 16 bits as one of 32 for each output.
+inline Integers joined(Integers sums) {
+    return AUTODEPLOY_OPERATION(madd_epi16)(sums, AUTODEPLOY_OPERATION(set1_epi16)(1));
+}
+
+// A block's sums for the parts of a tile, which begin with what the block says (STARTS) or with zero.
 template <int BITS, int M, bool STARTS>
-inline void sums_of_block(const uint8_t*& weight, const Block<BITS>* block, __m256i sums[M][2]) {
+inline void sums_of_block(const uint8_t*& weight, const Block<BITS>* block, Integers sums[M][PARTS]) {
     if constexpr (STARTS)
-        for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = broadcast(&block[m].start);
+        for (int m = 0; m < M; ++m)
+            for (int part = 0; part < PARTS; ++part) sums[m][part] = broadcast(&block[m].start);
 #pragma GCC unroll 8
     for (int quad = 0; quad < 8; quad += 8 / BITS, weight += VECTOR) {
         if constexpr (BITS == 4) __builtin_prefetch(weight + AHEAD);
         for (int second = 0; second < 2; ++second) {
-            const __m256i weights[2] = {weights_of<BITS>(weight, second), weights_of<BITS>(weight + VECTOR / 2, second)};
+            Integers weights[PARTS];
+            for (int part = 0; part < PARTS; ++part)
+                weights[part] = weights_of<BITS>(weight + part * VECTOR / PARTS, second);
             for (int m = 0; m < M; ++m) {
-                const __m256i x = broadcast(block[m].numbers + 4 * quad + (BITS == 4 ? 4 : 2) * second);
-                for (int half = 0; half < 2; ++half) {
-                    const __m256i products = multiply_weights<BITS>(weights[half], x);
+                const Integers x = broadcast(block[m].numbers + 4 * quad + (BITS == 4 ? 4 : 2) * second);
+                for (int part = 0; part < PARTS; ++part) {
+                    const Integers products = multiply_weights<BITS>(weights[part], x);
                     const bool is_first = !STARTS && quad == 0 && second == 0;
-                    sums[m][half] = is_first ? products : add_sums<BITS>(sums[m][half], products);
+                    sums[m][part] = is_first ? products : add_sums<BITS>(sums[m][part], products);
                 }
                 // In this order: with more at a time, sums would not stay in registers.
-                asm("" : "+x"(sums[m][0]), "+x"(sums[m][1]));
+                if constexpr (PARTS == 1)
+                    keep_in_register(sums[m][0]);
+                else
+                    asm("" : "+v"(sums[m][0]), "+v"(sums[m][1]));
             }
         }
     }
@@ -303,19 +343,27 @@ inline void sums_of_block(const uint8_t*& weight, const Block<BITS>* block, __m2
 
 template <int BITS, int M>
 inline void block_products(const uint8_t*& weight, const Block<BITS>* block, Ints whole[M]) {
-    using Half = Vector<int32_t, LANES / 2>;
-    __m256i sums[M][2];
+    Integers sums[M][PARTS];
     sums_of_block<BITS, M, true>(weight, block, sums);
-    for (int m = 0; m < M; ++m)
-        whole[m] = bit_cast<Ints>(Pair<Half>{bit_cast<Half>(sums[m][0]), bit_cast<Half>(sums[m][1])});
+    const auto whole_sum = [](Integers x) { return BITS == 4 ? joined(x) : x; };
+    for (int m = 0; m < M; ++m) {
+        if constexpr (PARTS == 1) {
+            whole[m] = bit_cast<Ints>(whole_sum(sums[m][0]));
+        } else {
+            using Half = Vector<int32_t, LANES / 2>;
+            whole[m] = bit_cast<Ints>(
+                Pair<Half>{bit_cast<Half>(whole_sum(sums[m][0])), bit_cast<Half>(whole_sum(sums[m][1]))});
+        }
+    }
 }
 
+#if !defined(__AVX512BW__)
 inline __m256 load_half(const fp16* from) {
     return load_halves<Vector<float, 8>>(reinterpret_cast<const uint16_t*>(from));
 }
 
-// As `tile_products` below, with sums of 16 bits. Each block takes its scales by itself: then results, for which registers
-// have no place beside the sums, are read and written once.
+// As `tile_products` below, for sums of 16 bits in few registers. Each block takes its scales by itself: then results, for
+// which registers have no place beside the sums, are read and written once.
 template <bool OFFSETS, int M>
 inline void short_sums_of_tile(const Tile& tile, const Block<4>* block, int64_t width, Floats results[M]) {
     const uint8_t* weight = tile.weight;
@@ -331,8 +379,7 @@ inline void short_sums_of_tile(const Tile& tile, const Block<4>* block, int64_t 
                 const __m256 scale = load_half(scales + half * TILE / 2);
                 const __m256 offset = OFFSETS ? load_half(offsets + half * TILE / 2) : scale;
                 for (int m = 0; m < M; ++m) {
-                    const __m256i whole = _mm256_madd_epi16(sums[m][half], _mm256_set1_epi16(1));
-                    const __m256 product = _mm256_cvtepi32_ps(whole) * _mm256_set1_ps(block[m].scale);
+                    const __m256 product = _mm256_cvtepi32_ps(joined(sums[m][half])) * _mm256_set1_ps(block[m].scale);
                     __m256 total = product * scale + _mm256_load_ps(totals[m][half]);
                     if constexpr (OFFSETS) total = offset * _mm256_set1_ps(block[m].sum) + total;
                     _mm256_store_ps(totals[m][half], total);
@@ -344,6 +391,8 @@ inline void short_sums_of_tile(const Tile& tile, const Block<4>* block, int64_t 
     }
     for (int m = 0; m < M; ++m) results[m] = load(totals[m][0]);
 }
+#endif
+#undef AUTODEPLOY_OPERATION
 #else
 template <int BITS, int M>
 inline void block_products(const uint8_t*& weight, const Block<BITS>* block, Ints whole[M]) {
@@ -366,7 +415,7 @@ inline void block_products(const uint8_t*& weight, const Block<BITS>* block, Int
 // registers: in a larger function, compilers spill addresses that every load waits for.
 template <int BITS, bool OFFSETS, int M>
 __attribute__((noinline)) void tile_products(const Tile& tile, const Block<BITS>* block, int64_t width, Floats results[M]) {
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVX512BW__)
     if constexpr (BITS == 4) return short_sums_of_tile<OFFSETS, M>(tile, block, width, results);
 #endif
     const uint8_t* weight = tile.weight;

@@ -86,13 +86,24 @@ inline float sum(V x) {
 // to[0 .. 4] = the sums of four vectors.
 template <class V>
 inline void store_sums(V a, V b, V c, V d, float* to) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64) {
+        const auto halved = [](V x) {
+            const __m256d upper = _mm512_extractf64x4_pd(bit_cast<__m512d>(x), 1);
+            return _mm512_castps512_ps256(bit_cast<__m512>(x)) + bit_cast<__m256>(upper);
+        };
+        return store_sums(halved(a), halved(b), halved(c), halved(d), to);
+    } else
+#endif
 #if defined(__AVX2__)
     if constexpr (sizeof(V) == 32) {
         const __m256 four = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-        return _mm_storeu_ps(to, _mm256_castps256_ps128(four) + _mm256_extractf128_ps(four, 1));
-    }
+        _mm_storeu_ps(to, _mm256_castps256_ps128(four) + _mm256_extractf128_ps(four, 1));
+    } else
 #endif
-    to[0] = sum(a), to[1] = sum(b), to[2] = sum(c), to[3] = sum(d);
+    {
+        to[0] = sum(a), to[1] = sum(b), to[2] = sum(c), to[3] = sum(d);
+    }
 }
 
 // The greatest of lanes that are no NaNs.
@@ -249,7 +260,7 @@ inline void dot_products(const T* a, const X* const* b, int64_t length, float pr
 // Keeps compilers from reading a register's content from memory again at each use.
 template <class V>
 inline void keep_in_register([[maybe_unused]] V& x) {
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(AUTODEPLOY_EMULATED)
     asm("" : "+v"(x));
 #endif
 }
@@ -300,8 +311,14 @@ __attribute__((noinline)) void multiply_rows_of(const T* a, const X* b, int64_t 
         for (int m = 0; m < M; ++m) std::memcpy(padded_b[m], b + m * length + whole, count * sizeof(X));
         add(padded_a[0], R::WIDTH, padded_b[0], R::WIDTH);
     }
-    for (int w = 0; w < W; ++w)
-        for (int m = 0; m < M; ++m) products[w][m] = sum(sums[w][m]);
+    constexpr int COUNT = W * M, FOURS = COUNT / 4 * 4;
+    const auto at = [&](int i) { return i < COUNT ? sums[i / M][i % M] : typename R::Sums{}; };
+    for (int i = 0; i < FOURS; i += 4) store_sums(at(i), at(i + 1), at(i + 2), at(i + 3), products[0] + i);
+    if constexpr (FOURS < COUNT) {
+        float last[4];
+        store_sums(at(FOURS), at(FOURS + 1), at(FOURS + 2), at(FOURS + 3), last);
+        std::memcpy(products[0] + FOURS, last, sizeof(float) * (COUNT - FOURS));
+    }
 }
 
 template <class T, int M, class X>

@@ -150,8 +150,12 @@ template <class V, class E>
 inline V load_converted(const E* from) {
     if constexpr (is_pair<V>::value)
         return {load_converted<decltype(V::low)>(from), load_converted<decltype(V::high)>(from + SIZE<V> / 2)};
-#if defined(__AVX2__)
-    else if constexpr (std::is_same_v<E, uint16_t> && std::is_same_v<V, Vector<uint32_t, 8>>)  // left alone, in halves
+    // Left alone, compilers convert halves.
+#if defined(__AVX512F__)
+    else if constexpr (std::is_same_v<E, uint16_t> && std::is_same_v<V, Vector<uint32_t, 16>>)
+        return bit_cast<V>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__AVX2__)
+    else if constexpr (std::is_same_v<E, uint16_t> && std::is_same_v<V, Vector<uint32_t, 8>>)
         return bit_cast<V>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #endif
     else
@@ -163,6 +167,10 @@ inline void store_converted(E* to, V x) {
     if constexpr (is_pair<V>::value) {
         store_converted(to, x.low);
         store_converted(to + SIZE<V> / 2, x.high);
+#if defined(__AVX512F__)
+    } else if constexpr (std::is_same_v<E, uint16_t> && std::is_same_v<V, Vector<uint32_t, 16>>) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(bit_cast<__m512i>(x)));
+#endif
     } else {
         store_vector(to, convert<Vector<E, SIZE<V>>>(x));
     }
