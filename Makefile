@@ -23,7 +23,7 @@ install := $(python) -m pip install -qq --disable-pip-version-check --constraint
 results := benchmarks/results/local
 demo_package := $(if $(filter smollm2 gemma3-270m,$(MODEL)),$(VENV)/.$(MODEL))
 
-.PHONY: help demo test test-slow test-gpu fuzz soak check sweep bench bench-gpu bench-peers bench-servers real-dims clean
+.PHONY: help demo test test-slow test-avx512 test-gpu fuzz soak check sweep bench bench-gpu bench-peers bench-servers real-dims clean
 
 help:
 	@echo "make demo        deploy a real model, answer a prompt, compare with transformers (MODEL=gemma3-270m for the other)"
@@ -31,6 +31,7 @@ help:
 	@echo "make test-slow   the tests that take longer, both real models included"
 	@echo "make fuzz        $(REQUESTS) malformed requests and as many odd ones, against a server"
 	@echo "make soak        500 streaming clients for $(SECONDS) seconds: every answer as the same request gets alone, memory flat"
+	@echo "make test-avx512 all CPU kernels as compiled for AVX-512 with VNNI and BF16, emulated where a processor lacks them"
 	@echo "make test-gpu    the tests that need CUDA, with the packages that $(PYTHON) already has"
 	@echo "make check       ruff and mypy"
 	@echo "make sweep       every architecture of transformers through every stage; ARGS=\"mamba2 qwen3_moe\" takes some"
@@ -51,6 +52,9 @@ test: $(VENV)/.dev $(VENV)/.smollm2
 
 test-slow: $(VENV)/.dev $(VENV)/.smollm2 $(VENV)/.gemma3-270m $(VENV)/.ray
 	$(python) -m pytest -m "slow and not gpu and not network" $(ARGS)
+
+test-avx512: $(VENV)/.dev
+	$(python) -m pytest -m slow tests/kernels/cpu/test_avx512.py -k "f_bw_vnni_bf16 or sapphirerapids" $(ARGS)
 
 fuzz: $(VENV)/.dev
 	$(python) -m pytest -m "" tests/server/test_fuzz.py --fuzz-requests $(REQUESTS) $(ARGS)

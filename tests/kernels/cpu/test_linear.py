@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from autodeploy.kernels.cpu import linear as linear_module
 from autodeploy.kernels.cpu.linear import FEW_ROWS, linear_cpu
 from autodeploy.ops import linear
 
@@ -38,6 +39,15 @@ def test_any_shape(rows: int, inputs: int, outputs: int, bias: bool, dtype: torc
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_enough_for_threads(rows: int, dtype: torch.dtype) -> None:
     check(torch.randn(1, rows, 576).to(dtype), torch.randn(963, 576).to(dtype), None)
+
+
+@pytest.mark.parametrize("has_products", [False, True])
+def test_many_rows_whatever_torch_makes_of_bfloat16(has_products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where processors multiply it, many rows are torch's: by our blocks as well as by torch they are right."""
+    monkeypatch.setattr(linear_module, "_has_bfloat16_products", lambda: has_products)
+    for inputs in (576, 577):
+        x, weight = torch.randn(1, FEW_ROWS + 3, inputs), torch.randn(70, inputs)
+        check(x.bfloat16(), weight.bfloat16(), torch.randn(70).bfloat16())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
