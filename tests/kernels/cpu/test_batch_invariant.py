@@ -23,7 +23,8 @@ def test_a_row_of_a_product_has_the_same_bits_among_others(dtype: torch.dtype, w
 
 
 def test_the_usual_product_may_differ() -> None:
-    x, weight = torch.randn(64, 576, generator=torch.Generator().manual_seed(0)), torch.full((40, 576), 0.1)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(64, 576, generator=generator), torch.randn(40, 576, generator=generator)
     usual = linear.kernels["cpu"].function
     assert not torch.equal(usual(x, weight, None)[:1], usual(x[:1], weight, None))
 
