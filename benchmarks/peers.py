@@ -2,6 +2,7 @@
 
     python benchmarks/peers.py smollm2 --output benchmarks/results
     python benchmarks/peers.py qwen3-0.6b --precision int4 --peer AutoDeploy llama.cpp
+    python benchmarks/peers.py llama-3.2-1b --rounds 1 --requests 4 --prefill 1024      # a smaller load
     python benchmarks/peers.py --prepare        # environments and model files of every model, nothing measured
 
 Subjects of one precision take turns at each figure (A B C A B C ...), after a round that is not counted; every prompt
@@ -21,11 +22,13 @@ from typing import Any
 
 from peers import environments, models, records
 from peers.conditions import conditions
-from peers.rounds import SMOKE, Load, Rounds, agreement
+from peers.rounds import SMOKE, Load, Rounds
 from peers.subjects import KINDS, Subject, prepare, vocab_size
+from peers.summary import agreement
 
 PRECISIONS = ("bf16", "int8", "int4")
 REFERENCE = "transformers"
+PREFILLS = Load.prefill
 
 
 def subjects_of(given: argparse.Namespace, model: str, build: Path) -> tuple[list[Subject], dict[str, str]]:
@@ -62,7 +65,7 @@ def run(given: argparse.Namespace, model: str, build: Path) -> Path | None:
     if given.prepare:
         return None
     num_ids = min(vocab_size(models.folder(build, model)), 8192)
-    load = SMOKE if given.smoke else Load()
+    load = SMOKE if given.smoke else Load(num_requests=given.requests, prefill=tuple(given.prefill))
     limits: list[Any] = []
     groups: dict[str, Any] = {}
     for precision in given.precision:
@@ -96,6 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--peer", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--requests", type=int, default=Load.num_requests, help="how many at once")
+    parser.add_argument("--prefill", type=int, nargs="+", choices=PREFILLS, default=list(PREFILLS), help="tokens")
     parser.add_argument("--prepare", action="store_true", help="make what is missing and measure nothing")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, no peers that need an environment, seconds")
     parser.add_argument("--build", type=Path, default=Path(__file__).parents[1] / "build" / "peers")

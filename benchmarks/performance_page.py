@@ -12,7 +12,7 @@ from typing import Any
 
 from peers import servers_page
 from peers.bars import Bar, Panel, svg
-from peers.summary import FIGURES, IDLE_SHARE, OURS, advantage, newest, number, samples, share
+from peers.summary import FIGURES, IDLE_SHARE, OURS, advantage, label, newest, number, samples, share
 
 Records = dict[str, dict[str, Any]]
 """Precision -> the record that has it."""
@@ -31,7 +31,7 @@ rate for prefill. Nothing is set but the precision.
 
 def table(records: Records) -> list[str]:
     """One row per precision and subject."""
-    heads = ["weights", "", *(figure.label for figure in FIGURES.values())]
+    heads = ["weights", "", *(label(figure, records.values()) for figure in FIGURES)]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for precision, record in records.items():
         group = record["precisions"][precision]
@@ -65,11 +65,10 @@ def plot(records: Records) -> str:
         bars = []
         for precision, record in records.items():
             for name, values in samples(record["precisions"][precision], figure).items():
-                middle = statistics.median(values)
-                label = f"{name} {precision}"
-                bars.append(Bar(label=label, value=middle, low=min(values), high=max(values), ours=name == OURS))
+                named, middle = f"{name} {precision}", statistics.median(values)
+                bars.append(Bar(label=named, value=middle, low=min(values), high=max(values), ours=name == OURS))
         if bars:
-            panels.append(Panel(title=FIGURES[figure].label, bars=bars))
+            panels.append(Panel(title=label(figure, records.values()), bars=bars))
     return svg(panels)
 
 

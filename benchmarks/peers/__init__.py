@@ -13,5 +13,5 @@ subjects.py       which peers there are, the environment each runs in, at which 
 environments.py   makes those environments, with pip
 models.py         the models, written once as checkpoint folders
 vllm_cli.py       vLLM's own command line, made to start
-llamacpp_convert.py genai_convert.py             a checkpoint folder in, the peer's own files out
+files.py llamacpp_convert.py genai_convert.py vllm_convert.py      a checkpoint folder in, the peer's own files out
 """

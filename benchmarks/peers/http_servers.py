@@ -13,8 +13,9 @@ from typing import Any
 
 from peers import environments
 from peers.environments import NotAvailable
+from peers.files import FILES, HERE
 from peers.process import Server
-from peers.subjects import HERE, QUANTISED_ELSEWHERE, SOURCE, llamacpp_file
+from peers.subjects import SOURCE
 
 MODEL = "served"
 MAX_SEQUENCES = 32
@@ -81,7 +82,7 @@ KINDS = {
         " --dtype bfloat16 --max-model-len {length} --max-num-seqs {sequences}",
         environment="vllm",
         ready="/health",
-        precisions={"bf16": (), "int8": QUANTISED_ELSEWHERE},
+        precisions={"bf16": (), "int8": ()},
         fields={"return_token_ids": True},
         variables={
             "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -120,7 +121,7 @@ def prepare(name: str, precision: str, model: str, checkpoint: Path, build: Path
     if isinstance(flags, str):
         raise NotAvailable(flags)
     python = environments.python(build, kind.environment) if kind.environment else Path(sys.executable)
-    path = llamacpp_file(precision, model, checkpoint, build) if name == "llama.cpp" else checkpoint
+    path = FILES[name](precision, model, checkpoint, build) if name in FILES else checkpoint
     words = {
         "{model}": str(path),
         "{name}": MODEL,

@@ -9,7 +9,10 @@ from peers.process import Peer, PeerError
 from peers.subjects import Subject
 
 SLOW_SECONDS = 20.0
-"""What takes a subject longer, a start or a turn, it does once in a run and not in every round."""
+"""What takes a subject longer, a start or a turn, it does once in a run and not in every round.
+
+A turn that long in the round that is not counted counts: what a first turn costs besides is small beside it.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +97,13 @@ class Rounds:
     def end(self) -> dict[str, Any]:
         """Peak memory after everything, and what subjects say about themselves."""
         self._note_memory("requests_peak_bytes")
-        return {name: peer.ask("facts")["facts"] for name, peer in self._peers.items()}
+        facts = {}
+        for name, peer in self._peers.items():
+            try:
+                facts[name] = peer.ask("facts")["facts"]
+            except PeerError as error:
+                self.failed[name] = f"facts: {error}"
+        return facts
 
     def _prompt(self, length: int, source: random.Random) -> list[int]:
         return [source.randrange(self._num_ids) for _ in range(length)]
@@ -113,7 +122,9 @@ class Rounds:
             values = _values(figure, prompts[0], lengths, answer)
             if figure == "decode":
                 self.tokens.setdefault(name, []).append(answer["tokens"][0])
-            self._add(name, values, counted, answer["last_seconds"])
+            seconds = answer["last_seconds"]
+            counts = counted or (figure != "requests" and seconds > SLOW_SECONDS)  # there were fewer requests
+            self._add(name, values, counts, seconds)
 
     def _add(self, name: str, values: dict[str, float], counted: bool, seconds: float) -> None:
         print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
@@ -134,12 +145,3 @@ def _values(figure: str, prompt: list[int], lengths: list[int], answer: dict[str
         later = lengths[0] - answer["num_first"]  # several may come at once; all of them from a tiny model
         return {"decode": later / (last - first) if later else lengths[0] / last, "first_token_seconds": first}
     return {figure: sum(lengths) / last if figure == "requests" else len(prompt) / first}
-
-
-def agreement(tokens: list[list[int]], reference: list[list[int]]) -> float:
-    """Tokens that two subjects' answers have in common at their beginning, on average over the prompts."""
-    return sum(map(_common, tokens, reference)) / len(tokens)
-
-
-def _common(left: list[int], right: list[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=True)) if a != b), len(left))

@@ -6,7 +6,6 @@ missing, so that a benchmark run measures only.
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import Any
 import autodeploy
 from peers import environments
 from peers.environments import NotAvailable
+from peers.files import FILES, HERE
 from peers.process import Peer
 
-HERE = Path(__file__).parent
 SOURCE = str(Path(str(autodeploy.__file__)).parents[1])  # the code that runs here, installed or not
-QUANTISED_ELSEWHERE = "reads int8 and int4 from checkpoints that another tool has quantised; none was made"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +40,6 @@ class Kind:
 _EVERY: dict[str, str | None] = {"bf16": None, "int8": None, "int4": None}
 _VLLM = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_TARGET_DEVICE": "cpu",
     "HF_HUB_OFFLINE": "1",
 }
@@ -57,7 +54,7 @@ KINDS = {
     "vLLM CPU": Kind(
         adapter="vllmcpu.py",
         environment="vllm",
-        precisions={"bf16": None} | dict.fromkeys(("int8", "int4"), QUANTISED_ELSEWHERE),
+        precisions={"bf16": None, "int8": None, "int4": "its products with weights of 4 bits need AVX-512"},
         variables=_VLLM,
     ),
 }
@@ -65,7 +62,7 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A peer at one precision, ready to be launched any number of times."""
+    """A peer at one precision, ready to be launched."""
 
     name: str
     precision: str
@@ -88,14 +85,7 @@ def prepare(name: str, precision: str, model: str, checkpoint: Path, build: Path
     if reason := kind.precisions[precision]:
         raise NotAvailable(reason)
     python = environments.python(build, kind.environment) if kind.environment else Path(sys.executable)
-    files = build / "models" / model.replace("/", "-")
-    files.mkdir(parents=True, exist_ok=True)
-    path = checkpoint
-    if name == "llama.cpp":
-        path = llamacpp_file(precision, model, checkpoint, build)
-    if name == "OpenVINO GenAI":
-        exporter = environments.python(build, "openvino-export")
-        path = _converted("genai_convert.py", exporter, checkpoint, files / f"openvino-{precision}", precision)
+    path = FILES[name](precision, model, checkpoint, build) if name in FILES else checkpoint
     threads = len(os.sched_getaffinity(0))
     return Subject(
         name=name,
@@ -107,37 +97,6 @@ def prepare(name: str, precision: str, model: str, checkpoint: Path, build: Path
     )
 
 
-def llamacpp_file(precision: str, model: str, checkpoint: Path, build: Path) -> Path:
-    """The GGUF file of a model, written where it is missing.
-
-    Raises:
-        NotAvailable: with the reason.
-    """
-    files = build / "models" / model.replace("/", "-")
-    files.mkdir(parents=True, exist_ok=True)
-    path = _converted("llamacpp_convert.py", Path(sys.executable), checkpoint, files / "llama.cpp-bf16.gguf", "bf16")
-    if precision == "bf16":
-        return path
-    python = environments.python(build, "llamacpp")
-    return _converted("llamacpp_convert.py", python, path, files / f"llama.cpp-{precision}.gguf", precision)
-
-
 def vocab_size(checkpoint: Path) -> int:
     """Of a checkpoint's config."""
     return int(json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vocab_size"])
-
-
-def _converted(script: str, python: Path, source: Path, target: Path, precision: str) -> Path:
-    """The peer's own files at `target`, written to a neighbour first so that half of them is never taken for all."""
-    if target.exists():
-        return target
-    partial = target.with_name(f"partial-{target.name}")
-    print(f"writing {target}", flush=True)
-    command = [str(python), str(HERE / script), str(source), str(partial), precision]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode or not partial.exists():
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        errors = [line for line in lines if "Error" in line] or lines
-        raise NotAvailable(f"no {precision} files: {errors[-1][:300]}")
-    partial.rename(target)
-    return target

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ class Figure:
     """A figure of a record.
 
     Attributes:
-        label: its column's head.
+        label: its column's head, with `{requests}` for how many there were at once.
         scale: from the record's unit to the label's.
         smaller_is_better: times and memory; everything else is a rate.
         limit: the machine's limit that bounds it; None where no single one does.
@@ -32,11 +33,11 @@ FIGURES = {
     "decode": Figure(label="decode, tok/s", limit="memory_gb_per_second"),
     "prefill_1024": Figure(label="prefill 1,024, tok/s", limit="matmul_gflop_per_second"),
     "prefill_2048": Figure(label="prefill 2,048, tok/s", limit="matmul_gflop_per_second"),
-    "requests": Figure(label="32 requests, output tok/s"),
+    "requests": Figure(label="{requests} requests, output tok/s"),
     "first_token_seconds": Figure(label="first token after 128, ms", scale=1e3, smaller_is_better=True),
     "start_seconds": Figure(label="second start to first token, s", smaller_is_better=True),
     "one_peak_bytes": Figure(label="peak, one stream, MB", scale=1e-6, smaller_is_better=True),
-    "requests_peak_bytes": Figure(label="peak, 32 requests, MB", scale=1e-6, smaller_is_better=True),
+    "requests_peak_bytes": Figure(label="peak, {requests} requests, MB", scale=1e-6, smaller_is_better=True),
 }
 
 
@@ -52,6 +53,12 @@ def newest(results: Path, benchmark: str) -> tuple[dict[str, dict[str, dict[str,
             found = dict.fromkeys(record["precisions"], record | {"file": path.name})
             records.setdefault(record["model"], {}).update(found)
     return records, busy
+
+
+def label(figure: str, records: Iterable[dict[str, Any]]) -> str:
+    """A figure's label for records, whose loads may differ."""
+    counts = sorted({record["load"]["num_requests"] for record in records})
+    return FIGURES[figure].label.format(requests=" or ".join(map(str, counts)))
 
 
 def samples(group: dict[str, Any], figure: str) -> dict[str, list[float]]:
@@ -92,3 +99,13 @@ def share(record: dict[str, Any], group: dict[str, Any], figure: str) -> float |
 def number(value: float) -> str:
     """Three digits, more before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def agreement(tokens: list[list[int]], reference: list[list[int]]) -> float:
+    """Tokens that two subjects' answers have in common at their beginning, on average over prompts both answered."""
+    common = [_common(*each) for each in zip(tokens, reference, strict=False)]  # who is slow answers the first only
+    return sum(common) / len(common)
+
+
+def _common(left: list[int], right: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=True)) if a != b), len(left))

@@ -113,9 +113,10 @@ def test_a_server_is_waited_for_and_stands_still_when_told(script: Script, tmp_p
 
 
 def test_what_two_answers_have_in_common_is_counted_from_the_front(script: Script) -> None:
-    agreement = script("peers.rounds").agreement
+    agreement = script("peers.summary").agreement
     assert agreement([[1, 2, 3], [4, 5, 6]], [[1, 2, 9], [4, 5, 6]]) == 2.5
     assert agreement([[7, 2, 3]], [[1, 2, 3]]) == 0.0
+    assert agreement([[1, 2], [3, 4]], [[1, 2]]) == 2  # the other was too slow to answer twice
 
 
 def test_a_peer_without_an_environment_says_why(script: Script) -> None:
@@ -173,6 +174,8 @@ def test_what_is_slow_is_done_once(script: Script, tmp_path: Path, monkeypatch: 
         rounds.start(subjects, 4, stack)
         for turn in range(3):
             rounds.once(counted=turn > 0)
+            assert len(rounds.tokens["slow"]) == 1
+            assert ("requests" in rounds.samples["slow"]) == (turn > 0)  # fewer are sent in the first round
     assert {figure: len(values) for figure, values in rounds.samples["slow"].items()} == dict.fromkeys(
         (
             "first_start_seconds",

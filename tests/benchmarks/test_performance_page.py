@@ -21,7 +21,7 @@ FACTS = {
 }
 RECORD: dict[str, Any] = {
     "model": "small",
-    "load": {"decode": [128, 128]},
+    "load": {"decode": [128, 128], "num_requests": 8},
     "limits": [
         {"memory_gb_per_second": each, "matmul_gflop_per_second": 40.0, "busy_share": 0.04}
         for each in (20.0, 90.0, 10.0)
