@@ -24,7 +24,7 @@ from autodeploy.checkpoint.recipe import ReadTensor, renamed
 from autodeploy.compile.backends import compile_graph, require_backend, resolve_backend
 from autodeploy.compile.bind import bind_plans
 from autodeploy.compile.cuda_graph import GraphedFunction
-from autodeploy.compile.program import DraftHead, NamedGraph, Program, Progress
+from autodeploy.compile.program import ChooseTokens, DraftHead, NamedGraph, Program, Progress
 from autodeploy.config import CompileOptions, Options, SpeculativeOptions
 from autodeploy.debug.isolation import check_isolation
 from autodeploy.errors import ConfigError
@@ -376,11 +376,16 @@ def _finish(
     draft_head = None if head is None else _draft_head(graph, head)
     for each in graphs:
         clock.lowered(each)
-    with clock.stage("compile", f"compiling ({backend})"):
-        named = {each.name: _compiled(each, backend, device, options, clock.report) for each in graphs}
     vocab_size = int(logits.meta["val"].shape[-1])  # type: ignore[union-attr]
     beside = kernels_beside(vocab_size, subject.dtype, device)
     clock.report.kernels.update({name: {kernel.provider: 1} for name, kernel in beside.items()})
+    with clock.stage("compile", f"compiling ({backend})"):
+        chooser = beside.get(choose_tokens.name)  # a head's tokens are drafts: nobody draws them
+        choose = None if chooser is None else chooser.function
+        named = {
+            each.name: _compiled(each, backend, device, options, clock.report, choose if each is graph else None)
+            for each in graphs
+        }
     program = Program(
         graphs=named,
         states=tuple(graph.states),
@@ -420,13 +425,19 @@ def _draft_head(graph: ModelGraph, head: ModelGraph) -> DraftHead:
 
 
 def _compiled(
-    graph: ModelGraph, backend: str, device: torch.device, options: CompileOptions, report: BuildReport
+    graph: ModelGraph,
+    backend: str,
+    device: torch.device,
+    options: CompileOptions,
+    report: BuildReport,
+    choose: ChooseTokens | None,
 ) -> NamedGraph:
     plans = bind_plans(graph, device)
-    function = compile_graph(graph, backend, device, report, options.cudagraph_capture_sizes)
-    preparation = function if isinstance(function, GraphedFunction) else None
+    function = compile_graph(graph, backend, device, report, options.cudagraph_capture_sizes, choose)
+    graphed = function if isinstance(function, GraphedFunction) else None
+    run_and_choose = graphed.run_and_choose if graphed is not None and graphed.chooses_tokens else None
     names = tuple(spec.name for spec in graph.states)
-    return NamedGraph(graph.name, function, graph.batch_inputs(), names, preparation, plans)
+    return NamedGraph(graph.name, function, graph.batch_inputs(), names, graphed, plans, run_and_choose)
 
 
 def _count_flops(graph: ModelGraph) -> tuple[int, int]:

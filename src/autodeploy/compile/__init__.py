@@ -13,6 +13,7 @@ capture_sizes.py  which sizes
 segments.py       a graph -> regions that can be captured by tokens, and the calls between them
 static_batch.py   a batch -> the same batch, padded, at fixed addresses
 whole_graphs.py   steps of one token per sequence, each one graph
+graphed_choice.py tokens chosen in those graphs
 streams.py        marked branches -> calls on a second stream
 piecewise.py      other steps, a graph for each region
 capture.py        Capture: who records work and repeats it; CUDA's

@@ -7,7 +7,7 @@ import torch
 from autodeploy.compile.capture import Capture, CudaCapture
 from autodeploy.compile.cuda_graph import compile_cuda_graph
 from autodeploy.compile.eager import compile_eager
-from autodeploy.compile.program import GraphFunction
+from autodeploy.compile.program import ChooseTokens, GraphFunction
 from autodeploy.compile.replay import compile_replay
 from autodeploy.compile.streams import CudaStreams, Streams
 from autodeploy.errors import ConfigError
@@ -63,6 +63,7 @@ def compile_graph(
     device: torch.device,
     report: BuildReport,
     capture_sizes: Sequence[int] | None = None,
+    choose: ChooseTokens | None = None,
 ) -> GraphFunction:
     """A function of a lowered graph's inputs in order, by a backend's name; the graph holds its weights.
 
@@ -70,6 +71,7 @@ def compile_graph(
 
     Args:
         capture_sizes: see the option `cudagraph_capture_sizes`.
+        choose: kernel with which CUDA graphs choose tokens.
     """
     if backend == "torch-simple":
         return compile_eager(graph)
@@ -77,10 +79,11 @@ def compile_graph(
         return compile_replay(graph, report)
     if backend == "torch-cudagraph":
         new_capture, streams = graph_capture(device), second_stream(device)
-        return compile_cuda_graph(graph, device, report, new_capture, capture_sizes, streams=streams)
+        return compile_cuda_graph(graph, device, report, new_capture, capture_sizes, None, streams, choose)
     # Importing Inductor takes a second that others need not pay.
     from autodeploy.compile.inductor import compile_inductor, region_compiler
 
     if backend == "torch-opt":
-        return compile_cuda_graph(graph, device, report, graph_capture(device), capture_sizes, region_compiler(graph))
+        compiler = region_compiler(graph)
+        return compile_cuda_graph(graph, device, report, graph_capture(device), capture_sizes, compiler, None, choose)
     return compile_inductor(graph, report)

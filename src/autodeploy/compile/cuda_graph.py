@@ -4,6 +4,7 @@ A step in which every sequence brings one token is captured whole, for numbers o
 tokens is captured in pieces (`piecewise.py`), the regions of `segments.py`, and what stands between them runs as it is.
 Batches are padded to the next size (`static_batch.py`). All graphs share one pool of memory and are captured largest
 first, when the runtime has its states (`Program.prepare`). Larger steps, and steps over other states, run call by call.
+Whole steps choose their tokens too (`graphed_choice.py`).
 """
 
 import contextlib
@@ -20,8 +21,9 @@ from torch import Tensor
 from autodeploy.compile.bind import bind_kernels
 from autodeploy.compile.capture import Capture
 from autodeploy.compile.capture_sizes import CaptureSizes
+from autodeploy.compile.graphed_choice import GraphedChoice, why_not_chosen
 from autodeploy.compile.piecewise import PiecewiseGraphs
-from autodeploy.compile.program import BatchLimits, Progress
+from autodeploy.compile.program import BatchLimits, ChooseTokens, Chosen, Draws, Progress
 from autodeploy.compile.segments import CompileRegion, Cut, Segments
 from autodeploy.compile.static_batch import StaticInput
 from autodeploy.compile.streams import Branches, Streams
@@ -39,6 +41,10 @@ FACT = "cuda_graphs"
 WHOLE, PIECES = "whole", "in pieces"
 NOT_PREPARED = "no graphs: not captured for these states"
 ALL_LOGITS = "the graph gives a row of logits for every token, wanted or not"
+IN_GRAPH = "in the graph"
+NOT_WHOLE = "behind the step: it was no whole graph"
+LOOKED_AT = "behind the step: a row has penalties or constraints"
+_Step = Callable[[], tuple[Tensor, Chosen | None]]
 
 
 def compile_cuda_graph(
@@ -49,6 +55,7 @@ def compile_cuda_graph(
     sizes: Sequence[int] | None = None,
     compile_region: CompileRegion | None = None,
     streams: Streams | None = None,
+    choose: ChooseTokens | None = None,
 ) -> "GraphedFunction":
     """A function of the graph's inputs in order that repeats captured steps once it is prepared.
 
@@ -58,12 +65,14 @@ def compile_cuda_graph(
         sizes: numbers of tokens to capture; default: see `CaptureSizes`.
         compile_region: compiles regions before they are captured; default: they run node by node.
         streams: for the graph's marked branches, if whole steps are faster with it.
+        choose: kernel that chooses tokens from the logits of whole steps, in their graphs.
     """
     branches = None if streams is None else Branches(graph, streams)
     cut = Cut(graph)
     is_compiled = compile_region is not None
     bind_kernels(graph, keep_opaque=is_compiled, keep_kernels=is_compiled)
-    return GraphedFunction(graph, cut.segments(compile_region), device, report, new_capture, sizes, branches)
+    segments = cut.segments(compile_region)
+    return GraphedFunction(graph, segments, device, report, new_capture, sizes, branches, choose)
 
 
 @dataclass
@@ -99,6 +108,7 @@ class GraphedFunction:
         new_capture: Callable[[], Capture],
         sizes: Sequence[int] | None,
         branches: Branches | None,
+        choose: ChooseTokens | None,
     ) -> None:
         self._segments, self._new_capture, self._wanted_sizes = segments, new_capture, sizes
         self._branches = branches
@@ -113,14 +123,31 @@ class GraphedFunction:
         self._device = device
         self._graphs: _Graphs | None = None
         self._facts: dict[str, Any] = report.facts.setdefault(FACT, {}).setdefault(graph.name, {})
-        self._facts |= {"steps": {}, "tokens": {}}
+        why_not = why_not_chosen(choose, self._batch_names)
+        self._choose = choose if why_not is None else None
+        self._facts |= {"steps": {}, "tokens": {}, "choice": why_not or IN_GRAPH, "chosen": {}}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
+        return self._step(inputs, None)[0]
+
+    @property
+    def chooses_tokens(self) -> bool:
+        """Whether graphs of whole steps do."""
+        return self._choose is not None
+
+    def run_and_choose(self, draws: Draws | None, *inputs: Tensor) -> tuple[Tensor, Chosen | None]:
+        """As `Program.run_and_choose` says: whole steps choose, others do not."""
+        logits, chosen = self._step(inputs, draws)
+        where = IN_GRAPH if chosen is not None else NOT_WHOLE if draws is not None else LOOKED_AT
+        self._facts["chosen"][where] = self._facts["chosen"].get(where, 0) + 1
+        return logits, chosen
+
+    def _step(self, inputs: Sequence[Tensor], draws: Draws | None) -> tuple[Tensor, Chosen | None]:
         values = dict(zip(self._names, inputs, strict=True))
         num_tokens = values["input_ids"].numel()
-        how, step = self._way(values, num_tokens)
+        how, step = self._way(values, num_tokens, draws)
         self._count(how, num_tokens)
-        return step() if step is not None else self._segments.run(values)
+        return step()
 
     @torch.inference_mode()
     def prepare(self, states: Mapping[str, Tensor], limits: BatchLimits, progress: Progress) -> None:
@@ -142,6 +169,7 @@ class GraphedFunction:
             "streams": graphs.whole.on_streams if graphs.whole is not None else {},
             "steps": {},  # counted anew: what ran before had no graphs to run in
             "tokens": {},
+            "chosen": {},
         }
         for what, why in graphs.why_not.items():
             logger.warning("no CUDA graphs of steps %s: %s", what, why)
@@ -186,7 +214,8 @@ class GraphedFunction:
             graphs.why_not[WHOLE] = why
         elif sizes.sequences:
             most = max(sizes.sequences)
-            graphs.whole = WholeGraphs(*step, max_sequences=most, branches=self._branches, **traits)
+            choice = None if self._choose is None else GraphedChoice(self._choose, most, self._device)
+            graphs.whole = WholeGraphs(*step, max_sequences=most, choice=choice, branches=self._branches, **traits)
         if sizes.tokens:
             with _noting(graphs.why_not, PIECES):
                 graphs.pieces = PiecewiseGraphs(*step, max_tokens=max(sizes.tokens), **traits)
@@ -207,22 +236,25 @@ class GraphedFunction:
         if WHOLE in graphs.why_not:
             graphs.whole = None
 
-    def _way(self, values: Mapping[str, Tensor], num_tokens: int) -> tuple[str, Callable[[], Tensor] | None]:
-        """How a step runs, and what runs it by graphs."""
+    def _way(self, values: Mapping[str, Tensor], num_tokens: int, draws: Draws | None) -> tuple[str, _Step]:
+        """How a step runs, and what runs it."""
         graphs = self._graphs
+        call_by_call = functools.partial(_without_choice, self._segments.run, values)
         if graphs is None or any(values[s.name] is not t for s, t in zip(self._specs, graphs.states, strict=True)):
-            return NOT_PREPARED, None
+            return NOT_PREPARED, call_by_call
         whole, pieces = graphs.whole, graphs.pieces
         batch = {name: values[name] for name in self._batch_names}
         size = graphs.sizes.of_sequences(num_tokens)
         if whole is not None and size is not None and self._decodes(batch, size):
-            return WHOLE, functools.partial(whole.run, size, batch)
+            if draws is not None and self._choose is not None:
+                return WHOLE, functools.partial(whole.run_and_choose, size, batch, draws)
+            return WHOLE, functools.partial(_without_choice, whole.run, size, batch)
         size = graphs.sizes.of_tokens(num_tokens)
         if pieces is not None and size is not None:
-            return PIECES, functools.partial(pieces.run, size, batch)
+            return PIECES, functools.partial(_without_choice, pieces.run, size, batch)
         if pieces is None:
-            return f"no graphs: {graphs.why_not.get(PIECES, 'no size is captured')}", None
-        return f"no graphs: more than {graphs.sizes.most_tokens} tokens", None
+            return f"no graphs: {graphs.why_not.get(PIECES, 'no size is captured')}", call_by_call
+        return f"no graphs: more than {graphs.sizes.most_tokens} tokens", call_by_call
 
     def _decodes(self, batch: Mapping[str, Tensor], size: int) -> bool:
         """Whether every sequence brings one token, and no more rows of logits are wanted than there is room for."""
@@ -234,6 +266,10 @@ class GraphedFunction:
         steps, tokens = self._facts["steps"], self._facts["tokens"]
         steps[how] = steps.get(how, 0) + 1
         tokens[how] = tokens.get(how, 0) + num_tokens
+
+
+def _without_choice(run: Callable[..., Tensor], *arguments: Any) -> tuple[Tensor, None]:
+    return run(*arguments), None
 
 
 @contextlib.contextmanager

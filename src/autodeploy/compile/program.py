@@ -19,6 +19,8 @@ GraphFunction = Callable[..., Tensor]
 ChooseTokens = Callable[..., tuple[Tensor, Tensor]]
 AcceptDrafts = Callable[..., Tensor]
 """The ops of these names, or kernels of them."""
+Chosen = tuple[Tensor, Tensor]
+"""Tokens, int64 `[R]`, and the greatest logit of each row, float32 `[R]`."""
 Progress = Callable[[str], None]
 
 
@@ -58,8 +60,29 @@ class Preparation(Protocol):
 
 
 @dataclass(frozen=True)
+class Draws:
+    """How tokens are chosen from rows of logits: what the op `choose_tokens` is given beside logits and positions.
+
+    Attributes:
+        shares: float32 `[3, R]`, temperature, top_p and min_p of each row.
+        numbers: int64 `[2, R]`, top_k and key of each row.
+        has_filters: whether any row has top_k, top_p or min_p.
+    """
+
+    shares: Tensor
+    numbers: Tensor
+    has_filters: bool
+
+
+RunAndChoose = Callable[..., tuple[Tensor, Chosen | None]]
+"""As `Program.run_and_choose`, of draws and a graph's inputs in order."""
+
+
+@dataclass(frozen=True)
 class NamedGraph:
-    """One executable graph. `inputs` are keyword names, batch inputs first, then states; `plans` go before a step."""
+    """One executable graph. `inputs` are keyword names, batch inputs first, then states; `plans` go before a step.
+    `run_and_choose` is there where steps can choose tokens.
+    """
 
     name: str
     function: GraphFunction
@@ -67,6 +90,7 @@ class NamedGraph:
     state_names: tuple[str, ...]
     preparation: Preparation | None = None
     plans: tuple[StepPlan, ...] = ()
+    run_and_choose: RunAndChoose | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +196,44 @@ class Program:
         Returns:
             Logits `[R, vocab_size]` in the program's dtype, one row per entry of `logits_indices`.
         """
-        chosen = self.graphs[graph]
-        for plan in chosen.plans:
+        return self.graphs[graph].function(*self._inputs(graph, batch, states, on_host))
+
+    @property
+    def chooses_tokens(self) -> bool:
+        """Whether `run_and_choose` may choose."""
+        return self.graphs["text"].run_and_choose is not None
+
+    @torch.inference_mode()
+    def run_and_choose(
+        self,
+        batch: Mapping[str, Tensor],
+        states: Mapping[str, Tensor],
+        draws: Draws | None,
+        on_host: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Chosen | None]:
+        """Run one step of `text`, in which tokens are chosen from the first rows of logits where a graph has that.
+
+        Args:
+            draws: of those rows; the position of each token is the one behind its row's. The same object stands for
+                the same values. None chooses nothing.
+        Returns:
+            Logits as `run` gives them, which hold until the next step; and what was chosen, None where nothing was.
+        """
+        inputs = self._inputs("text", batch, states, on_host)
+        run_and_choose = self.graphs["text"].run_and_choose
+        if run_and_choose is None:
+            return self.graphs["text"].function(*inputs), None
+        return run_and_choose(draws, *inputs)
+
+    def _inputs(
+        self,
+        graph: str,
+        batch: Mapping[str, Tensor],
+        states: Mapping[str, Tensor],
+        on_host: Mapping[str, Tensor] | None,
+    ) -> list[Tensor]:
+        """Inputs of a graph in order, its step planned."""
+        named = self.graphs[graph]
+        for plan in named.plans:
             plan.prepare({**batch, **(on_host or {})}, states)
-        inputs = [batch[name] for name in chosen.batch_inputs]
-        inputs += [states[name] for name in chosen.state_names]
-        return chosen.function(*inputs)
+        return [*(batch[name] for name in named.batch_inputs), *(states[name] for name in named.state_names)]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from autodeploy.compile.capture import Capture, Work
-from autodeploy.compile.program import BatchLimits
+from autodeploy.compile.graphed_choice import GraphedChoice
+from autodeploy.compile.program import BatchLimits, Chosen, Draws
 from autodeploy.compile.segments import Segments
 from autodeploy.compile.static_batch import BatchSize, StaticBatch, StaticInput, dummy_batch
 from autodeploy.compile.streams import Branches
@@ -26,6 +27,7 @@ class WholeGraphs:
         states: state tensors by name; they stay where they are.
         max_sequences: of a step.
         vocab_size: token ids of trial runs are below it.
+        choice: chooses tokens inside the graphs.
         branches: what may run on a second stream; whether it does is measured for each number of sequences.
 
     Attributes:
@@ -42,6 +44,7 @@ class WholeGraphs:
         max_sequences: int,
         vocab_size: int,
         device: torch.device,
+        choice: GraphedChoice | None = None,
         branches: Branches | None = None,
     ) -> None:
         self._segments, self._inputs, self._states = segments, inputs, states
@@ -49,7 +52,7 @@ class WholeGraphs:
         self._batch = StaticBatch(inputs, BatchSize(max_sequences, max_sequences), limits, device)
         self._logits: Tensor | None = None
         self._replays: dict[int, Work] = {}
-        self._branches = branches
+        self._choice, self._branches = choice, branches
         self.on_streams: dict[int, dict[str, Any]] = {}
 
     def capture(self, num_sequences: int, capture: Capture) -> None:
@@ -62,6 +65,8 @@ class WholeGraphs:
             if self._logits is None:
                 self._logits = torch.empty_like(logits)
             self._logits[:num_sequences].copy_(logits)
+            if self._choice is not None:
+                self._choice.choose(self._logits[:num_sequences], inputs)
 
         capture.warm_up(work)
         self._replays[num_sequences] = capture.record(work)
@@ -90,7 +95,16 @@ class WholeGraphs:
 
     def run(self, num_sequences: int, batch: Mapping[str, Tensor]) -> Tensor:
         """A step by the graph for this many sequences, no fewer than the batch has and than it wants rows of logits."""
+        return self._run(num_sequences, batch).clone()
+
+    def run_and_choose(self, num_sequences: int, batch: Mapping[str, Tensor], draws: Draws) -> tuple[Tensor, Chosen]:
+        """The same, with tokens for the first rows; to be called with a choice. Logits hold until the next step."""
+        assert self._choice is not None
+        self._choice.fill(draws)
+        return self._run(num_sequences, batch), self._choice.chosen(draws.shares.shape[1])
+
+    def _run(self, num_sequences: int, batch: Mapping[str, Tensor]) -> Tensor:
         assert self._logits is not None
         self._batch.fill(batch)
         self._replays[num_sequences]()
-        return self._logits[: batch["logits_indices"].numel()].clone()
+        return self._logits[: batch["logits_indices"].numel()]

@@ -8,6 +8,7 @@ One step reads the files in this order:
     states.py      how much memory the states get, and their tensors
     batch.py       scheduled sequences -> the batch inputs of one packed row
     sampler.py     logits -> tokens
+    flight.py      a batch on the device: run, and choose tokens
     engine.py      schedule -> batch -> run -> sample -> commit
     demo.py        the same interface as a naive loop, one request at a time: the readable reference
 

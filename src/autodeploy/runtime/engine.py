@@ -13,10 +13,8 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Unpack
-
-from torch import Tensor
 
 from autodeploy.compile.program import Program, Progress
 from autodeploy.config import EngineOptions, Options, SpeculativeOptions, check_options
@@ -25,6 +23,7 @@ from autodeploy.ops.sampling import accept_drafts
 from autodeploy.ops.state import SlotState
 from autodeploy.runtime.batch import Batch, BatchBuilder
 from autodeploy.runtime.draft_model import DraftModel, HiddenStates, draft_model_beside, plan_of_head
+from autodeploy.runtime.flight import Flight, launch
 from autodeploy.runtime.grammar import GrammarCompiler
 from autodeploy.runtime.logprobs import note_prompt_logprobs
 from autodeploy.runtime.prefix_cache import PrefixCache
@@ -39,7 +38,7 @@ from autodeploy.runtime.request import (
     TokenOutput,
     new_sequences,
 )
-from autodeploy.runtime.sampler import Choice, Sampler
+from autodeploy.runtime.sampler import Sampler
 from autodeploy.runtime.scheduler import ScheduledStep, Scheduler
 from autodeploy.runtime.speculative import NgramProposer, Proposer, may_speculate
 from autodeploy.runtime.states import (
@@ -51,28 +50,11 @@ from autodeploy.runtime.states import (
     reserved_bytes,
 )
 from autodeploy.runtime.stats import EngineStats
-from autodeploy.runtime.verify import Extension, choose_at_once, extend_by_choice, extend_sequences
+from autodeploy.runtime.verify import Extension, extend_by_choice, extend_sequences
 
 logger = logging.getLogger(__name__)
 
 UNUSABLE_LOGITS = "no token can be sampled: the model returned logits that are not numbers; check dtype and weights"
-
-
-@dataclass(frozen=True)
-class Flight:
-    """A step that the device is at work on, or has done.
-
-    Attributes:
-        choice: tokens for the sequences in `batch.sampled`, and of rows behind their drafts, on their way to the host;
-            None where one token has to be known before the next is chosen.
-        latest_R: the same tokens [R], on the device.
-        logits_RV: those of the batch, where more than `choice` has to be read of them.
-    """
-
-    batch: Batch
-    choice: Choice | None = None
-    latest_R: Tensor | None = None
-    logits_RV: Tensor | None = None
 
 
 class Engine:
@@ -336,16 +318,7 @@ class Engine:
                 if sequence.draft_token_ids:
                     self._copy_slot(sequence.slot, self.plan.backup_row(sequence.slot))
         began = time.perf_counter()
-        logits_RV = self.program.run(batch.inputs, self._states, on_host=batch.on_host)
-        if batch.has_drafts:
-            choice = choose_at_once(self._sampler, logits_RV[: batch.num_sampled_rows], batch.sampled)
-        else:
-            choice = self._sampler.choose(logits_RV[: batch.num_sampled_rows], batch.sampled, latest_R)
-        if choice is None:
-            flight = Flight(batch, logits_RV=logits_RV)
-        else:
-            rest = logits_RV if batch.prompt_rows else None
-            flight = Flight(batch, choice.on_host(), choice.tokens_R, rest)
+        flight = launch(self.program, self._states, self._sampler, batch, latest_R)
         self._model_seconds += time.perf_counter() - began
         return flight
 

@@ -5,7 +5,8 @@ cumulative distribution. Every row depends on its own logits, parameters and ran
 in the batch; the random number depends on the seed and the token's position only, and is the same on every device. On
 the CPU rows are drawn one by one (`draw.py`), elsewhere all at once by the op `choose_tokens`.
 
-Choosing and looking at what was chosen are two things: between them the device may still be at work.
+Choosing and looking at what was chosen are two things: between them the device may still be at work. A step may have
+chosen already, in its CUDA graph, by what `draws` gave it.
 
 Shapes: V vocabulary, R rows of logits.
 """
@@ -20,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from autodeploy.compile.program import AcceptDrafts, ChooseTokens
+from autodeploy.compile.program import AcceptDrafts, ChooseTokens, Chosen, Draws
 from autodeploy.ops.sampling import accept_drafts, as_int64, choose_tokens
 from autodeploy.runtime.constraints import Constraints
 from autodeploy.runtime.draw import draw, on_device
@@ -132,6 +133,8 @@ class Sampler:
     _key: int = field(init=False)
     _keys: dict[Sequence, int] = field(init=False, default_factory=dict)
     _histories: dict[Sequence, _History] = field(init=False, default_factory=dict)
+    _drawn: tuple[list[Sequence], Draws] | None = field(init=False, default=None)
+    """the latest draws, and the sequences of their rows"""
 
     def __post_init__(self) -> None:
         self.constraints = Constraints(self.grammars)
@@ -141,6 +144,8 @@ class Sampler:
         """Forget a finished sequence."""
         self._keys.pop(sequence, None)
         self._histories.pop(sequence, None)
+        if self._drawn is not None and sequence in self._drawn[0]:
+            self._drawn = None
         self.constraints.release(sequence)
 
     def sample(self, logits_RV: Tensor, sequences: SequenceOf[Sequence]) -> Samples:
@@ -154,13 +159,17 @@ class Sampler:
         sequences: SequenceOf[Sequence],
         latest_R: Tensor | None = None,
         offsets: SequenceOf[int] | None = None,
+        chosen: Chosen | None = None,
     ) -> Choice:
         """The same without waiting for the device, unless a constraint needs to.
 
         Args:
             latest_R: the tokens that `Sequence.pending_row` means, on the device.
             offsets: how many tokens come between its sequence's last one and the token of each row; default: none.
+            chosen: what the step has chosen by `draws` of these sequences.
         """
+        if chosen is not None:
+            return self._with_logprobs(*chosen, logits_RV, sequences)
         if logits_RV.is_cpu and all([each.is_plain for each in sequences]):
             return Choice(*self._best(logits_RV))
         if logits_RV.is_cpu and all(each.is_plain or each.is_plainly_guided for each in sequences):
@@ -173,6 +182,23 @@ class Sampler:
             tokens_R, best_R = self._choose_one_by_one(logits_RV, sequences)
         else:
             tokens_R, best_R = self._choose_together(logits_RV, sequences, offsets or [0] * len(sequences))
+        return self._with_logprobs(tokens_R, best_R, raw_RV, sequences)
+
+    def draws(self, sequences: SequenceOf[Sequence], like: Tensor) -> Draws | None:
+        """What a step that chooses tokens itself has to know; None where penalties or constraints change logits first.
+
+        The same object while the sequences are the same.
+
+        Args:
+            like: a tensor of the device.
+        """
+        if any([s.params.has_penalties or s.params.has_constraints for s in sequences]):
+            return None
+        return self._draws(list(sequences), like)
+
+    def _with_logprobs(
+        self, tokens_R: Tensor, best_R: Tensor, raw_RV: Tensor, sequences: SequenceOf[Sequence]
+    ) -> Choice:
         wanted = [(row, s.params.logprobs) for row, s in enumerate(sequences) if s.params.logprobs is not None]
         if not wanted:
             return Choice(tokens_R, best_R)
@@ -217,21 +243,33 @@ class Sampler:
         self, logits_RV: Tensor, sequences: SequenceOf[Sequence], offsets: SequenceOf[int]
     ) -> tuple[Tensor, Tensor]:
         choose = self.choose_tokens or choose_tokens.reference
-        params = [sequence.params for sequence in sequences]
-        if all(each.is_greedy for each in params):
+        if all(sequence.params.is_greedy for sequence in sequences):
             return choose(logits_RV, None, None, None, None, None, None)
-        num_rows = len(sequences)
+        draws = self._draws(list(sequences), logits_RV)
+        temperature, top_p, min_p = draws.shares
+        top_k, keys_R = draws.numbers
+        counts = [s.num_tokens + offset for s, offset in zip(sequences, offsets, strict=True)]
+        positions = on_device(counts, logits_RV, torch.int64)
+        if draws.has_filters:
+            return choose(logits_RV, temperature, top_k, top_p, min_p, keys_R, positions)
+        return choose(logits_RV, temperature, None, None, None, keys_R, positions)
+
+    def _draws(self, sequences: list[Sequence], like: Tensor) -> Draws:
+        if self._drawn is not None and self._drawn[0] == sequences:
+            return self._drawn[1]
+        params = [sequence.params for sequence in sequences]
         shares = [0.0 if p.is_greedy else p.temperature for p in params]
         shares += [p.top_p for p in params]
         shares += [p.min_p for p in params]
-        temperature, top_p, min_p = on_device(shares, logits_RV, torch.float32).view(3, num_rows)
-        keys = [0 if s.params.is_greedy else as_int64(self._key_of(s)) for s in sequences]
-        numbers = [max(p.top_k, 0) for p in params] + keys
-        numbers += [s.num_tokens + offset for s, offset in zip(sequences, offsets, strict=True)]
-        top_k, keys_R, positions = on_device(numbers, logits_RV, torch.int64).view(3, num_rows)
-        if any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params):
-            return choose(logits_RV, temperature, top_k, top_p, min_p, keys_R, positions)
-        return choose(logits_RV, temperature, None, None, None, keys_R, positions)
+        numbers = [max(p.top_k, 0) for p in params]
+        numbers += [0 if s.params.is_greedy else as_int64(self._key_of(s)) for s in sequences]
+        draws = Draws(
+            on_device(shares, like, torch.float32).view(3, len(params)),
+            on_device(numbers, like, torch.int64).view(2, len(params)),
+            any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params),
+        )
+        self._drawn = (sequences, draws)
+        return draws
 
     def _penalise(self, logits_RV: Tensor, sequences: SequenceOf[Sequence], latest_R: Tensor | None = None) -> Tensor:
         """Repetition penalty over prompt and output, frequency and presence penalty over output."""
