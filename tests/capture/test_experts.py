@@ -1,6 +1,7 @@
 """Experts at the interface: one node each, facts by numbers, weights in one layout, cost free of their number."""
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -137,7 +138,13 @@ def _routed_experts(self: nn.Module, x: Tensor) -> Tensor:
     return self.experts(flat, indices, weights).view(x.shape)
 
 
-@pytest.mark.parametrize("has_norm", [False, True])
+KNOWS_NORMS = "has_post_expert_norm" in inspect.signature(use_experts_implementation).parameters
+OLDER = "this transformers has no norm behind experts to compare with: it came after 5.17"
+
+
+@pytest.mark.parametrize(
+    "has_norm", [False, pytest.param(True, marks=pytest.mark.skipif(not KNOWS_NORMS, reason=OLDER))]
+)
 def test_an_unknown_gate_stays_in_the_graph_between_two_products(has_norm: bool) -> None:
     torch.manual_seed(0)
     config = transformers.MixtralConfig()
