@@ -15,6 +15,7 @@ from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.random_numbers import uniforms
 from autodeploy.runtime.request import SamplingParams
 from tests import tiny
+from tests.captured import facts
 from tests.engines import generated
 
 pytestmark = [
@@ -81,6 +82,27 @@ def test_drafts_are_verified_on_the_device_and_change_no_token(given: dict[str, 
         engine = Engine(built, options, max_model_len=96)
         found.append(generated(engine, prompts, params))
     assert found[0] == found[1] and engine.stats().draft_tokens > 0
+
+
+@pytest.mark.parametrize("is_asynchronous", [True, False])
+def test_tokens_chosen_in_graphs_are_those_chosen_behind_them(is_asynchronous: bool) -> None:
+    prompts = tiny.prompts(len(FILTERS) + 1, seed=4, longest=12)
+    found = []
+    for backend in ("torch-cudagraph", "torch-simple"):
+        built = build(tiny.TINY["llama"](), parse_options({"device": "cuda", "compile_backend": backend}))
+        options = EngineOptions(page_size=4, max_num_seqs=5, seed=2, async_scheduling=is_asynchronous)
+        engine = Engine(built, options, max_model_len=96)
+        tokens: dict[str, list[int]] = {}
+        for index, (prompt, given) in enumerate(zip(prompts, [{"temperature": 0.0}, *FILTERS], strict=True)):
+            engine.add_request(str(index), prompt, SamplingParams(max_tokens=8 + index, ignore_eos=True, **given))
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                tokens.setdefault(output.request_id, []).extend(output.token_ids)
+        found.append(tokens)
+        if backend == "torch-cudagraph":
+            counted = facts(built)
+            assert counted["chosen"]["in the graph"] == counted["steps"]["whole"] > 5
+    assert found[0] == found[1]
 
 
 def _none() -> dict[str, None]:

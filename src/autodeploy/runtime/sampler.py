@@ -133,8 +133,8 @@ class Sampler:
     _key: int = field(init=False)
     _keys: dict[Sequence, int] = field(init=False, default_factory=dict)
     _histories: dict[Sequence, _History] = field(init=False, default_factory=dict)
-    _drawn: tuple[list[Sequence], Draws] | None = field(init=False, default=None)
-    """the latest draws, and the sequences of their rows"""
+    _drawn: tuple[list[Sequence], Draws, bool] | None = field(init=False, default=None)
+    """sequences of some rows, their draws, and whether these rows have neither penalties nor constraints"""
 
     def __post_init__(self) -> None:
         self.constraints = Constraints(self.grammars)
@@ -192,9 +192,8 @@ class Sampler:
         Args:
             like: a tensor of the device.
         """
-        if any([s.params.has_penalties or s.params.has_constraints for s in sequences]):
-            return None
-        return self._draws(list(sequences), like)
+        draws, is_free = self._draws(list(sequences), like)
+        return draws if is_free else None
 
     def _with_logprobs(
         self, tokens_R: Tensor, best_R: Tensor, raw_RV: Tensor, sequences: SequenceOf[Sequence]
@@ -245,7 +244,7 @@ class Sampler:
         choose = self.choose_tokens or choose_tokens.reference
         if all(sequence.params.is_greedy for sequence in sequences):
             return choose(logits_RV, None, None, None, None, None, None)
-        draws = self._draws(list(sequences), logits_RV)
+        draws, _ = self._draws(list(sequences), logits_RV)
         temperature, top_p, min_p = draws.shares
         top_k, keys_R = draws.numbers
         counts = [s.num_tokens + offset for s, offset in zip(sequences, offsets, strict=True)]
@@ -254,9 +253,10 @@ class Sampler:
             return choose(logits_RV, temperature, top_k, top_p, min_p, keys_R, positions)
         return choose(logits_RV, temperature, None, None, None, keys_R, positions)
 
-    def _draws(self, sequences: list[Sequence], like: Tensor) -> Draws:
+    def _draws(self, sequences: list[Sequence], like: Tensor) -> tuple[Draws, bool]:
+        """Those of the rows of these sequences, and whether the rows have neither penalties nor constraints."""
         if self._drawn is not None and self._drawn[0] == sequences:
-            return self._drawn[1]
+            return self._drawn[1:]
         params = [sequence.params for sequence in sequences]
         shares = [0.0 if p.is_greedy else p.temperature for p in params]
         shares += [p.top_p for p in params]
@@ -268,8 +268,9 @@ class Sampler:
             on_device(numbers, like, torch.int64).view(2, len(params)),
             any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params),
         )
-        self._drawn = (sequences, draws)
-        return draws
+        is_free = not any(each.has_penalties or each.has_constraints for each in params)
+        self._drawn = (sequences, draws, is_free)
+        return draws, is_free
 
     def _penalise(self, logits_RV: Tensor, sequences: SequenceOf[Sequence], latest_R: Tensor | None = None) -> Tensor:
         """Repetition penalty over prompt and output, frequency and presence penalty over output."""
