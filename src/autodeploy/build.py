@@ -33,7 +33,7 @@ from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport
 from autodeploy.graph.verify import verify
 from autodeploy.graph_cache import GraphCache
-from autodeploy.kernels.provider import kernel_for, mixer_priority, prepare
+from autodeploy.kernels.provider import kernel_for, mixer_priority, prepare, why_not_taken
 from autodeploy.models.limits import longest_context
 from autodeploy.models.locate import LocatedModel, locate_model
 from autodeploy.ops.fp8_linear import fp8_linear
@@ -379,6 +379,8 @@ def _finish(
     vocab_size = int(logits.meta["val"].shape[-1])  # type: ignore[union-attr]
     beside = kernels_beside(vocab_size, subject.dtype, device)
     clock.report.kernels.update({name: {kernel.provider: 1} for name, kernel in beside.items()})
+    if reasons := why_not_taken(choose_tokens, options.attn_backend):
+        clock.report.kernel_reasons[choose_tokens.name] = reasons
     with clock.stage("compile", f"compiling ({backend})"):
         chooser = beside.get(choose_tokens.name)  # a head's tokens are drafts: nobody draws them
         choose = None if chooser is None else chooser.function

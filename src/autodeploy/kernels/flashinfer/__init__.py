@@ -4,6 +4,7 @@ attention.py   cached_attention, and the plan that all layers alike share
 norm.py        rms_norm, add_rms_norm
 
 Its kernels are compiled when they are first called, so it is imported where `attn_backend` names it and nowhere else.
+What it has and we do not take is in `NOT_TAKEN`, with the reason.
 """
 
 import functools
@@ -11,6 +12,12 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 
 PROVIDER = "flashinfer"
+
+NOT_TAKEN = {
+    "choose_tokens": "FlashInfer draws by rejection with Philox numbers of its own, so a seed would give other tokens "
+    "than it gives with every other kernel"
+}
+"""By op, why there is no kernel of FlashInfer's for it."""
 
 _OLDEST = (0, 7)
 _MODULES = ("attention", "norm")
@@ -34,4 +41,4 @@ def load() -> None:
         importlib.import_module(f"{__name__}.{name}")
 
 
-__all__ = ["PROVIDER", "load", "why_unavailable"]
+__all__ = ["NOT_TAKEN", "PROVIDER", "load", "why_unavailable"]
