@@ -174,6 +174,14 @@ def deepseek_v3() -> PreTrainedModel:
     return _build("DeepseekV3", **(_DECODER | {"num_key_value_heads": 4}), **latent, **experts, **groups)
 
 
+def deepseek_v32() -> PreTrainedModel:
+    """Latent attention to the few tokens that an indexer chooses, expanded before it; no experts."""
+    latent = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    indexer = {"index_topk": 6, "index_n_heads": 2, "index_head_dim": 16, "head_dim": 8}
+    layers = {"num_key_value_heads": 4, "num_hidden_layers": 2, "mlp_layer_types": ["dense"] * 2}
+    return _build("DeepseekV32", **(_DECODER | layers), **latent, **indexer)
+
+
 def lfm3() -> PreTrainedModel:
     """Short convolutions, sliding windows and full attention: states of every kind in one model."""
     layers = ["conv", "sliding_attention", "conv", "full_attention"]

@@ -14,6 +14,7 @@ from autodeploy.debug.capture_checker import CaptureChecker
 from autodeploy.debug.stream_checker import StreamChecker
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams
+from autodeploy.runtime.states import batch_limits
 from tests import tiny
 from tests.captured import facts, program
 from tests.engines import generated
@@ -108,6 +109,26 @@ def test_the_checker_notices_what_is_missing(
     served(built, streams)
     message = "which stream 0 has not waited for" if missing == "the wait" else "may be given the memory of what"
     assert message in facts(built)["streams"][1]["why_not"]
+
+
+def test_the_second_capture_of_each_size_is_foreseen(monkeypatch: pytest.MonkeyPatch, streams: StreamChecker) -> None:
+    """Each capture takes 10 bytes, also one that is thrown away as it was no faster."""
+    used = {"bytes": 0}
+
+    class Measured(Timed):
+        def record(self, work: Work) -> Work:
+            used["bytes"] += 10
+            return super().record(work)
+
+        def used_bytes(self) -> int:
+            return used["bytes"]
+
+    monkeypatch.setattr(backends, "graph_capture", lambda device: Measured)
+    built = program(tiny.qwen2_moe(), transforms=MARK, cudagraph_capture_sizes=[1, 2, 3])
+    reserved = built.reserved_bytes(batch_limits(OPTIONS, 3, 32))
+    Engine(built, OPTIONS, max_model_len=32)
+    found, num_regions = facts(built), 4  # of three layers: before, between and behind attention
+    assert found["bytes"] == reserved == 3 * 10 * (2 + num_regions) and found["streams"].keys() == {1, 2, 3}
 
 
 def test_nothing_is_put_aside_without_marks(streams: StreamChecker) -> None:

@@ -29,7 +29,8 @@ pytestmark = [
 ]
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-RECURRENT = ("jamba", "bamba", "qwen3_next", "kimi_linear")
+OTHERS = ("jamba", "bamba", "qwen3_next", "kimi_linear", "deepseek_v3", "deepseek_v32")
+"""Recurrent mixers, and attention to latents and to chosen tokens."""
 
 
 def program(name: str, backend: str, **options: object) -> Program:
@@ -42,7 +43,7 @@ def served(built: Program, prompts: list[list[int]], **options: Any) -> list[lis
     return generated(Engine(built, EngineOptions(**values), max_model_len=96), prompts, GREEDY)
 
 
-@pytest.mark.parametrize("name", [*tiny.TINY, *RECURRENT])
+@pytest.mark.parametrize("name", [*tiny.TINY, *OTHERS])
 def test_graphs_give_the_tokens_of_single_calls(name: str) -> None:
     prompts = tiny.prompts(7, longest=40)
     built = program(name, "torch-cudagraph")
@@ -84,13 +85,17 @@ def test_an_engine_may_be_followed_by_another() -> None:
     assert served(built, prompts) == first
 
 
-def test_memory_of_graphs_was_foreseen() -> None:
-    built = program("llama", "torch-cudagraph")
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe"])
+def test_memory_of_graphs_was_foreseen(name: str) -> None:
+    """Also where each size is captured twice, as a second stream is tried."""
+    mark = {"assign_streams": {"enabled": True, "least_bytes": 1000}} if name == "qwen2_moe" else {}
+    built = program(name, "torch-cudagraph", transforms=mark)
     options = EngineOptions(max_num_seqs=32, max_num_batched_tokens=512)
     reserved = built.reserved_bytes(batch_limits(options, 32, 256))
     Engine(built, options, max_model_len=256)
     found = facts(built)
     assert reserved > 0 and found["bytes"] <= 1.25 * reserved + (64 << 20)
+    assert bool(found["streams"]) == bool(mark)
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])

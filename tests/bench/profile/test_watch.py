@@ -67,7 +67,11 @@ def test_what_is_seen_of_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
         served.append(state)
         return ids + 1
 
-    graph = NamedGraph("text", function, ("input_ids",), ("memory",), preparation=preparation)
+    def choosing(draws: object, ids: Tensor, state: Tensor) -> tuple[Tensor, None]:
+        assert draws is None
+        return function(ids, state), None
+
+    graph = NamedGraph("text", function, ("input_ids",), ("memory",), preparation, run_and_choose=choosing)
     traits: dict[str, Any] = {"vocab_size": 8, "max_model_len": None, "dtype": torch.float32}
     program = Program(graphs={"text": graph}, states=(), device=torch.device("cpu"), **traits)
     monkeypatch.setattr(module, "build", lambda model, options, *, lowered: program)
@@ -79,9 +83,10 @@ def test_what_is_seen_of_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for watch.is_recording, watch.is_copying in ((False, False), (True, False), (True, True)):
         results.append(seen.run({"input_ids": ids}, {"memory": state}))
+    results.append(seen.run_and_choose({"input_ids": ids}, {"memory": state}, None)[0])
     ids.fill_(5)  # the runtime may fill its buffers anew
     assert all(torch.equal(result, torch.ones_like(ids)) for result in results)
-    assert all(given is state for given in served) and len(served) == 3
-    plain, copied = watch.steps
-    assert plain.inputs == {} and plain.begin < plain.end <= copied.begin
-    assert copied.inputs["memory"] is state and copied.inputs["input_ids"].tolist() == [[0, 0]]
+    assert all(given is state for given in served) and len(served) == 4
+    plain, *copied = watch.steps
+    assert plain.inputs == {} and plain.begin < plain.end <= copied[0].begin and len(copied) == 2
+    assert all(step.inputs["memory"] is state and step.inputs["input_ids"].tolist() == [[0, 0]] for step in copied)

@@ -51,7 +51,7 @@ def served(built: Program) -> list[list[int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "jamba", "qwen3_next", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "jamba", "qwen3_next", "gpt_oss", "deepseek_v32"])
 def test_the_same_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = getattr(tiny, name)()
     expected = served(program(model, "torch-simple"))

@@ -1,14 +1,17 @@
 """Watch: a model goes in; its program comes out, later the steps that it served, and the calls of its graph."""
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.profiler import record_function
 
 from autodeploy.bench.profile.op_by_op import OpByOp
 from autodeploy.build import build
-from autodeploy.compile.program import Program
+from autodeploy.compile.program import Program, RunAndChoose
 from autodeploy.config import Options
 from autodeploy.debug.costs import Step
 from autodeploy.graph.model_graph import ModelGraph
@@ -16,6 +19,7 @@ from autodeploy.graph.model_graph import ModelGraph
 STEP = "step"
 """Name of a served step's range in the trace."""
 GRAPH = "text"
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -84,25 +88,29 @@ class Watch:
         """`build`, of a program whose steps are seen."""
         program = build(model, options, lowered=self._keep)
         graph = program.graphs[GRAPH]
-        self._function, self._num_batch_inputs = graph.function, len(graph.batch_inputs)
-        self._names = (*graph.batch_inputs, *graph.state_names)
-        return replace(program, graphs={**program.graphs, GRAPH: replace(graph, function=self._run)})
+        self._num_batch_inputs, self._names = len(graph.batch_inputs), (*graph.batch_inputs, *graph.state_names)
+        function, choosing = graph.function, graph.run_and_choose
+        seen = replace(graph, function=lambda *inputs: self._seen(function, inputs))
+        if choosing is not None:
+            choose: RunAndChoose = lambda draws, *inputs: self._seen(partial(choosing, draws), inputs)  # noqa: E731
+            seen = replace(seen, run_and_choose=choose)
+        return replace(program, graphs={**program.graphs, GRAPH: seen})
 
     def _keep(self, graph: ModelGraph) -> None:
         """Take note of a graph before a backend changes it."""
         if graph.name == GRAPH:
             self._ops = OpByOp(graph)
 
-    def _run(self, *inputs: Tensor) -> Tensor:
+    def _seen(self, function: Callable[..., _Result], inputs: Sequence[Tensor]) -> _Result:
         if not self.is_recording:
-            return self._function(*inputs)
+            return function(*inputs)
         kept: dict[str, Tensor] = {}
         if self.is_copying:
             copies = [value.clone() for value in inputs[: self._num_batch_inputs]]
             kept = dict(zip(self._names, [*copies, *inputs[self._num_batch_inputs :]], strict=True))
         with record_function(STEP):
             begin = time.perf_counter()
-            result = self._function(*inputs)
+            result = function(*inputs)
             end = time.perf_counter()
         self.steps.append(ServedStep(kept, begin, end))
         return result
