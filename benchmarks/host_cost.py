@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from autodeploy.bench import record
-from autodeploy.build import kernels_beside
 from autodeploy.compile.program import NamedGraph, Program
 from autodeploy.config import EngineOptions
+from autodeploy.kernels.beside import kernels_beside
 from autodeploy.ops.state import PagedState
 from autodeploy.runtime.batch import BatchBuilder
 from autodeploy.runtime.engine import Engine

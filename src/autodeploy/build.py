@@ -10,7 +10,7 @@ check      two packed sequences        -> each as if it were alone
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +24,7 @@ from autodeploy.checkpoint.recipe import ReadTensor, renamed
 from autodeploy.compile.backends import compile_graph, require_backend, resolve_backend
 from autodeploy.compile.bind import bind_plans
 from autodeploy.compile.cuda_graph import GraphedFunction
-from autodeploy.compile.program import ChooseTokens, DraftHead, NamedGraph, Program, Progress
+from autodeploy.compile.program import DraftHead, NamedGraph, Program, Progress
 from autodeploy.config import CompileOptions, Options, SpeculativeOptions
 from autodeploy.debug.isolation import check_isolation
 from autodeploy.errors import ConfigError
@@ -33,7 +33,8 @@ from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport
 from autodeploy.graph.verify import verify
 from autodeploy.graph_cache import GraphCache
-from autodeploy.kernels.provider import kernel_for, mixer_priority, prepare, why_not_taken
+from autodeploy.kernels.beside import kernels_beside, why_not_taken
+from autodeploy.kernels.provider import mixer_priority, prepare
 from autodeploy.models.limits import longest_context
 from autodeploy.models.locate import LocatedModel, locate_model
 from autodeploy.ops.fp8_linear import fp8_linear
@@ -45,7 +46,7 @@ from autodeploy.ops.nvfp4_moe import nvfp4_moe
 from autodeploy.ops.op import Kernel
 from autodeploy.ops.quantized_linear import quantized_linear
 from autodeploy.ops.quantized_moe import quantized_moe
-from autodeploy.ops.sampling import accept_drafts, choose_tokens
+from autodeploy.ops.sampling import choose_tokens
 from autodeploy.transforms.cache.keep_hidden_states import KeepHiddenStates, kept_state
 
 # Importing transformers, and torch.export, takes longer than the whole start of a model whose graph was kept. So the
@@ -379,15 +380,9 @@ def _finish(
     vocab_size = int(logits.meta["val"].shape[-1])  # type: ignore[union-attr]
     beside = kernels_beside(vocab_size, subject.dtype, device)
     clock.report.kernels.update({name: {kernel.provider: 1} for name, kernel in beside.items()})
-    if reasons := why_not_taken(choose_tokens, options.attn_backend):
-        clock.report.kernel_reasons[choose_tokens.name] = reasons
+    clock.report.kernel_reasons.update(why_not_taken(options.attn_backend))
     with clock.stage("compile", f"compiling ({backend})"):
-        chooser = beside.get(choose_tokens.name)  # a head's tokens are drafts: nobody draws them
-        choose = None if chooser is None else chooser.function
-        named = {
-            each.name: _compiled(each, backend, device, options, clock.report, choose if each is graph else None)
-            for each in graphs
-        }
+        named = {each.name: _compiled(each, backend, device, options, clock.report, beside) for each in graphs}
     program = Program(
         graphs=named,
         states=tuple(graph.states),
@@ -410,18 +405,6 @@ def _finish(
     return program
 
 
-def kernels_beside(vocab_size: int, dtype: torch.dtype, device: torch.device) -> dict[str, Kernel]:
-    """Kernels of the ops that the runtime calls beside a program's graphs, by op; it does without what is not there."""
-    logits = torch.empty(1, vocab_size, dtype=dtype, device=device)  # a fake one would import half a compiler
-    tokens = torch.empty(1, dtype=torch.int64, device=device)
-    draws = dict.fromkeys(name for name in choose_tokens.parameters if name != "logits")
-    found = {
-        choose_tokens.name: kernel_for(choose_tokens, device, logits=logits, **draws),
-        accept_drafts.name: kernel_for(accept_drafts, device, tokens=tokens, drafts=tokens, starts=tokens),
-    }
-    return {name: kernel for name, kernel in found.items() if kernel is not None}
-
-
 def _draft_head(graph: ModelGraph, head: ModelGraph) -> DraftHead:
     return DraftHead(states=tuple(head.states), hidden_state=kept_state(graph), own_hidden_state=kept_state(head))
 
@@ -432,9 +415,11 @@ def _compiled(
     device: torch.device,
     options: CompileOptions,
     report: BuildReport,
-    choose: ChooseTokens | None,
+    beside: Mapping[str, Kernel],
 ) -> NamedGraph:
     plans = bind_plans(graph, device)
+    chooser = beside.get(choose_tokens.name) if graph.name == "text" else None  # nobody draws what a head drafts
+    choose = None if chooser is None else chooser.function
     function = compile_graph(graph, backend, device, report, options.cudagraph_capture_sizes, choose)
     graphed = function if isinstance(function, GraphedFunction) else None
     run_and_choose = graphed.run_and_choose if graphed is not None and graphed.chooses_tokens else None

@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from autodeploy.build import kernels_beside
+from autodeploy.kernels.beside import kernels_beside
 from autodeploy.ops.sampling import choose_tokens
 from autodeploy.runtime.logprobs import ROWS_AT_ONCE_ON_CPU
 from autodeploy.runtime.request import Limits, Request, SamplingParams, Sequence

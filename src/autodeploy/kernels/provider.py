@@ -61,13 +61,6 @@ def kernel_for(op: Op, device: torch.device, **arguments: Any) -> Kernel | None:
     return next((k for k in kernels if k is not None and k.supports(**arguments) is None), None)
 
 
-def why_not_taken(op: Op, attn_backend: str) -> list[str]:
-    """Why the provider that `attn_backend` names has no kernel for an op that its package has; empty where none is."""
-    if attn_backend != flashinfer.PROVIDER or op.name not in flashinfer.NOT_TAKEN:
-        return []
-    return [f"{flashinfer.PROVIDER}: {flashinfer.NOT_TAKEN[op.name]}"]
-
-
 def is_prepared(device: torch.device) -> bool:
     """True when `prepare` has nothing left to compile."""
     return cpu.PROVIDER not in priority(device) or cpu.is_compiled()
