@@ -206,8 +206,7 @@ def cached_attention_triton(
     value_cache: Tensor,
 ) -> Tensor:
     """`cached_attention` that writes new keys and values to their pages and attends to all of them there."""
-    write_entries(key, key_cache, slot_mapping)
-    write_entries(value, value_cache, slot_mapping)
+    write_entries(key, key_cache, slot_mapping, value, value_cache)
     query = query if query.stride(3) == 1 else query.contiguous()
     _, num_tokens, num_heads, head_dim = query.shape
     num_sequences, page_table_width = page_table.shape

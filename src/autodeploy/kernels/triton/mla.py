@@ -121,8 +121,8 @@ def cached_mla_triton(
     _, num_tokens, num_heads, width = query.shape
     num_sequences, page_table_width = page_table.shape
     page_size, latent_dim, shared_dim = latent_cache.shape[1], latent.shape[2], shared_key.shape[2]
-    write_entries(latent.unsqueeze(2), latent_cache[..., :latent_dim], slot_mapping)
-    write_entries(shared_key.unsqueeze(2), latent_cache[..., latent_dim:], slot_mapping)
+    latents, shared_keys = latent_cache[..., :latent_dim], latent_cache[..., latent_dim:]
+    write_entries(latent.unsqueeze(2), latents, slot_mapping, shared_key.unsqueeze(2), shared_keys)
     query = query if query.stride(3) == 1 else query.contiguous()
     own, shared_query = query[0].split([width - shared_dim, shared_dim], dim=-1)
     key_rows = up.view(num_heads, -1, latent_dim)[:, : width - shared_dim]

@@ -51,12 +51,10 @@ def configurations(*choices: tuple[int, int, int]) -> list[Any]:
 
 
 @triton.jit
-def _write_entries(
-    x, cache, slot_mapping, token_stride, head_stride, ENTRY: tl.constexpr, NUM_HEADS: tl.constexpr, DIM: tl.constexpr,
+def _write_entry(
+    x, cache, token, slot, token_stride, head_stride, ENTRY: tl.constexpr, NUM_HEADS: tl.constexpr, DIM: tl.constexpr,
     BLOCK: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slot_mapping + token).to(tl.int64)
     element = tl.arange(0, BLOCK)
     mask = element < NUM_HEADS * DIM
     entry = tl.load(x + token * token_stride + element // DIM * head_stride + element % DIM, mask=mask)
@@ -69,22 +67,53 @@ def _write_entries(
         tl.store(place, to_float8(bounded, cache.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _write_entries(
+    x, cache, y, other_cache, slot_mapping, token_stride, head_stride, y_token_stride, y_head_stride,
+    ENTRY: tl.constexpr, NUM_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
+    Y_ENTRY: tl.constexpr, Y_NUM_HEADS: tl.constexpr, Y_DIM: tl.constexpr, Y_BLOCK: tl.constexpr,
+    Y_LARGEST: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping + token).to(tl.int64)
+    if tl.program_id(1) == 0:
+        _write_entry(
+            x, cache, token, slot, token_stride, head_stride, ENTRY, NUM_HEADS, DIM, BLOCK, LARGEST
+        )  # fmt: skip
+    elif y is not None:
+        _write_entry(
+            y, other_cache, token, slot, y_token_stride, y_head_stride, Y_ENTRY, Y_NUM_HEADS, Y_DIM, Y_BLOCK, Y_LARGEST
+        )  # fmt: skip
+
+
 _write = Launcher(_write_entries)
 
 
-def write_entries(x: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
-    """Write each token's heads to its slot, in the cache's dtype; float8 at most the largest number of its.
+def write_entries(
+    x: Tensor, cache: Tensor, slot_mapping: Tensor, y: Tensor | None = None, other_cache: Tensor | None = None
+) -> None:
+    """Write each token's heads to its slot of one or two caches, in their dtypes; float8 at most its largest number.
 
     Args:
-        x: `[1, T, K, D]`. slot_mapping: int `[T]`.
-        cache: `[pages, page_size, K, D]`, gaps between its entries at most.
+        x, y: `[1, T, K, D]`, each of its own K and D. slot_mapping: int `[T]`.
+        cache, other_cache: `[pages, page_size, K, D]`, gaps between their entries at most.
     """
     x = x if x.stride(3) == 1 else x.contiguous()
-    _, num_tokens, num_heads, dim = x.shape
-    sizes = {"ENTRY": cache.stride(1), "NUM_HEADS": num_heads, "DIM": dim}
-    block = triton.next_power_of_2(num_heads * dim)
+    y = y if y is None or y.stride(3) == 1 else y.contiguous()
+    strides = (x.stride(1), x.stride(2), *((0, 0) if y is None else (y.stride(1), y.stride(2))))
+    others = {f"Y_{name}": size for name, size in _sizes_of_entries(y, other_cache).items()}
+    count = 1 if y is None else 2
+    sizes = _sizes_of_entries(x, cache)
+    _write((x.shape[1], count), x, cache, y, other_cache, slot_mapping, *strides, **sizes, **others)
+
+
+def _sizes_of_entries(x: Tensor | None, cache: Tensor | None) -> dict[str, Any]:
+    if x is None or cache is None:
+        return dict.fromkeys(("ENTRY", "NUM_HEADS", "DIM", "BLOCK", "LARGEST"))
+    _, _, num_heads, dim = x.shape
     largest = torch.finfo(cache.dtype).max if is_float8(cache.dtype) else None
-    _write((num_tokens,), x, cache, slot_mapping, x.stride(1), x.stride(2), **sizes, BLOCK=block, LARGEST=largest)
+    block = triton.next_power_of_2(num_heads * dim)
+    return {"ENTRY": cache.stride(1), "NUM_HEADS": num_heads, "DIM": dim, "BLOCK": block, "LARGEST": largest}
 
 
 def why_not_kept(*caches: Tensor) -> str | None:

@@ -286,8 +286,7 @@ def cached_sparse_attention_triton(
     index_key_cache: Tensor,
 ) -> Tensor:
     """`cached_sparse_attention` that reads the chosen entries of the pages and no others."""
-    write_entries(key, key_cache, slot_mapping)
-    write_entries(value, value_cache, slot_mapping)
+    write_entries(key, key_cache, slot_mapping, value, value_cache)
     write_entries(index_key.unsqueeze(2), index_key_cache.unsqueeze(2), slot_mapping)
     query = query if query.stride(3) == 1 else query.contiguous()
     weights = None if index_weights is None else index_weights.contiguous()
