@@ -150,8 +150,26 @@ def test_batch_inputs_of_another_dtype_are_refused(name: str) -> None:
 def test_long_chunks(facts: dict[str, Any], dtype: torch.dtype) -> None:
     """Whole prompts, later chunks and decode steps in one batch; sizes around blocks, tiles and work items."""
     torch.manual_seed(0)
-    lengths, counts = [200, 65, 17, 300, 40], [200, 64, 17, 70, 1]
+    lengths, counts = [260, 129, 17, 300, 40], [260, 128, 17, 70, 1]
     Case(lengths, counts, widths=(32, 32), page_size=16, dtype=dtype, **facts).check()
+
+
+def test_long_chunks_whose_weights_reach_from_one_to_zero() -> None:
+    """The greatest score of a row rises from block to block, by more than what a weight can still tell."""
+    torch.manual_seed(0)
+    case = Case([300], [300], widths=(64, 64), scale=1.0)
+    case.rows[0] *= torch.linspace(0.1, 3.0, 300).view(1, -1, 1)
+    case.check()
+
+
+@pytest.mark.parametrize("facts", [{}, {"sliding_window": 150}], ids=str)
+def test_a_nan_in_a_long_chunk_stays_with_those_who_see_it(facts: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    case = Case([300], [300], **facts)
+    case.rows[0][:, 150] = float("nan")
+    result = cached_attention_cpu(**case.arguments())[0]
+    assert result[:144].isfinite().all()  # vectors of keys begin at multiples of 16
+    assert result[150:].isnan().all()
 
 
 @pytest.mark.parametrize("widths", [(5, 3), (16, 48), (64, 64), (80, 80), (128, 72), (256, 256)], ids=str)

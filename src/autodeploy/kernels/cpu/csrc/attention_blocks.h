@@ -10,14 +10,16 @@
 #include <cstdlib>
 
 #include "attention.h"
-#include "tiles.h"
+#include "gemm.h"
 
 namespace autodeploy {
 namespace {
 
-constexpr int KEYS = 64;  // positions in a block
+constexpr int KEYS = 128;  // positions in a block
 constexpr int ROWS = TILE_ROWS;
-constexpr int64_t TOKENS = 64;  // new tokens in a work item
+constexpr int64_t TOKENS = 48;             // new tokens in a work item: whole tiles, however many heads share keys
+constexpr int PANEL_LANES = COLUMNS * LANES;  // columns of a tile: keys, or values of a head
+constexpr float LOG2_E = 1.44269504f;
 
 // One sequence's work: sizes, and where its packed keys and values are, per key-value head and block.
 template <class T>
@@ -26,7 +28,7 @@ struct Blocks {
     static constexpr int STEP = Lane<T>::STEP;
     const Call<T>& c;
     int64_t sequence, first_token, count, length, first_seen, first_block, num_blocks;
-    int64_t depth, width;  // head_dim and value_dim, rounded up to whole lanes and whole vectors
+    int64_t depth, width;  // head_dim and value_dim, rounded up to whole vectors
     E *keys, *values;
 
     int64_t group() const { return c.num_heads / c.num_kv_heads; }
@@ -34,70 +36,90 @@ struct Blocks {
     E* block_values(int64_t head, int64_t block) const { return values + (head * num_blocks + block) * KEYS * width; }
 };
 
-constexpr int PANEL_KEYS = COLUMNS * LANES;  // keys of a tile
-
-// Keys as [KEYS / PANEL_KEYS][depth / STEP][PANEL_KEYS][STEP], values as [KEYS / STEP][width][STEP]; what does not exist
-// is zero.
+// Keys as [KEYS / PANEL_LANES][depth / STEP][PANEL_LANES][STEP], values as [width / PANEL_LANES][KEYS / STEP][PANEL_LANES]
+// [STEP], whose last panel may have fewer lanes; what does not exist is zero.
 template <class T>
 Status pack_block(const Blocks<T>& b, int64_t head, int64_t block) {
     using L = Lane<T>;
     const Call<T>& c = b.c;
     typename L::Element *keys = b.block_keys(head, block), *values = b.block_values(head, block);
-    std::memset(static_cast<void*>(keys), 0, sizeof(*keys) * static_cast<size_t>(b.depth * KEYS));
+    T* gathered = own_memory<T>(LANES * b.depth);
     std::memset(static_cast<void*>(values), 0, sizeof(*values) * static_cast<size_t>(KEYS * b.width));
     const int32_t* pages = c.page_table + b.sequence * c.page_table_width;
     const int64_t begin = (b.first_block + block) * KEYS;
-    // Before the first position that any query sees, pages may be gone already.
-    for (int64_t j = b.first_seen > begin ? b.first_seen - begin : 0; j < KEYS && begin + j < b.length; ++j) {
-        const int64_t page = pages[(begin + j) / c.page_size];
-        if (page < 0 || page >= c.num_pages) return BAD_PAGE;
-        const int64_t entry = (page * c.page_size + (begin + j) % c.page_size) * c.num_kv_heads + head;
-        const T *key = c.key_cache + entry * c.head_dim, *value = c.value_cache + entry * c.value_dim;
-        typename L::Element* column = keys + j / PANEL_KEYS * PANEL_KEYS * b.depth + j % PANEL_KEYS * L::STEP;
-        for (int64_t d = 0; d < c.head_dim; ++d)
-            L::set(column + d / L::STEP * PANEL_KEYS * L::STEP + d % L::STEP, key[d]);
-        typename L::Element* row = values + (j / L::STEP) * b.width * L::STEP + j % L::STEP;
-        for (int64_t d = 0; d < c.value_dim; ++d) L::set(row + d * L::STEP, value[d]);
+    for (int64_t first = 0; first < KEYS; first += LANES) {
+        std::memset(static_cast<void*>(gathered), 0, sizeof(T) * static_cast<size_t>(LANES * b.depth));
+        // Before the first position that any query sees, pages may be gone already.
+        const int64_t end = std::min<int64_t>(first + LANES, b.length - begin);
+        for (int64_t j = std::max(first, b.first_seen - begin); j < end; ++j) {
+            const int64_t page = pages[(begin + j) / c.page_size];
+            if (page < 0 || page >= c.num_pages) return BAD_PAGE;
+            const int64_t entry = (page * c.page_size + (begin + j) % c.page_size) * c.num_kv_heads + head;
+            std::memcpy(gathered + (j - first) * b.depth, c.key_cache + entry * c.head_dim,
+                        static_cast<size_t>(c.head_dim) * sizeof(T));
+            const T* value = c.value_cache + entry * c.value_dim;
+            for (int64_t at = 0; at < c.value_dim; at += PANEL_LANES) {
+                const int64_t lanes = std::min<int64_t>(b.width - at, PANEL_LANES);
+                const int64_t count = std::min<int64_t>(c.value_dim - at, PANEL_LANES);
+                typename L::Element* row = values + at * KEYS + j / L::STEP * lanes * L::STEP + j % L::STEP;
+                if constexpr (L::STEP == 1)
+                    to_operands(value + at, count, row);
+                else
+                    for (int64_t d = 0; d < count; ++d) L::set(row + d * L::STEP, value[at + d]);
+            }
+        }
+        pack_outputs<T>(gathered, b.depth, LANES, b.depth,
+                        keys + first / PANEL_LANES * PANEL_LANES * b.depth + first % PANEL_LANES * L::STEP,
+                        PANEL_LANES * L::STEP);
     }
     return DONE;
 }
 
-// What is kept of a query row between blocks.
+// What is kept of a query row between blocks. Scores are logarithms to the base 2.
 struct Row {
     int64_t begin, end;  // positions it sees
     float greatest, total;
 };
 
-// One row's scores of the first `keys` positions of a block become weights; returns the factor for what the row has
-// gathered so far.
+// Scores of a tile's rows become weights, for the positions `[from, to)` of a block, which are whole vectors. `factors`
+// become those for what each row has gathered so far.
 template <class T>
-inline float update_row(const Call<T>& c, Row& row, float* scores, int64_t block_begin, int64_t keys,
-                        typename Lane<T>::Element* weights) {
-    if (row.begin > block_begin || row.end < block_begin + keys)
-        for (int64_t j = 0; j < keys; ++j)
-            if (block_begin + j < row.begin || block_begin + j >= row.end) scores[j] = -__builtin_inff();
-    Floats highest = splat(-__builtin_inff());
-    for (int64_t j = 0; j < keys; j += LANES) {
-        Floats score = load(scores + j) * c.scale;
-        if (c.softcap > 0.0f) {
-            const Floats capped = tanh(score / c.softcap) * c.softcap;
-            score = select(score == -__builtin_inff(), score, capped);
+inline void update_rows(const Call<T>& c, Row* rows, float* scores, int64_t block_begin, int64_t from, int64_t to,
+                        typename Lane<T>::Element* weights, float factors[LANES]) {
+    float shifts[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+        Row& row = rows[r];
+        float* own = scores + r * KEYS;
+        for (int64_t j = from; j < to && block_begin + j < row.begin; ++j) own[j] = -__builtin_inff();
+        for (int64_t j = std::max(from, row.end - block_begin); j < to; ++j) own[j] = -__builtin_inff();
+        Floats highest = splat(-__builtin_inff());
+        for (int64_t j = from; j < to; j += LANES) {
+            Floats score = load(own + j);
+            if (c.softcap > 0.0f) {
+                const Floats capped = tanh(score * c.scale / c.softcap) * (c.softcap * LOG2_E);
+                score = select(score == -__builtin_inff(), score, capped);
+            } else {
+                score = score * (c.scale * LOG2_E);
+            }
+            store(own + j, score);
+            highest = select(score > highest, score, highest);
         }
-        store(scores + j, score);
-        highest = select(score > highest, score, highest);
+        const float found = greatest_lane(highest), greatest = found > row.greatest ? found : row.greatest;
+        shifts[r] = greatest == -__builtin_inff() ? 0.0f : greatest;
+        factors[r] = row.greatest - shifts[r];
+        row.greatest = greatest;
     }
-    const float found = greatest_lane(highest), greatest = found > row.greatest ? found : row.greatest;
-    const float shift = greatest == -__builtin_inff() ? 0.0f : greatest;
-    Floats total = {};
-    for (int64_t j = 0; j < keys; j += LANES) {
-        const Floats weight = exp_below_one(load(scores + j) - shift);
-        Lane<T>::set(weights + j, weight);
-        total = total + weight;
+    store(factors, exp2_below_one(load(factors)));
+    for (int r = 0; r < ROWS; ++r) {
+        using V = Register<float>::Sums;  // larger vectors would need more registers than there are
+        V total = {};
+        for (int64_t j = r * KEYS + from; j < r * KEYS + to; j += SIZE<V>) {
+            const V weight = exp2_below_one(load_vector<V>(scores + j) - shifts[r]);
+            Lane<T>::set(weights + j, weight);
+            total = total + weight;
+        }
+        rows[r].total = rows[r].total * factors[r] + sum(total);
     }
-    const float factor = greatest == row.greatest ? 1.0f : exp(splat(row.greatest - shift))[0];
-    row.greatest = greatest;
-    row.total = row.total * factor + sum(total);
-    return factor;
 }
 
 // Memory of one thread: a work item's query rows, what they have gathered, and one tile's scores and weights.
@@ -136,33 +158,40 @@ template <class T>
 void attend_tile(const Blocks<T>& b, const Scratch<T>& s, int64_t first_row, int64_t head, int64_t block) {
     using L = Lane<T>;
     const int64_t block_begin = (b.first_block + block) * KEYS;
-    bool is_seen = false;
-    int64_t keys = 0;
+    int64_t from = KEYS, to = 0;
     for (int r = 0; r < ROWS; ++r) {
         const Row& row = s.rows[first_row + r];
-        is_seen = is_seen || (row.begin < block_begin + KEYS && row.end > block_begin);
-        keys = std::max(keys, std::min<int64_t>(row.end - block_begin, KEYS));
+        if (row.begin >= std::min(row.end, block_begin + KEYS) || row.end <= block_begin) continue;
+        from = std::min(from, std::max<int64_t>(row.begin - block_begin, 0));
+        to = std::max(to, std::min<int64_t>(row.end - block_begin, KEYS));
     }
-    if (!is_seen) return;
-    keys = (keys + PANEL_KEYS - 1) / PANEL_KEYS * PANEL_KEYS;
-    for (int64_t j = 0; j < keys; j += PANEL_KEYS)
+    if (from >= to) return;
+    from = from / PANEL_LANES * PANEL_LANES;
+    to = (to + PANEL_LANES - 1) / PANEL_LANES * PANEL_LANES;
+    for (int64_t j = from; j < to; j += PANEL_LANES)
         multiply_tile<T, ROWS, COLUMNS, false>(s.queries + first_row * b.depth, b.depth,
-                                               b.block_keys(head, block) + j * b.depth, PANEL_KEYS * L::STEP, b.depth,
+                                               b.block_keys(head, block) + j * b.depth, PANEL_LANES * L::STEP, b.depth,
                                                s.scores + j, KEYS);
+    alignas(64) float factors[LANES] = {};
+    update_rows(b.c, s.rows + first_row, s.scores, block_begin, from, to, s.weights, factors);
     float* gathered = s.gathered + first_row * b.width;
     for (int r = 0; r < ROWS; ++r) {
-        const float factor =
-            update_row(b.c, s.rows[first_row + r], s.scores + r * KEYS, block_begin, keys, s.weights + r * KEYS);
-        if (factor == 1.0f) continue;
-        for (int64_t d = 0; d < b.width; d += LANES)
-            store(gathered + r * b.width + d, load(gathered + r * b.width + d) * factor);
+        if (factors[r] == 1.0f) continue;
+        for (int64_t d = r * b.width; d < (r + 1) * b.width; d += LANES)
+            store(gathered + d, load(gathered + d) * factors[r]);
     }
-    const auto* values = b.block_values(head, block);
-    int64_t d = 0;
-    for (; d + COLUMNS * LANES <= b.width; d += COLUMNS * LANES)
-        multiply_tile<T, ROWS, COLUMNS>(s.weights, KEYS, values + d * L::STEP, b.width * L::STEP, keys, gathered + d, b.width);
-    for (; d < b.width; d += LANES)
-        multiply_tile<T, ROWS, 1>(s.weights, KEYS, values + d * L::STEP, b.width * L::STEP, keys, gathered + d, b.width);
+    for (int64_t d = 0; d < b.width; d += PANEL_LANES) {
+        const int64_t lanes = std::min<int64_t>(b.width - d, PANEL_LANES);
+        const auto* values = b.block_values(head, block) + d * KEYS + from * lanes;
+        if (lanes == PANEL_LANES) {
+            multiply_tile<T, ROWS, COLUMNS>(s.weights + from, KEYS, values, lanes * L::STEP, to - from, gathered + d,
+                                            b.width);
+            continue;
+        }
+        for (int64_t v = 0; v < lanes; v += LANES)
+            multiply_tile<T, ROWS, 1>(s.weights + from, KEYS, values + v * L::STEP, lanes * L::STEP, to - from,
+                                      gathered + d + v, b.width);
+    }
 }
 
 // TOKENS new tokens from `first` on, for the query heads of one key-value head.
@@ -179,7 +208,7 @@ void attend_item(const Blocks<T>& b, const Scratch<T>& s, int64_t first, int64_t
             range = visible(c, b.length - b.count + first + r / group, b.length);
             const T* query = c.query + (b.first_token + first + r / group) * c.query_token_stride +
                              (head * group + r % group) * c.query_head_stride;
-            for (int64_t d = 0; d < c.head_dim; ++d) Lane<T>::set(s.queries + r * b.depth + d, query[d]);
+            to_operands(query, c.head_dim, s.queries + r * b.depth);
         }
         s.rows[r] = {range.begin, range.end, -__builtin_inff(), 0.0f};
     }
@@ -190,9 +219,9 @@ void attend_item(const Blocks<T>& b, const Scratch<T>& s, int64_t first, int64_t
         const Row& row = s.rows[r];
         float factor = 1.0f, total = row.total;
         if (c.sinks != nullptr) {
-            const float sink = c.sinks[query_head], greatest = row.greatest > sink ? row.greatest : sink;
-            factor = exp(splat(row.greatest - greatest))[0];
-            total = total * factor + exp(splat(sink - greatest))[0];
+            const float sink = c.sinks[query_head] * LOG2_E, greatest = row.greatest > sink ? row.greatest : sink;
+            factor = exp2_below_one(splat(row.greatest - greatest))[0];
+            total = total * factor + exp2_below_one(splat(sink - greatest))[0];
         }
         T* out = c.out + ((b.first_token + first + r / group) * c.num_heads + query_head) * c.value_dim;
         const float* gathered = s.gathered + r * b.width;
@@ -209,7 +238,7 @@ Status attend_blocks(const Call<T>& c, int64_t sequence) {
     const int64_t length = c.seq_lens[sequence];
     const int64_t first_seen = visible(c, length - count, length).begin, first_block = first_seen / KEYS;
     const int64_t num_blocks = (length + KEYS - 1) / KEYS - first_block;
-    const int64_t depth = (c.head_dim + 1) / 2 * 2, width = (c.value_dim + LANES - 1) / LANES * LANES;
+    const int64_t depth = (c.head_dim + LANES - 1) / LANES * LANES, width = (c.value_dim + LANES - 1) / LANES * LANES;
     const size_t size = static_cast<size_t>(c.num_kv_heads * num_blocks * KEYS * (depth + width)) * sizeof(E);
     E* packed;      // behind it, in a cache line of its own, what went wrong
     Status* fault;

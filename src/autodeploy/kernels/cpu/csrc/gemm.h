@@ -105,13 +105,14 @@ struct Workspace {
     alignas(64) float totals[SLAB * OUTPUTS];
 };
 
-template <class T, int R>
+// The sums of one tile, added to `totals` (ADD) or in their place.
+template <class T, int R, bool ADD>
 inline void multiply_rows(int64_t rows, const typename Lane<T>::Element* x, int64_t stride,
                           const typename Lane<T>::Element* panel, int64_t depth, float* totals) {
     if (rows == R)
-        multiply_tile<T, R, COLUMNS>(x, stride, panel, PANEL_OUTPUTS * Lane<T>::STEP, depth, totals, OUTPUTS);
+        multiply_tile<T, R, COLUMNS, ADD>(x, stride, panel, PANEL_OUTPUTS * Lane<T>::STEP, depth, totals, OUTPUTS);
     else if constexpr (R > 1)
-        multiply_rows<T, R - 1>(rows, x, stride, panel, depth, totals);
+        multiply_rows<T, R - 1, ADD>(rows, x, stride, panel, depth, totals);
 }
 
 // Rows of x as tiles read them, one after the other in memory.
@@ -144,11 +145,12 @@ struct Gathered {
 template <class T, class Rows, class Emit>
 void multiply_block(const Rows& rows, int64_t begin, int64_t end, const T* weight, int64_t count, int64_t num_inputs,
                     const Emit& emit) {
-    static thread_local Workspace<T> mine;
+    static thread_local Workspace<T> own;
+    Workspace<T>& mine = own;  // looked up once
     count = count < OUTPUTS ? count : OUTPUTS;
-    std::memset(mine.totals, 0, sizeof(float) * static_cast<size_t>((end - begin) * OUTPUTS));
     for (int64_t input = 0; input < num_inputs; input += DEPTH) {
         const int64_t depth = num_inputs - input < DEPTH ? num_inputs - input : DEPTH;
+        const auto multiply = input == 0 ? multiply_rows<T, TILE_ROWS, false> : multiply_rows<T, TILE_ROWS, true>;
         for (int64_t o = 0; o < OUTPUTS; o += LANES)
             pack_outputs<T>(weight + o * num_inputs + input, num_inputs, count - o, depth,
                             mine.weight + o / PANEL_OUTPUTS * PANEL_OUTPUTS * DEPTH + o % PANEL_OUTPUTS * Lane<T>::STEP,
@@ -157,8 +159,8 @@ void multiply_block(const Rows& rows, int64_t begin, int64_t end, const T* weigh
             const int64_t tile = end - row < TILE_ROWS ? end - row : TILE_ROWS;
             const auto* x = rows(row, tile, input, depth, mine.rows);
             for (int64_t o = 0; o < count; o += PANEL_OUTPUTS)
-                multiply_rows<T, TILE_ROWS>(tile, x, rows.stride, mine.weight + o * DEPTH, depth,
-                                            mine.totals + (row - begin) * OUTPUTS + o);
+                multiply(tile, x, rows.stride, mine.weight + o * DEPTH, depth,
+                         mine.totals + (row - begin) * OUTPUTS + o);
         }
     }
     for (int64_t row = begin; row < end; ++row)

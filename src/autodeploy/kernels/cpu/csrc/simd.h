@@ -35,7 +35,15 @@ inline Words upper_halves(Floats x) {
     return select(x == x, (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, (bits >> 16) | 0x40);
 }
 
-inline void store(bf16* to, Floats x) { store_converted(reinterpret_cast<uint16_t*>(to), upper_halves(x)); }
+inline void store(bf16* to, Floats x) {
+    const Words halves = upper_halves(x);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i both = _mm256_packus_epi32(bit_cast<__m256i>(halves.low), bit_cast<__m256i>(halves.high));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(both, _MM_SHUFFLE(3, 1, 2, 0)));
+#else
+    store_converted(reinterpret_cast<uint16_t*>(to), halves);
+#endif
+}
 
 // The first `count` lanes, for the end of a row; lanes beyond are zero, memory beyond is left alone.
 template <class T>
@@ -172,6 +180,20 @@ inline Floats exp_below_one(Floats x) {
     const Floats p = exp_of_rest(select(x < LOWEST_EXPONENT, splat(LOWEST_EXPONENT), x), shifted);
     const Floats result = p * bit_cast<Floats>((bit_cast<Words>(shifted) + 127) << 23);  // what is above is shifted out
     return select(x < LOWEST_EXPONENT, splat(0.0f), result);
+}
+
+// 2^x for x up to 0, to about 2 units in the last place, in less time still: zero below -126.5, NaN for NaN.
+template <class V>
+inline V exp2_below_one(V x) {
+    const float shift = 12582912.0f + 127.0f;  // rounds to an integer, whose last bits are then those of an exponent
+    x = select(x < -127.0f, V{} - 127.0f, x);
+    const V shifted = x + shift, r = x - (shifted - shift);
+    V p = r * 1.3264727313e-3f + 9.6715129912e-3f;
+    p = p * r + 5.5507335812e-2f;
+    p = p * r + 2.4022242427e-1f;
+    p = p * r + 6.9314700365e-1f;
+    p = p * r + 1.0f;
+    return p * bit_cast<V>(bit_cast<Vector<uint32_t, SIZE<V>>>(shifted) << 23);
 }
 
 inline Floats tanh(Floats x) { return 1.0f - 2.0f / (exp(2.0f * x) + 1.0f); }

@@ -17,7 +17,10 @@ struct Lane {
     using Element = float;
     static constexpr int STEP = 1;
     static void set(float* to, T from) { *to = to_float(from); }
-    static void set(float* to, Floats from) { store(to, from); }
+    template <class V>
+    static void set(float* to, V from) {
+        store_vector(to, from);
+    }
     static Floats multiply_add(Floats total, const float* row, const float* packed) {
         return splat(*row) * load(packed) + total;
     }
