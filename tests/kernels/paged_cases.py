@@ -92,7 +92,8 @@ class Case:
             "value_cache": self.value_cache,
         }
 
-    def check(self, provider: str = "cpu") -> None:
+    def check(self, provider: str = "cpu", *, tolerance: float | None = None) -> None:
+        tolerance = TOLERANCE[self.dtype] if tolerance is None else tolerance
         arguments = self.arguments()
         kernel = cached_attention.kernels[provider]
         assert kernel.supports(**arguments) is None
@@ -107,7 +108,7 @@ class Case:
             for row in self.rows
         ]
         expected = torch.cat([w[:, w.shape[1] - n :] for w, n in zip(whole, self.counts, strict=True)], dim=1)
-        torch.testing.assert_close(result, expected, rtol=TOLERANCE[self.dtype], atol=TOLERANCE[self.dtype])
+        torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
 
 
 def mla_arguments(

@@ -159,7 +159,7 @@ def test_long_chunks_whose_weights_reach_from_one_to_zero() -> None:
     torch.manual_seed(0)
     case = Case([300], [300], widths=(64, 64), scale=1.0)
     case.rows[0] *= torch.linspace(0.1, 3.0, 300).view(1, -1, 1)
-    case.check()
+    case.check(tolerance=2e-4)  # of scores up to 250, float32 itself is as far from the truth
 
 
 @pytest.mark.parametrize("facts", [{}, {"sliding_window": 150}], ids=str)
@@ -168,7 +168,7 @@ def test_a_nan_in_a_long_chunk_stays_with_those_who_see_it(facts: dict[str, Any]
     case = Case([300], [300], **facts)
     case.rows[0][:, 150] = float("nan")
     result = cached_attention_cpu(**case.arguments())[0]
-    assert result[:144].isfinite().all()  # vectors of keys begin at multiples of 16
+    assert result[:128].isfinite().all()  # tiles of keys begin at multiples of 16, with AVX-512 of 64
     assert result[150:].isnan().all()
 
 
