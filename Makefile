@@ -55,6 +55,7 @@ test-slow: $(VENV)/.dev $(VENV)/.smollm2 $(VENV)/.gemma3-270m $(VENV)/.ray
 
 test-avx512: $(VENV)/.dev
 	$(python) -m pytest -m slow tests/kernels/cpu/test_avx512.py -k "f_bw_vnni_bf16 or sapphirerapids" $(ARGS)
+	$(python) -m pytest -m slow tests/kernels/cpu/test_amx.py -k granted $(ARGS)
 
 fuzz: $(VENV)/.dev
 	$(python) -m pytest -m "" tests/server/test_fuzz.py --fuzz-requests $(REQUESTS) $(ARGS)

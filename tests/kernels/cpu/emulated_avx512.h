@@ -16,6 +16,7 @@
 
 #define AUTODEPLOY_EMULATED 1  // no register has 64 bytes, so none can be named in assembly
 #define __AVX512F__ 1
+#undef __AMX_BF16__  // as on a processor that has no more than what is emulated
 
 namespace emulated_avx512 {
 

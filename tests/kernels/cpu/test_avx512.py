@@ -32,30 +32,35 @@ pytestmark = pytest.mark.skipif("avx2" not in FEATURES, reason="this processor h
 Array = np.ndarray
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("build", BUILDS)
-def test_all_kernels(build: str, tmp_path: Path) -> None:
-    features, flags = BUILDS[build]
+def kernels_as_tested_with(flags: list[str], folder: Path) -> list[ctypes.CDLL]:
+    """The libraries, compiled with these flags, that all tests of CPU kernels passed with in processes of their own."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
         "OMP_NUM_THREADS": "1",
-        "AUTODEPLOY_CACHE": str(tmp_path / "cache"),  # in use while tests are collected, before they have their own
+        "AUTODEPLOY_CACHE": str(folder / "cache"),  # in use while tests are collected, before they have their own
         # Less optimised than they are used: compiling takes as long as running.
-        "AUTODEPLOY_NATIVE_FLAGS": shlex.join(["-O1", *EMULATED, *flags]),
+        "AUTODEPLOY_NATIVE_FLAGS": shlex.join(["-O1", *flags]),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", str(tmp_path / "tests")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", str(folder / "tests")]
     processes = ["--numprocesses", "logical", "--maxprocesses", "4", "--dist", "loadfile"]
     selection = [
         "tests/kernels/cpu",
         "tests/kernels/test_every_kernel.py",
         "-k",
-        "cpu and not test_native and not test_avx512",
+        "cpu and not test_native and not test_avx512 and not test_amx",
     ]
     done = subprocess.run(
         [*command, *processes, *selection], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    libraries = [ctypes.CDLL(str(path)) for path in tmp_path.rglob("kernels.so")]
+    return [ctypes.CDLL(str(path)) for path in folder.rglob("kernels.so")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", BUILDS)
+def test_all_kernels(build: str, tmp_path: Path) -> None:
+    features, flags = BUILDS[build]
+    libraries = kernels_as_tested_with([*EMULATED, *flags], tmp_path)
     assert libraries and all(library.emulated_avx512_features() == features for library in libraries)
 
 

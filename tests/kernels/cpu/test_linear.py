@@ -50,6 +50,16 @@ def test_many_rows_whatever_torch_makes_of_bfloat16(has_products: bool, monkeypa
         check(x.bfloat16(), weight.bfloat16(), torch.randn(70).bfloat16())
 
 
+@pytest.mark.parametrize("rows", [2, 17, FEW_ROWS + 20])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_do_not_change_a_bit(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, results = torch.randn(1, rows, 66).to(dtype), torch.randn(70, 66).to(dtype), []
+    for threads in (1, 2, 3, 7):
+        monkeypatch.setattr(linear_module, "num_threads", lambda *_, threads=threads: threads)
+        results.append(linear_cpu(x, weight, None))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strided_inputs(dtype: torch.dtype) -> None:
     wide = torch.randn(1, 3, 96).to(dtype)

@@ -53,6 +53,15 @@ _SOURCES = Path(__file__).parent / "csrc"
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fno-exceptions", "-fno-rtti", "-w")
 _LIBRARY = "kernels.so"
 _COMPILE_SECONDS = 300
+_MATRIX_UNIT = (
+    (logging.INFO, "no matrix unit (AMX) is used: the CPU kernels were compiled for a processor without one"),
+    (
+        logging.WARNING,
+        "products of bfloat16 do without AMX, as the operating system refuses this process its registers",
+    ),
+    (logging.INFO, "products of bfloat16 use the processor's matrix unit (AMX)"),
+)
+"""What is logged for each result of `matrix_unit` in csrc/amx.cpp."""
 
 
 class NativeError(AutoDeployError):
@@ -237,11 +246,17 @@ def _loaded() -> ctypes.CDLL | str:
 def _load(compiler: str, *, threads: bool) -> ctypes.CDLL:
     """Raises NativeError when it cannot be compiled, OSError when it cannot be loaded."""
     try:
-        return ctypes.CDLL(str(_built(compiler, threads=threads)))
+        return _opened(_built(compiler, threads=threads))
     except ConfigError as error:
         logger.warning("the CPU kernels are compiled for this process alone: %s", error)
     with tempfile.TemporaryDirectory(prefix="autodeploy-") as folder:
-        return ctypes.CDLL(str(build(Path(folder), compiler, threads=threads)))
+        return _opened(build(Path(folder), compiler, threads=threads))
+
+
+def _opened(path: Path) -> ctypes.CDLL:
+    opened = ctypes.CDLL(str(path))
+    logger.log(*_MATRIX_UNIT[opened.matrix_unit()])
+    return opened
 
 
 def _built(compiler: str, *, threads: bool) -> Path:

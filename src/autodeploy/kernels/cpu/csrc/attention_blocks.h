@@ -2,7 +2,7 @@
 // out for a matrix product, and multiplied with tiles of query rows (arXiv 2307.08691).
 //
 // A query row is one head of one new token; the heads that share a key-value head are rows of one product. Scores, sums
-// and results are float32; on machines with AVX512-BF16, products of bfloat16 take the instruction made for them.
+// and results are float32; on machines with AMX or AVX512-BF16, products of bfloat16 take the instructions made for them.
 
 #pragma once
 
@@ -16,7 +16,11 @@ namespace autodeploy {
 namespace {
 
 constexpr int KEYS = 128;  // positions in a block
+#if defined(AUTODEPLOY_AMX)
+constexpr int ROWS = SIDE;  // rows of a tile
+#else
 constexpr int ROWS = TILE_ROWS;
+#endif
 constexpr int64_t TOKENS = 48;             // new tokens in a work item: whole tiles, however many heads share keys
 constexpr int PANEL_LANES = COLUMNS * LANES;  // columns of a tile: keys, or values of a head
 constexpr float LOG2_E = 1.44269504f;
@@ -153,6 +157,26 @@ struct Scratch {
     ~Scratch() { std::free(memory); }
 };
 
+// `multiply_tile` of a tile of rows.
+template <class T, int V, bool ADD>
+inline void multiply_rows_with(const typename Lane<T>::Element* rows, int64_t row_stride,
+                               const typename Lane<T>::Element* packed, int64_t step_stride, int64_t depth,
+                               float* totals, int64_t total_stride) {
+#if defined(AUTODEPLOY_AMX)
+    if constexpr (std::is_same_v<T, bf16>)
+        if (has_tiles)
+            return multiply_by_tiles<ADD>(rows, row_stride, ROWS, packed, step_stride, V * LANES, depth, totals,
+                                          total_stride, 0);
+#endif
+    constexpr int LAST = ROWS / TILE_ROWS * TILE_ROWS;
+    for (int r = 0; r < LAST; r += TILE_ROWS)
+        multiply_tile<T, TILE_ROWS, V, ADD>(rows + r * row_stride, row_stride, packed, step_stride, depth,
+                                            totals + r * total_stride, total_stride);
+    if constexpr (LAST < ROWS)
+        multiply_tile<T, ROWS - LAST, V, ADD>(rows + LAST * row_stride, row_stride, packed, step_stride, depth,
+                                              totals + LAST * total_stride, total_stride);
+}
+
 // One tile of rows over one block.
 template <class T>
 void attend_tile(const Blocks<T>& b, const Scratch<T>& s, int64_t first_row, int64_t head, int64_t block) {
@@ -169,9 +193,9 @@ void attend_tile(const Blocks<T>& b, const Scratch<T>& s, int64_t first_row, int
     from = from / PANEL_LANES * PANEL_LANES;
     to = (to + PANEL_LANES - 1) / PANEL_LANES * PANEL_LANES;
     for (int64_t j = from; j < to; j += PANEL_LANES)
-        multiply_tile<T, ROWS, COLUMNS, false>(s.queries + first_row * b.depth, b.depth,
-                                               b.block_keys(head, block) + j * b.depth, PANEL_LANES * L::STEP, b.depth,
-                                               s.scores + j, KEYS);
+        multiply_rows_with<T, COLUMNS, false>(s.queries + first_row * b.depth, b.depth,
+                                              b.block_keys(head, block) + j * b.depth, PANEL_LANES * L::STEP, b.depth,
+                                              s.scores + j, KEYS);
     alignas(64) float factors[LANES] = {};
     update_rows(b.c, s.rows + first_row, s.scores, block_begin, from, to, s.weights, factors);
     float* gathered = s.gathered + first_row * b.width;
@@ -184,13 +208,13 @@ void attend_tile(const Blocks<T>& b, const Scratch<T>& s, int64_t first_row, int
         const int64_t lanes = std::min<int64_t>(b.width - d, PANEL_LANES);
         const auto* values = b.block_values(head, block) + d * KEYS + from * lanes;
         if (lanes == PANEL_LANES) {
-            multiply_tile<T, ROWS, COLUMNS>(s.weights + from, KEYS, values, lanes * L::STEP, to - from, gathered + d,
-                                            b.width);
+            multiply_rows_with<T, COLUMNS, true>(s.weights + from, KEYS, values, lanes * L::STEP, to - from,
+                                                 gathered + d, b.width);
             continue;
         }
         for (int64_t v = 0; v < lanes; v += LANES)
-            multiply_tile<T, ROWS, 1>(s.weights + from, KEYS, values + v * L::STEP, lanes * L::STEP, to - from,
-                                      gathered + d + v, b.width);
+            multiply_rows_with<T, 1, true>(s.weights + from, KEYS, values + v * L::STEP, lanes * L::STEP, to - from,
+                                           gathered + d + v, b.width);
     }
 }
 
@@ -212,6 +236,9 @@ void attend_item(const Blocks<T>& b, const Scratch<T>& s, int64_t first, int64_t
         }
         s.rows[r] = {range.begin, range.end, -__builtin_inff(), 0.0f};
     }
+#if defined(AUTODEPLOY_AMX)
+    const TilesInUse tiles(std::is_same_v<T, bf16>);
+#endif
     for (int64_t block = 0; block < b.num_blocks; ++block)
         for (int64_t row = 0; row < padded; row += ROWS) attend_tile(b, s, row, head, block);
     for (int64_t r = 0; r < num_rows; ++r) {
@@ -238,7 +265,8 @@ Status attend_blocks(const Call<T>& c, int64_t sequence) {
     const int64_t length = c.seq_lens[sequence];
     const int64_t first_seen = visible(c, length - count, length).begin, first_block = first_seen / KEYS;
     const int64_t num_blocks = (length + KEYS - 1) / KEYS - first_block;
-    const int64_t depth = (c.head_dim + LANES - 1) / LANES * LANES, width = (c.value_dim + LANES - 1) / LANES * LANES;
+    constexpr int64_t UNIT = LANES * Lane<T>::STEP;
+    const int64_t depth = (c.head_dim + UNIT - 1) / UNIT * UNIT, width = (c.value_dim + LANES - 1) / LANES * LANES;
     const size_t size = static_cast<size_t>(c.num_kv_heads * num_blocks * KEYS * (depth + width)) * sizeof(E);
     E* packed;      // behind it, in a cache line of its own, what went wrong
     Status* fault;

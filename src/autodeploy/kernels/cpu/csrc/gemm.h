@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include "amx.h"
 #include "tiles.h"
 
 namespace autodeploy {
@@ -86,7 +87,7 @@ void pack_outputs(const T* weight, int64_t stride, int64_t count, int64_t depth,
                   int64_t step) {
     constexpr int64_t WIDTH = INPUTS<T>;
     for (int64_t first = 0; first < depth; first += WIDTH, to += WIDTH / Lane<T>::STEP * step) {
-        if (count >= LANES && depth - first >= WIDTH) {
+        if (count >= LANES && depth - first >= WIDTH && stride % Lane<T>::STEP == 0) {
             pack_whole(weight + first, stride, to, step);
             continue;
         }
@@ -101,7 +102,7 @@ void pack_outputs(const T* weight, int64_t stride, int64_t count, int64_t depth,
 template <class T>
 struct Workspace {
     alignas(64) typename Lane<T>::Element weight[OUTPUTS * DEPTH];
-    alignas(64) typename Lane<T>::Element rows[TILE_ROWS * DEPTH];
+    alignas(64) typename Lane<T>::Element rows[LANES * DEPTH];  // of a tile, however large
     alignas(64) float totals[SLAB * OUTPUTS];
 };
 
@@ -155,6 +156,22 @@ void multiply_block(const Rows& rows, int64_t begin, int64_t end, const T* weigh
             pack_outputs<T>(weight + o * num_inputs + input, num_inputs, count - o, depth,
                             mine.weight + o / PANEL_OUTPUTS * PANEL_OUTPUTS * DEPTH + o % PANEL_OUTPUTS * Lane<T>::STEP,
                             PANEL_OUTPUTS * Lane<T>::STEP);
+#if defined(AUTODEPLOY_AMX)
+        if constexpr (std::is_same_v<T, bf16>) {
+            static_assert(OUTPUTS == PANEL_OUTPUTS, "one panel");
+            if (has_tiles) {
+                const TilesInUse tiles;
+                const auto multiply_side = input == 0 ? multiply_by_tiles<false> : multiply_by_tiles<true>;
+                for (int64_t row = begin; row < end; row += SIDE) {
+                    const int64_t side = end - row < SIDE ? end - row : SIDE;
+                    multiply_side(rows(row, side, input, depth, mine.rows), rows.stride, side, mine.weight,
+                                  OUTPUTS * Lane<T>::STEP, OUTPUTS, depth, mine.totals + (row - begin) * OUTPUTS,
+                                  OUTPUTS, 0);
+                }
+                continue;
+            }
+        }
+#endif
         for (int64_t row = begin; row < end; row += TILE_ROWS) {
             const int64_t tile = end - row < TILE_ROWS ? end - row : TILE_ROWS;
             const auto* x = rows(row, tile, input, depth, mine.rows);

@@ -1,6 +1,9 @@
 // Products of rows with a weight. For a few, each weight row is read from memory once and multiplied with all of them;
 // more go by blocks.
 
+#include <algorithm>
+
+#include "amx_rows.h"
 #include "few_rows.h"
 #include "gemm.h"
 #include "team.h"
@@ -10,9 +13,32 @@ namespace {
 
 constexpr int64_t ITEMS_PER_THREAD = 4;  // so that threads end together
 
+#if defined(AUTODEPLOY_AMX)
+void few_rows_on_tiles(const bf16* x, const bf16* weight, const bf16* bias, bf16* out, int64_t num_rows,
+                       int64_t num_inputs, int64_t num_outputs) {
+    const PackedRows rows(x, num_rows, num_inputs);  // every thread for itself, as above
+    const TilesInUse tiles;
+    const int64_t groups = (num_outputs + SIDE - 1) / SIDE, team = team_size();
+#pragma omp for schedule(static)
+    for (int64_t share = 0; share < team; ++share) {
+        const int64_t first = share * groups / team * SIDE;
+        const int64_t end = std::min((share + 1) * groups / team * SIDE, num_outputs);
+        multiply_packed_rows(weight + first * num_inputs, end - first, rows,
+                             [&](int64_t row, int64_t o, Floats sums, int64_t count) {
+                                 const Floats shift = bias == nullptr ? Floats{} : load(bias + first + o, count);
+                                 store(out + row * num_outputs + first + o, sums + shift, count);
+                             });
+    }
+}
+#endif
+
 template <class T>
 void few_rows(const T* x, const T* weight, const T* bias, T* out, int64_t num_rows, int64_t num_inputs,
               int64_t num_outputs) {
+#if defined(AUTODEPLOY_AMX)
+    if constexpr (std::is_same_v<T, bf16>)
+        if (has_tiles && num_rows > 1) return few_rows_on_tiles(x, weight, bias, out, num_rows, num_inputs, num_outputs);
+#endif
     using X = typename Product<T>::Operand;
     const X* rows;
     if constexpr (std::is_same_v<X, T>) {

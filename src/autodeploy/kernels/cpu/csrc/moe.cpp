@@ -4,6 +4,7 @@
 // Choices are sorted by expert. First all up products, one work item per expert and block of its rows; then gates; then
 // the down products, one work item per block of outputs, which adds the experts of a token in their order.
 
+#include "amx_rows.h"
 #include "experts.h"
 #include "few_rows.h"
 #include "gemm.h"
@@ -34,6 +35,29 @@ struct Mixture : Choices, Gate {
 template <class T>
 inline bool is_many(int64_t count, int64_t length) {
     return count > FEW_ROWS && length % Lane<T>::STEP == 0;
+}
+
+// Whether `count` rows go on tiles, where the weight is not laid out: beyond as many rows as a block has outputs that costs
+// less than to lay out the rows.
+template <class T>
+inline bool is_for_tiles([[maybe_unused]] int64_t count) {
+#if defined(AUTODEPLOY_AMX)
+    if constexpr (std::is_same_v<T, bf16>) return has_tiles && count > STREAM && count <= OUTPUTS;
+#endif
+    return false;
+}
+
+// emit(row, o, sums, lanes) as of blocks.
+template <class T, class X, class Emit>
+void multiply_on_tiles([[maybe_unused]] const T* weight, int64_t count, int64_t length, const X* x, int64_t num_rows,
+                       const Emit& emit) {
+#if defined(AUTODEPLOY_AMX)
+    if constexpr (std::is_same_v<T, bf16>) {
+        const PackedRows rows(x, num_rows, length);
+        const TilesInUse tiles;
+        multiply_packed_rows(weight, count, rows, emit);
+    }
+#endif
 }
 
 // x as operands of the experts with few tokens; converted ones stand where `totals` will.
@@ -90,17 +114,22 @@ void multiply_up(const Mixture<T>& m, int64_t num_groups) {
         const int64_t count = std::min(OUTPUTS, rows - first), expert = m.expert(begin);
         const T* weight = m.gate_up + (expert * rows + first) * m.size;
         const T* bias = m.gate_up_bias == nullptr ? nullptr : m.gate_up_bias + expert * rows + first;
-        if (is_many<T>(end - begin, m.size)) {
+        const auto emit = [&](int64_t position, int64_t o, Floats sums, int64_t lanes) {
+            const Floats shift = bias == nullptr ? Floats{} : load(bias + o, lanes);
+            store(m.hidden + position * rows + first + o, sums + shift, lanes);
+        };
+        if (is_many<T>(end - begin, m.size) && !is_for_tiles<T>(end - begin)) {
             const Gathered<T> tokens = {m.x, m.size, m.order, m.num_choices};
             for (int64_t slab = begin; slab < end; slab += SLAB)
-                multiply_block<T>(tokens, slab, std::min(slab + SLAB, end), weight, count, m.size,
-                                  [&](int64_t position, int64_t o, Floats sums, int64_t lanes) {
-                                      const Floats shift = bias == nullptr ? Floats{} : load(bias + o, lanes);
-                                      store(m.hidden + position * rows + first + o, sums + shift, lanes);
-                                  });
+                multiply_block<T>(tokens, slab, std::min(slab + SLAB, end), weight, count, m.size, emit);
             continue;
         }
         const typename Product<T>::Operand* tokens = gathered(m, x, begin, end);
+        if (is_for_tiles<T>(end - begin)) {
+            multiply_on_tiles(weight, count, m.size, tokens, end - begin,
+                              [&](int64_t row, int64_t o, Floats sums, int64_t lanes) { emit(begin + row, o, sums, lanes); });
+            continue;
+        }
         multiply_expert_rows<T, STREAM>(weight, count, m.size, tokens, end - begin,
                                         [&](int64_t row, int64_t o, float product) {
                                             m.hidden[(begin + row) * rows + first + o] =
@@ -127,16 +156,22 @@ void multiply_down(const Mixture<T>& m, int64_t num_groups) {
             const int64_t begin = m.groups[group], end = m.groups[group + 1], expert = m.expert(begin);
             const T* weight = m.down + (expert * m.size + first) * m.width;
             const T* bias = m.down_bias == nullptr ? nullptr : m.down_bias + expert * m.size + first;
+            const auto emit = [&](int64_t position, int64_t o, Floats sums, int64_t lanes) {
+                const Floats shift = bias == nullptr ? Floats{} : load(bias + o, lanes);
+                float* to = m.totals + m.token(position) * m.size + first + o;
+                const float share = m.weights[m.order[position]];
+                store(to, load(to, lanes) + (sums + shift) * share, lanes);
+            };
+            if (is_for_tiles<T>(end - begin)) {
+                multiply_on_tiles(
+                    weight, outputs, m.width, m.inner + begin * m.width, end - begin,
+                    [&](int64_t row, int64_t o, Floats sums, int64_t lanes) { emit(begin + row, o, sums, lanes); });
+                continue;
+            }
             if (is_many<T>(end - begin, m.width)) {
                 const Consecutive<T> inner = {m.inner, m.width};
                 for (int64_t slab = begin; slab < end; slab += SLAB)
-                    multiply_block<T>(inner, slab, std::min(slab + SLAB, end), weight, outputs, m.width,
-                                      [&](int64_t position, int64_t o, Floats sums, int64_t lanes) {
-                                          const Floats shift = bias == nullptr ? Floats{} : load(bias + o, lanes);
-                                          float* to = m.totals + m.token(position) * m.size + first + o;
-                                          const float share = m.weights[m.order[position]];
-                                          store(to, load(to, lanes) + (sums + shift) * share, lanes);
-                                      });
+                    multiply_block<T>(inner, slab, std::min(slab + SLAB, end), weight, outputs, m.width, emit);
                 continue;
             }
             multiply_expert_rows<T, STREAM>(weight, outputs, m.width, m.inner + begin * m.width, end - begin,
