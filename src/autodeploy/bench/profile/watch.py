@@ -11,7 +11,7 @@ from torch.profiler import record_function
 
 from autodeploy.bench.profile.op_by_op import OpByOp
 from autodeploy.build import build
-from autodeploy.compile.program import Program, RunAndChoose
+from autodeploy.compile.program import Program
 from autodeploy.config import Options
 from autodeploy.debug.costs import Step
 from autodeploy.graph.model_graph import ModelGraph
@@ -92,8 +92,7 @@ class Watch:
         function, choosing = graph.function, graph.run_and_choose
         seen = replace(graph, function=lambda *inputs: self._seen(function, inputs))
         if choosing is not None:
-            choose: RunAndChoose = lambda draws, *inputs: self._seen(partial(choosing, draws), inputs)  # noqa: E731
-            seen = replace(seen, run_and_choose=choose)
+            seen = replace(seen, run_and_choose=lambda draws, *inputs: self._seen(partial(choosing, draws), inputs))
         return replace(program, graphs={**program.graphs, GRAPH: seen})
 
     def _keep(self, graph: ModelGraph) -> None:

@@ -149,6 +149,9 @@ void multiply_block(const Rows& rows, int64_t begin, int64_t end, const T* weigh
     static thread_local Workspace<T> own;
     Workspace<T>& mine = own;  // looked up once
     count = count < OUTPUTS ? count : OUTPUTS;
+#if defined(AUTODEPLOY_AMX)
+    const TilesInUse tiles(std::is_same_v<T, bf16>);
+#endif
     for (int64_t input = 0; input < num_inputs; input += DEPTH) {
         const int64_t depth = num_inputs - input < DEPTH ? num_inputs - input : DEPTH;
         const auto multiply = input == 0 ? multiply_rows<T, TILE_ROWS, false> : multiply_rows<T, TILE_ROWS, true>;
@@ -159,8 +162,7 @@ void multiply_block(const Rows& rows, int64_t begin, int64_t end, const T* weigh
 #if defined(AUTODEPLOY_AMX)
         if constexpr (std::is_same_v<T, bf16>) {
             static_assert(OUTPUTS == PANEL_OUTPUTS, "one panel");
-            if (has_tiles) {
-                const TilesInUse tiles;
+            if (tiles.are_wanted) {
                 const auto multiply_side = input == 0 ? multiply_by_tiles<false> : multiply_by_tiles<true>;
                 for (int64_t row = begin; row < end; row += SIDE) {
                     const int64_t side = end - row < SIDE ? end - row : SIDE;

@@ -47,15 +47,17 @@ inline bool is_for_tiles([[maybe_unused]] int64_t count) {
     return false;
 }
 
-// emit(row, o, sums, lanes) as of blocks.
+// x: the rows from `begin` to `end`. emit(position, o, sums, lanes) as of blocks.
 template <class T, class X, class Emit>
-void multiply_on_tiles([[maybe_unused]] const T* weight, int64_t count, int64_t length, const X* x, int64_t num_rows,
-                       const Emit& emit) {
+void multiply_on_tiles([[maybe_unused]] const T* weight, int64_t count, int64_t length, const X* x, int64_t begin,
+                       int64_t end, const Emit& emit) {
 #if defined(AUTODEPLOY_AMX)
     if constexpr (std::is_same_v<T, bf16>) {
-        const PackedRows rows(x, num_rows, length);
+        const PackedRows rows(x, end - begin, length);
         const TilesInUse tiles;
-        multiply_packed_rows(weight, count, rows, emit);
+        multiply_packed_rows(weight, count, rows, [&](int64_t row, int64_t o, Floats sums, int64_t lanes) {
+            emit(begin + row, o, sums, lanes);
+        });
     }
 #endif
 }
@@ -126,8 +128,7 @@ void multiply_up(const Mixture<T>& m, int64_t num_groups) {
         }
         const typename Product<T>::Operand* tokens = gathered(m, x, begin, end);
         if (is_for_tiles<T>(end - begin)) {
-            multiply_on_tiles(weight, count, m.size, tokens, end - begin,
-                              [&](int64_t row, int64_t o, Floats sums, int64_t lanes) { emit(begin + row, o, sums, lanes); });
+            multiply_on_tiles(weight, count, m.size, tokens, begin, end, emit);
             continue;
         }
         multiply_expert_rows<T, STREAM>(weight, count, m.size, tokens, end - begin,
@@ -163,9 +164,7 @@ void multiply_down(const Mixture<T>& m, int64_t num_groups) {
                 store(to, load(to, lanes) + (sums + shift) * share, lanes);
             };
             if (is_for_tiles<T>(end - begin)) {
-                multiply_on_tiles(
-                    weight, outputs, m.width, m.inner + begin * m.width, end - begin,
-                    [&](int64_t row, int64_t o, Floats sums, int64_t lanes) { emit(begin + row, o, sums, lanes); });
+                multiply_on_tiles(weight, outputs, m.width, m.inner + begin * m.width, begin, end, emit);
                 continue;
             }
             if (is_many<T>(end - begin, m.width)) {
