@@ -1,5 +1,9 @@
 // Choosing tokens: the most likely one of each row of logits, or one drawn from what temperature, min-p, top-k and top-p
 // leave of it. A token's weight is its probability relative to the most likely one's.
+//
+// A row is read once for its greatest logit, which notes those of its blocks, and once more for the sum of all weights,
+// where that matters: not with top-k or min-p. What filters leave is looked for among likely tokens, gathered from the
+// blocks that have any.
 
 #include <cmath>
 #include <limits>
@@ -10,8 +14,12 @@
 namespace autodeploy {
 namespace {
 
-// How far, times the temperature, below the greatest logit tokens are looked at first; then as much further each time.
-constexpr float REACH = 3.5f, LAST_REACH = 40.0f;
+constexpr int64_t BLOCK = 512;  // elements that are looked at together, a multiple of LANES
+constexpr float INFINITE = std::numeric_limits<float>::infinity(), LOG2_E = 1.44269504f;
+
+// How often weights halve down to those that are looked at first, where nothing tells; by how much further each time; and
+// down to where all are looked at.
+constexpr float REACH = 10.0f, FURTHER = 5.0f, LAST_REACH = 60.0f;
 
 struct Parameters {
     const float *temperature, *top_p, *min_p;
@@ -24,68 +32,69 @@ struct Filters {
     bool cuts() const { return top_k > 0 || min_p > 0.0f; }
 };
 
-constexpr int64_t BLOCK = 8 * LANES;  // elements that are looked at together
-
 struct Best {
     float value;  // NaN if there is one in the row
     int64_t token;
 };
 
+inline int64_t block_end(int64_t block, int64_t width) { return block + BLOCK < width ? block + BLOCK : width; }
+
+// The greatest of some elements. Adds to `odd` if one is NaN.
+inline float greatest_of(const float* from, int64_t count, float& odd) {
+    Floats most = splat(-INFINITE), not_numbers = {};
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        const Floats x = load(from + i);
+        most = select(x > most, x, most);
+        not_numbers = not_numbers + select(x == x, splat(0.0f), splat(1.0f));
+    }
+    float greatest = greatest_lane(most);
+    odd += sum(not_numbers);
+    for (; i < count; ++i) {
+        greatest = from[i] > greatest ? from[i] : greatest;
+        odd += from[i] == from[i] ? 0.0f : 1.0f;
+    }
+    return greatest;
+}
+
+// By comparing bits as whole numbers, twice as many at a time. Those of numbers without a sign are in the order of the
+// numbers, with NaN above infinity; those of numbers with one are below them, and in reverse order.
+inline float greatest_of(const bf16* from, int64_t count, float& odd) {
+    constexpr int16_t INFINITE_BITS = 0x7f80;
+    constexpr uint16_t MINUS_INFINITE_BITS = 0xff80;
+    int16_t most = std::numeric_limits<int16_t>::min();
+    uint16_t largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const int16_t bits = static_cast<int16_t>(from[i].bits);
+        most = bits > most ? bits : most;
+        largest = from[i].bits > largest ? from[i].bits : largest;
+    }
+    if (most > INFINITE_BITS || largest > MINUS_INFINITE_BITS) odd += 1.0f;
+    if (most < 0) {  // all have a sign
+        most = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const int16_t bits = static_cast<int16_t>(from[i].bits);
+            most = bits < most ? bits : most;
+        }
+    }
+    return to_float(bf16{static_cast<uint16_t>(most)});
+}
+
+// Puts the greatest of each block into `most`.
 template <class T>
-Best best_of(const T* row, int64_t width) {
-    Best best = {-std::numeric_limits<float>::infinity(), 0};
-    Floats not_numbers = {};
+Best best_of(const T* row, int64_t width, float* most) {
+    Best best = {-INFINITE, 0};
     float odd = 0.0f;
     int64_t best_block = 0;
     for (int64_t block = 0; block < width; block += BLOCK) {
-        const int64_t end = block + BLOCK < width ? block + BLOCK : width;
-        Floats most = splat(best.value);
-        int64_t i = block;
-        for (; i + LANES <= end; i += LANES) {
-            const Floats x = load(row + i);
-            most = select(x > most, x, most);
-            not_numbers = not_numbers + select(x == x, splat(0.0f), splat(1.0f));
-        }
-        float greatest = greatest_lane(most);
-        for (; i < end; ++i) {
-            const float x = to_float(row[i]);
-            greatest = x > greatest ? x : greatest;
-            odd += x == x ? 0.0f : 1.0f;
-        }
+        // With a number of elements that is known, compilers make better loops.
+        const float greatest = block + BLOCK <= width ? greatest_of(row + block, BLOCK, odd)
+                                                      : greatest_of(row + block, width - block, odd);
+        most[block / BLOCK] = greatest;
         if (greatest > best.value) best.value = greatest, best_block = block;
     }
-    if (sum(not_numbers) + odd > 0.0f) return {std::numeric_limits<float>::quiet_NaN(), 0};
+    if (odd > 0.0f) return {std::numeric_limits<float>::quiet_NaN(), 0};
     for (best.token = best_block; to_float(row[best.token]) != best.value;) ++best.token;
-    return best;
-}
-
-// Whole numbers in the order of bfloat16 numbers: NaN at either end, and -0 below 0.
-inline int16_t key_of(bf16 x) {
-    const int16_t bits = static_cast<int16_t>(x.bits);
-    return bits ^ ((bits >> 15) & 0x7fff);
-}
-
-// By comparing whole numbers, twice as many at a time.
-Best best_of(const bf16* row, int64_t width) {
-    constexpr int64_t KEYS = 512;  // looked at together
-    constexpr int16_t INFINITE = 0x7f80, MINUS_INFINITE = static_cast<int16_t>(0xff80 ^ 0x7fff);
-    int16_t greatest = std::numeric_limits<int16_t>::min(), least = std::numeric_limits<int16_t>::max();
-    int64_t best_block = 0;
-    for (int64_t block = 0; block < width; block += KEYS) {
-        const int64_t end = block + KEYS < width ? block + KEYS : width;
-        int16_t most = std::numeric_limits<int16_t>::min();
-        for (int64_t i = block; i < end; ++i) {
-            const int16_t key = key_of(row[i]);
-            most = key > most ? key : most;
-            least = key < least ? key : least;
-        }
-        if (most > greatest) greatest = most, best_block = block;
-    }
-    if (greatest > INFINITE || least < MINUS_INFINITE) return {std::numeric_limits<float>::quiet_NaN(), 0};
-    const bf16 bits = {static_cast<uint16_t>(greatest ^ ((greatest >> 15) & 0x7fff))};
-    const float value = to_float(bits);
-    Best best = {value, value == 0.0f ? 0 : best_block};  // 0 is no greater than -0
-    while (to_float(row[best.token]) != best.value) ++best.token;
     return best;
 }
 
@@ -97,113 +106,27 @@ double uniform_number(int64_t key, int64_t position) {
     return static_cast<double>((bits ^ bits >> 31) >> 11) * 0x1p-53;
 }
 
-// The sum of the block's weights that are at least `least`.
-inline float block_sum(const float* weights, int64_t count, float least) {
-    const auto kept = [least](Floats x) { return select(x < least, splat(0.0f), x); };
-    Floats total = {};
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) total = total + kept(load(weights + i));
-    if (i < count) total = total + kept(load(weights + i, count - i));
-    return sum(total);
-}
+// A row of logits, and what it takes to weigh them.
+template <class T>
+struct Row {
+    const T* logits;
+    int64_t width;
+    const float* most;  // the greatest logit of each block
+    float best, scale;
 
-// Added up in float64 between blocks: rounding of a float32 sum over 10^5 tokens is as large as a rare one.
-double total_of(const float* weights, int64_t width, float least) {
-    double total = 0.0;
-    for (int64_t i = 0; i < width; i += BLOCK)
-        total += block_sum(weights + i, width - i < BLOCK ? width - i : BLOCK, least);
-    return total;
-}
+    Floats weights(Floats x) const { return exp2_below_one((x - best) * scale); }
 
-int64_t count_of(const float* weights, int64_t width, float least) {
-    const int64_t whole = width / LANES * LANES;
-    Floats counts = {};
-    for (int64_t i = 0; i < whole; i += LANES)
-        counts = counts + select(load(weights + i) < least, splat(0.0f), splat(1.0f));
-    int64_t count = static_cast<int64_t>(sum(counts));
-    for (int64_t i = whole; i < width; ++i) count += !(weights[i] < least);
-    return count;
-}
-
-// The greatest number from `low` on, for which `holds`, as it does for `low` and does not beyond 1. Numbers from 0 on are
-// in the order of their bits.
-template <class Condition>
-float greatest_where(float low, Condition holds) {
-    uint32_t yes = bit_cast<uint32_t>(low), no = bit_cast<uint32_t>(1.0f) + 1;
-    while (no - yes > 1) {
-        const uint32_t middle = yes + (no - yes) / 2;
-        (holds(bit_cast<float>(middle)) ? yes : no) = middle;
+    // Puts the weights of logits side by side, maybe in the place of the logits.
+    template <class X>
+    void weigh(const X* from, int64_t count, float* to) const {
+        for (int64_t i = 0; i < count; i += LANES) store(to + i, weights(load(from + i, count - i)), count - i);
     }
-    return bit_cast<float>(yes);
-}
+};
 
-// The least weight that filters leave. Candidates are all weights from `floor` on. Negative where they do not tell.
-float least_of(const float* candidates, int64_t count, float floor, double total, const Filters& filters) {
-    const bool is_all = floor == 0.0f;
-    float least = filters.min_p;
-    if (least > 0.0f && least < floor) return -1.0f;
-    if (filters.top_k > 0 && !(least > 0.0f && count_of(candidates, count, least) <= filters.top_k)) {
-        const bool reaches = count >= filters.top_k;
-        if (!reaches && !is_all) return -1.0f;
-        if (reaches)
-            least = greatest_where(floor, [&](float x) { return count_of(candidates, count, x) >= filters.top_k; });
-    }
-    if (filters.top_p >= 1.0f) return least;
-    if (filters.cuts()) {
-        total = total_of(candidates, count, least);
-        // Of equals at the end of top-k, those beyond k are kept but not part of what top-p is a share of.
-        const int64_t left = count_of(candidates, count, least);
-        if (filters.top_k > 0 && left > filters.top_k) total -= static_cast<double>(left - filters.top_k) * least;
-    }
-    const double wanted = filters.top_p * total;
-    const auto reaches = [&](float x) { return total_of(candidates, count, x) >= wanted; };
-    if (!reaches(floor)) return is_all ? least : -1.0f;
-    const float enough = greatest_where(floor, reaches);
-    return enough > least ? enough : least;
-}
-
-// Puts weights from `floor` on side by side; returns how many there are.
-int64_t gather(const float* weights, int64_t width, float floor, float* candidates) {
-    int64_t count = 0;
-    for (int64_t block = 0; block < width; block += BLOCK) {
-        const int64_t end = block + BLOCK < width ? block + BLOCK : width;
-        Floats most = {};
-        for (int64_t i = block; i < end; i += LANES) {
-            const Floats x = load(weights + i, end - i);
-            most = select(x > most, x, most);
-        }
-        if (greatest_lane(most) < floor) continue;
-        for (int64_t i = block; i < end; ++i) {
-            candidates[count] = weights[i];
-            count += weights[i] >= floor;
-        }
-    }
-    return count;
-}
-
-// `candidates` has room for `width` weights.
-float least_weight(const float* weights, int64_t width, const Filters& filters, float* candidates) {
-    const double total = filters.cuts() ? 0.0 : total_of(weights, width, 0.0f);
-    for (float reach = REACH;; reach += REACH) {
-        const float floor = reach > LAST_REACH ? 0.0f : std::exp(-reach);
-        const int64_t count = gather(weights, width, floor, candidates);
-        const float least = least_of(candidates, count, floor, total, filters);
-        if (least >= 0.0f) return least;
-    }
-}
-
-// The token at which the sum of weights from `least` on, in the order of tokens, passes `number` times all of it.
-int64_t invert(const float* weights, int64_t width, float least, double number) {
-    const double total = total_of(weights, width, least);
-    const double target = std::fmin(number * total, std::nextafter(total, 0.0));
-    double sum_before = 0.0;
-    int64_t block = 0, last = 0;
-    for (;; block += BLOCK) {
-        const double here = block_sum(weights + block, width - block < BLOCK ? width - block : BLOCK, least);
-        if (sum_before + here > target || block + BLOCK >= width) break;
-        sum_before += here;
-    }
-    for (int64_t i = block; i < width && i < block + BLOCK; ++i) {
+// Where the sum of weights from `least` on, in their order, passes `target`, with `sum_before` before them.
+inline int64_t first_beyond(const float* weights, int64_t count, float least, double sum_before, double target) {
+    int64_t last = 0;
+    for (int64_t i = 0; i < count; ++i) {
         if (weights[i] < least || weights[i] == 0.0f) continue;
         sum_before += weights[i];
         last = i;
@@ -212,29 +135,185 @@ int64_t invert(const float* weights, int64_t width, float least, double number) 
     return last;  // of equal sums in another order, the last one may stay just below
 }
 
+inline double target_of(double number, double total) { return std::fmin(number * total, std::nextafter(total, 0.0)); }
+
+// The sum of all weights up to the end of each block. Added up in float64 between blocks: rounding of a float32 sum over
+// 10^5 tokens is as large as a rare one.
 template <class T>
-int64_t draw(const T* row, int64_t width, float best, float temperature, const Filters& filters, double number) {
-    float* weights = own_memory<float>(2 * width + LANES);
-    const float inverse = 1.0f / temperature;
-    for (int64_t i = 0; i < width; i += LANES)
-        store(weights + i, exp_below_one((load(row + i, width - i) - best) * inverse), width - i);
-    float least = 0.0f;
-    if (filters.cuts() || filters.top_p < 1.0f) least = least_weight(weights, width, filters, weights + width);
-    return invert(weights, width, least, number);
+double add_up(const Row<T>& row, double* sums) {
+    double total = 0.0;
+    for (int64_t block = 0; block < row.width; block += BLOCK) {
+        const int64_t end = block_end(block, row.width), whole = end - (end - block) % LANES;
+        Floats here = {};
+        for (int64_t i = block; i < whole; i += LANES) here = here + row.weights(load(row.logits + i));
+        if (whole < end) {
+            float last[LANES] = {};
+            row.weigh(row.logits + whole, end - whole, last);
+            here = here + load(last);
+        }
+        sums[block / BLOCK] = total += sum(here);
+    }
+    return total;
+}
+
+// A token of all, at `number` of their weights' sum.
+template <class T>
+int64_t draw_from_all(const Row<T>& row, double number) {
+    double* sums = own_memory<double>((row.width + BLOCK - 1) / BLOCK);
+    const double target = target_of(number, add_up(row, sums));
+    int64_t b = 0;
+    while (sums[b] <= target) ++b;
+    const int64_t block = b * BLOCK, count = block_end(block, row.width) - block;
+    float weights[BLOCK];
+    row.weigh(row.logits + block, count, weights);
+    return block + first_beyond(weights, count, 0.0f, b == 0 ? 0.0 : sums[b - 1], target);
+}
+
+// The likely tokens of a row, in their order: all whose weights are at least `floor`.
+struct Candidates {
+    float* weights;  // `count`, and LANES of -1 behind them
+    int32_t* tokens;
+    int64_t count;
+    float floor;
+};
+
+void set_end(Candidates& candidates, int64_t count) {
+    candidates.count = count;
+    store(candidates.weights + count, splat(-1.0f));
+}
+
+// Those with logits from `least` on.
+template <class T>
+void gather(const Row<T>& row, float least, Candidates& to) {
+    int64_t count = 0;
+    for (int64_t block = 0; block < row.width; block += BLOCK) {
+        if (row.most[block / BLOCK] < least) continue;
+        const int64_t end = block_end(block, row.width);
+        for (int64_t i = block; i < end; i += LANES) {
+            uint32_t found = ~lanes_where(load(row.logits + i, end - i) < least) & ((1u << LANES) - 1);
+            if (end - i < LANES) found &= (1u << (end - i)) - 1;
+            for (; found != 0; found &= found - 1) {
+                const int64_t token = i + __builtin_ctz(found);
+                to.weights[count] = to_float(row.logits[token]);
+                to.tokens[count++] = static_cast<int32_t>(token);
+            }
+        }
+    }
+    row.weigh(to.weights, count, to.weights);
+    set_end(to, count);
+}
+
+// Of the candidates, those whose weights are at least some number.
+struct Part {
+    int64_t count;
+    double total;
+    float least, greatest_below;  // of their weights, and of the others; infinite, and -1, without any
+};
+
+Part part_from(const Candidates& candidates, float from) {
+    Part part = {0, 0.0};
+    Floats least = splat(INFINITE), below = splat(-1.0f);
+    for (int64_t block = 0; block < candidates.count; block += BLOCK) {
+        const int64_t end = block_end(block, candidates.count);
+        Floats total = {}, count = {};
+        for (int64_t i = block; i < end; i += LANES) {
+            const Floats x = load(candidates.weights + i);
+            const auto is_below = x < from;
+            const Floats kept = select(is_below, splat(INFINITE), x), other = select(is_below, x, splat(-1.0f));
+            least = select(kept < least, kept, least);
+            below = select(other > below, other, below);
+            total = total + select(is_below, splat(0.0f), x);
+            count = count + select(is_below, splat(0.0f), splat(1.0f));
+        }
+        part.total += sum(total);
+        part.count += static_cast<int64_t>(sum(count));
+    }
+    part.least = 0.0f - greatest_lane(0.0f - least);  // no -0, whose bits are in no order
+    part.greatest_below = greatest_lane(below);
+    return part;
+}
+
+// The smallest part that `suffices`, as `part` does. Numbers from 0 on are in the order of their bits, so the least weight
+// of what is looked for is found by halves.
+template <class Condition>
+Part smallest_part(const Candidates& candidates, Part part, Condition suffices) {
+    uint32_t low = bit_cast<uint32_t>(part.least), high = bit_cast<uint32_t>(1.0f);
+    while (low < high) {
+        const uint32_t middle = high - (high - low) / 2;
+        const Part found = part_from(candidates, bit_cast<float>(middle));
+        if (suffices(found))
+            part = found, low = bit_cast<uint32_t>(found.least);
+        else
+            high = bit_cast<uint32_t>(found.greatest_below);
+    }
+    return part;
+}
+
+// The least weight that filters leave; negative where the candidates do not tell.
+float least_of(const Candidates& candidates, double total, const Filters& filters) {
+    Part left = part_from(candidates, std::fmax(filters.min_p, candidates.floor));
+    bool is_known = filters.min_p >= candidates.floor;
+    if (filters.top_k > 0 && left.count >= filters.top_k) {
+        left = smallest_part(candidates, left, [&](const Part& part) { return part.count >= filters.top_k; });
+        is_known = true;
+    }
+    if (filters.cuts()) {
+        if (!is_known) return -1.0f;
+        total = left.total;
+        // Of equals at the end of top-k, those beyond k are kept but not part of what top-p is a share of.
+        if (filters.top_k > 0 && left.count > filters.top_k)
+            total -= static_cast<double>(left.count - filters.top_k) * left.least;
+    }
+    if (filters.top_p >= 1.0f) return left.least;
+    const auto suffices = [wanted = filters.top_p * total](const Part& part) { return part.total >= wanted; };
+    if (!suffices(left)) return candidates.floor > 0.0f ? -1.0f : left.least;
+    return smallest_part(candidates, left, suffices).least;
+}
+
+// How often weights halve down to what filters may leave. Below the greatest logits of k blocks there is nothing for top-k.
+template <class T>
+float reach_of(const Row<T>& row, const Filters& filters, Candidates blocks) {
+    const int64_t num_blocks = (row.width + BLOCK - 1) / BLOCK;
+    float floor = filters.min_p;
+    if (filters.top_k > 0 && filters.top_k <= num_blocks) {
+        row.weigh(row.most, num_blocks, blocks.weights);
+        set_end(blocks, num_blocks);
+        const auto suffices = [&](const Part& part) { return part.count >= filters.top_k; };
+        floor = std::fmax(floor, smallest_part(blocks, part_from(blocks, 0.0f), suffices).least);
+    }
+    return floor > 0.0f ? -std::log2(floor) : REACH;
+}
+
+// A token of those that filters leave. There is room for candidates as many as the row has tokens.
+template <class T>
+int64_t draw(const Row<T>& row, const Filters& filters, double number, Candidates candidates) {
+    const double total = filters.cuts() ? 0.0 : add_up(row, own_memory<double>((row.width + BLOCK - 1) / BLOCK));
+    for (float reach = reach_of(row, filters, candidates);; reach += FURTHER) {
+        const bool is_all = reach > LAST_REACH;
+        gather(row, is_all ? -INFINITE : row.best - (reach + 0.001f) / row.scale, candidates);
+        candidates.floor = is_all ? 0.0f : std::exp2(-reach) * 0.9999f;  // between the two, however weights are rounded
+        const float least = least_of(candidates, total, filters);
+        if (least < 0.0f) continue;
+        const double target = target_of(number, part_from(candidates, least).total);
+        return candidates.tokens[first_beyond(candidates.weights, candidates.count, least, 0.0, target)];
+    }
 }
 
 template <class T>
 void choose(const T* logits, const Parameters& p, int64_t* tokens, float* best, int64_t num_rows, int64_t width) {
+    float* most = own_memory<float>((width + BLOCK - 1) / BLOCK + width + LANES);
+    const Candidates candidates = {most + (width + BLOCK - 1) / BLOCK, own_memory<int32_t>(width)};
 #pragma omp for schedule(dynamic)
     for (int64_t r = 0; r < num_rows; ++r) {
-        const T* row = logits + r * width;
-        const Best found = best_of(row, width);
+        const Best found = best_of(logits + r * width, width, most);
         best[r] = found.value, tokens[r] = found.token;
         if (p.temperature == nullptr || !(p.temperature[r] > 0.0f) || !std::isfinite(found.value)) continue;
         Filters filters = {0, 1.0f, 0.0f};
         if (p.top_k != nullptr) filters = {p.top_k[r], p.top_p[r], p.min_p[r]};
         const double number = uniform_number(p.keys[r], p.positions[r]);
-        tokens[r] = draw(row, width, best[r], p.temperature[r], filters, number);
+        const Row<T> row = {logits + r * width, width, most, found.value, LOG2_E / p.temperature[r]};
+        const bool is_filtered = filters.cuts() || filters.top_p < 1.0f;
+        tokens[r] = is_filtered ? draw(row, filters, number, candidates) : draw_from_all(row, number);
     }
 }
 

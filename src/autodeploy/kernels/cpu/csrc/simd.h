@@ -134,6 +134,26 @@ inline float greatest_lane(V x) {
 #endif
 }
 
+// A bit for each lane where a comparison held, the lowest one for the first lane.
+template <class M>
+inline uint32_t lanes_where(M mask) {
+    if constexpr (is_pair<M>::value) return lanes_where(mask.low) | lanes_where(mask.high) << SIZE<M> / 2;
+#if defined(__AVX512F__)
+    else if constexpr (sizeof(M) == 64) {
+        const __m256d upper = _mm512_extractf64x4_pd(bit_cast<__m512d>(mask), 1);
+        return lanes_where(_mm512_castps512_ps256(bit_cast<__m512>(mask))) | lanes_where(bit_cast<__m256>(upper)) << 8;
+    }
+#endif
+#if defined(__AVX2__)
+    else if constexpr (sizeof(M) == 32) return static_cast<uint32_t>(_mm256_movemask_ps(bit_cast<__m256>(mask)));
+#endif
+    else {
+        uint32_t bits = 0;
+        for (int i = 0; i < SIZE<M>; ++i) bits |= static_cast<uint32_t>(mask[i] != 0) << i;
+        return bits;
+    }
+}
+
 // Brings elements into the caches, from the first or from the second on: LOCALITY 3 or 2.
 template <int LOCALITY, class T>
 inline void prefetch(const T* from, int64_t count) {
