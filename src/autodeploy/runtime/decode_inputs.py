@@ -45,7 +45,6 @@ class DecodeInputs:
         num_seqs = len(slots)
         self.slots = slots
         self._rows = np.array(slots, dtype=np.int64)
-        self._page_tables = page_tables
         fixed: dict[str, Array] = {
             "input_ids": np.zeros((1, num_seqs), dtype=np.int64),
             "position_ids": np.zeros((1, num_seqs), dtype=np.int64),
@@ -55,11 +54,15 @@ class DecodeInputs:
             "state_slots": np.array(slots, dtype=np.int32),
         }
         self.arrays: dict[str, Array] = {}
+        self._tables: dict[str, NDArray[np.int32]] = {}
+        self._slot_mappings: list[tuple[Array, NDArray[np.int32]]] = []
         for name in names:
             if name.startswith(PAGE_TABLE):
                 self.arrays[name] = np.zeros((num_seqs, 0), dtype=np.int32)
+                self._tables[name] = page_tables[name.removeprefix(PAGE_TABLE)]
             elif name.startswith(SLOT_MAPPING):
-                self.arrays[name] = np.zeros(num_seqs, dtype=np.int64)
+                array = self.arrays[name] = np.zeros(num_seqs, dtype=np.int64)
+                self._slot_mappings.append((array, page_tables[name.removeprefix(SLOT_MAPPING)]))
             else:
                 self.arrays[name] = fixed[name]
         self.tensors: dict[str, Tensor] = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
@@ -70,18 +73,19 @@ class DecodeInputs:
         """Make them those of the step that computes these tokens at these positions."""
         self._positions[:] = positions
         self._token_ids[:] = token_ids
-        np.add(self._positions, 1, out=self._lengths, casting="same_kind")
-        pages, entries = np.divmod(self._positions, page_size)
+        self._lengths[:] = self._positions
+        self._lengths += 1
+        pages = self._positions // page_size
+        for array, table in self._slot_mappings:  # in place, as each array that is made costs more than the numbers
+            array[:] = table[self._rows, pages]
+            array -= pages
+            array *= page_size
+            array += self._positions
         width = max(positions) // page_size + 1
-        for name, array in self.arrays.items():
-            if name.startswith(SLOT_MAPPING):
-                table = self._page_tables[name.removeprefix(SLOT_MAPPING)]
-                np.multiply(table[self._rows, pages], page_size, out=array)
-                array += entries
-            elif name.startswith(PAGE_TABLE):
-                table = self._page_tables[name.removeprefix(PAGE_TABLE)]
-                if array.shape[1] == width:
-                    array[:] = table[self._rows, :width]
-                else:
-                    self.arrays[name] = np.ascontiguousarray(table[self._rows, :width])
-                    self.tensors[name] = torch.from_numpy(self.arrays[name])
+        for name, table in self._tables.items():
+            array = self.arrays[name]
+            if array.shape[1] == width:
+                array[:] = table[self._rows, :width]
+            else:
+                self.arrays[name] = np.ascontiguousarray(table[self._rows, :width])
+                self.tensors[name] = torch.from_numpy(self.arrays[name])

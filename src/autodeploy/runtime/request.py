@@ -328,6 +328,7 @@ class Sequence:
         stop_ids: tokens that end it.
         is_plain: argmax of the logits is all the sampling it needs.
         is_plainly_guided: argmax of the logits that its grammar allows is.
+        is_unconstrained: neither penalties nor constraints change its logits.
         waits_for_tokens: what it may say next depends on its latest tokens in a way that only the host can follow.
         prompt_logprobs: those known so far, if they are asked for; handed out with the first output.
     """
@@ -340,6 +341,7 @@ class Sequence:
         "index",
         "is_plain",
         "is_plainly_guided",
+        "is_unconstrained",
         "max_length",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -379,6 +381,7 @@ class Sequence:
         takes_best &= not params.has_constraints_beside_grammar
         self.is_plain = takes_best and params.structured_outputs is None
         self.is_plainly_guided = takes_best and params.structured_outputs is not None
+        self.is_unconstrained = not (params.has_penalties or params.has_constraints)
         bad_runs = any(len(bad) > 1 for bad in params.bad_token_sequences or ())
         self.waits_for_tokens = bad_runs or params.structured_outputs is not None
         self.prompt_logprobs: list[dict[int, Logprob] | None] = [None]

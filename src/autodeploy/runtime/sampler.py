@@ -82,7 +82,7 @@ class Choice:
             self.copied.synchronize()
         token_ids: list[int | None] = self.tokens_R.tolist()
         best = self.best_R.tolist()
-        if not all(map(math.isfinite, best)):
+        if not math.isfinite(sum(best)):  # in float64, where no sum of float32 numbers overflows
             token_ids = [token if math.isfinite(value) else None for token, value in zip(token_ids, best, strict=True)]
         logprobs: list[dict[int, Logprob] | None] = [None] * len(token_ids)
         if self.logprobs is not None:
@@ -175,7 +175,7 @@ class Sampler:
         if logits_RV.is_cpu and all(each.is_plain or each.is_plainly_guided for each in sequences):
             return self._best_allowed(logits_RV, sequences)
         raw_RV = logits_RV
-        if any(sequence.params.has_penalties or sequence.params.has_constraints for sequence in sequences):
+        if not all([each.is_unconstrained for each in sequences]):
             penalised_RV = self._penalise(raw_RV.float(), sequences, latest_R)
             logits_RV = self.constraints.apply(penalised_RV, sequences)
         if self.draws_one_by_one(logits_RV):
@@ -268,7 +268,7 @@ class Sampler:
             on_device(numbers, like, torch.int64).view(2, len(params)),
             any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params),
         )
-        is_free = not any(each.has_penalties or each.has_constraints for each in params)
+        is_free = all(each.is_unconstrained for each in sequences)
         self._drawn = (sequences, draws, is_free)
         return draws, is_free
 

@@ -70,7 +70,7 @@ def choose_at_once(sampler: Sampler, logits_RV: Tensor, sequences: SequenceOf[Se
     """
     if sampler.draws_one_by_one(logits_RV):
         return None
-    if any(sequence.params.has_penalties or sequence.params.has_constraints for sequence in sequences):
+    if not all(sequence.is_unconstrained for sequence in sequences):
         return None
     owners: list[Sequence] = []
     offsets: list[int] = []
