@@ -5,6 +5,7 @@ runs the same code there, with a checker in the place of the device.
 """
 
 import gc
+import os
 from typing import Any
 
 import pytest
@@ -85,6 +86,7 @@ def test_an_engine_may_be_followed_by_another() -> None:
     assert served(built, prompts) == first
 
 
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other processes take memory of the device meanwhile")
 @pytest.mark.parametrize("name", ["llama", "qwen2_moe"])
 def test_memory_of_graphs_was_foreseen(name: str) -> None:
     """Also where each size is captured twice, as a second stream is tried."""
@@ -125,6 +127,8 @@ def test_what_reads_values_is_refused_and_the_device_goes_on() -> None:
 
     with pytest.raises(RuntimeError):
         capture.record(reads)
+    assert capture.used_bytes() > 0  # which empties the caches of an allocator that knows of no capture
+    assert torch.randn(4, device="cuda").isfinite().all()
     replay = capture.record(doubles)
     x.fill_(3.0)
     replay()

@@ -3,11 +3,15 @@
 `CudaCapture` is the device's own. `debug/capture_checker.py` stands in for it on a CPU.
 """
 
+import contextlib
+import functools
 import logging
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 Work = Callable[[], None]
 """Launches kernels that read and write tensors which stay where they are, and leaves nothing else behind."""
@@ -59,6 +63,16 @@ class CudaCapture:
         torch.cuda.synchronize(self._device)
 
     def record(self, work: Work) -> Work:
+        try:
+            return self._captured(work)
+        except BaseException:
+            self._start()
+            # torch 2.11 leaves its generator of random numbers in a capture that failed, until one succeeds.
+            with contextlib.suppress(RuntimeError):
+                self._captured(lambda: _nothing(self._device))
+            raise
+
+    def _captured(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
         # Not `torch.cuda.graph`, which collects garbage and empties caches each time: there are hundreds of captures.
@@ -66,13 +80,23 @@ class CudaCapture:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()
+                graph.capture_end()
             except BaseException:
-                _end(graph)
-                self._start()  # the allocator may take the failed capture for one that is still under way
+                self._end(graph)
                 raise
-            graph.capture_end()
         replay: Work = graph.replay
         return replay
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed; that it failed is known."""
+        # Where a capture cannot be ended, torch before 2.13 leaves its allocator in it (pytorch/pytorch#180395), which
+        # then refuses to empty its caches. Later ones have nothing to end there, and say so.
+        pool = (self._stream.device_index, self._pool)
+        for end in (graph.capture_end, functools.partial(torch._C._cuda_endAllocateToPool, *pool)):
+            try:
+                end()
+            except RuntimeError as error:
+                logger.debug("capture: %s", error)
 
     def seconds(self, repeat: Work) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -91,9 +115,6 @@ class CudaCapture:
         return int(total - free)
 
 
-def _end(graph: torch.cuda.CUDAGraph) -> None:
-    """End a capture that failed; that it failed is known."""
-    try:
-        graph.capture_end()
-    except RuntimeError as error:
-        logging.getLogger(__name__).debug("capture: %s", error)
+def _nothing(device: torch.device) -> None:
+    """The least that a graph can have."""
+    torch.zeros(1, device=device)
