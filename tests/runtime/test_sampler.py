@@ -1,6 +1,7 @@
 """Sampled distributions against probabilities computed in NumPy; penalties and filters against transformers' own."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -20,7 +22,7 @@ from autodeploy.kernels.beside import kernels_beside
 from autodeploy.ops.sampling import choose_tokens
 from autodeploy.runtime.logprobs import ROWS_AT_ONCE_ON_CPU
 from autodeploy.runtime.request import Limits, Request, SamplingParams, Sequence
-from autodeploy.runtime.sampler import Sampler
+from autodeploy.runtime.sampler import Choice, Sampler
 
 # Chi-square quantiles at 1 - 1e-4: with fixed seeds a correct sampler passes or fails once and for all.
 CRITICAL = {1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7, 6: 27.9, 7: 29.9, 8: 31.8, 9: 33.7, 10: 35.6, 11: 37.4}
@@ -384,3 +386,14 @@ def test_minus_infinity_is_a_forbidden_token_and_not_an_error() -> None:
     logits[0, 5] = 0.0
     for params in ({}, {"top_p": 0.5}, {"temperature": 0}, {"temperature": 1e6}):
         assert Sampler().sample(logits, [make_sequence(**params)]).token_ids == [5]
+
+
+def test_what_is_waited_for_is_the_stream_of_the_tokens_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another device may be the current one of the engine's thread."""
+    streams: list[object] = []
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=streams.append))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    with FakeTensorMode():
+        there = {"device": "cuda:1"}
+        choice = Choice(torch.empty(3, dtype=torch.int64, **there), torch.empty(3, **there)).on_host()
+    assert choice.tokens_R.is_cpu and streams == [torch.device("cuda", 1)]

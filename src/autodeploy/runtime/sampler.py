@@ -73,7 +73,7 @@ class Choice:
         tokens_R, best_R = (tensor.to("cpu", non_blocking=True) for tensor in (self.tokens_R, self.best_R))
         accepted_S = None if self.accepted_S is None else self.accepted_S.to("cpu", non_blocking=True)
         copied = torch.cuda.Event()
-        copied.record()
+        copied.record(torch.cuda.current_stream(self.tokens_R.device))  # not of the device that is current
         return Choice(tokens_R, best_R, self.logprob_rows, logprobs, accepted_S, copied)
 
     def read(self) -> Samples:
