@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,6 +63,28 @@ def test_a_plan_says_where_pages_are(recorded: Recorded) -> None:
     assert plan["qo_indptr"] == [0, 1, 5, 7] and plan["indptr"] == [0, 3, 4, 8]
     assert plan["indices"] == [*table[0][:3], *table[1][:1], *table[2][:4]] and plan["last_page_len"] == [1, 4, 1]
     assert plan["sizes"] == (8, 2, 64, 4) and plan["sm_scale"] == 0.125 and plan["window_left"] == -1
+
+
+def test_a_plan_waits_for_the_copies_of_the_one_before(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They leave one buffer on the host."""
+    provider.load()
+    case = Case([9], [1], widths=(64, 64), dtype=torch.bfloat16)
+    given = case.arguments()
+    names = {"page_table": "page_table", "key_cache": "key_cache"}
+    kernel = cached_attention.kernels["flashinfer"]
+    assert kernel.plan_facts is not None
+    plan = kernel.plan_facts(names, **given).start(torch.device("cpu"))
+    seen: list[str] = []
+
+    def note(what: str) -> None:
+        seen.append(f"{what} {len(recorded.plans)}")
+
+    event = SimpleNamespace(synchronize=lambda: note("wait"), record=lambda stream: note("record"))
+    monkeypatch.setattr(plan, "_copied", event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    for _ in range(2):
+        plan.prepare(given, given)
+    assert seen == ["wait 0", "record 1", "wait 1", "record 2"]
 
 
 @pytest.mark.parametrize(("heads", "uses"), [((8, 2), True), ((4, 2), False)])

@@ -68,10 +68,14 @@ class AttentionPlan(StepPlan):
         )
         self._prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
         self._planned: Any = None
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._num_tokens = 0
 
     def prepare(self, batch: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> None:
         """Plan one step from `cu_seqlens`, `seq_lens` and the page table."""
+        # A wrapper keeps one buffer on the host, from which its last plan may still be copied.
+        if self._copied is not None:
+            self._copied.synchronize()
         facts, page_size = self._facts, states[self._facts.cache].shape[1]
         borders, lengths, table = (batch[name].cpu().numpy() for name in ("cu_seqlens", "seq_lens", facts.page_table))
         num_pages = -(-lengths // page_size)
@@ -94,6 +98,8 @@ class AttentionPlan(StepPlan):
             self._planned = self._prefill
             numbers = map(self._on_host, (borders, *paged))
             self._prefill.plan(*numbers, *sizes, causal=facts.causal, **given)
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(self._device))
 
     def run(
         self,
