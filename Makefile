@@ -63,7 +63,8 @@ fuzz: $(VENV)/.dev
 soak: $(VENV)/.dev $(VENV)/.smollm2
 	$(python) benchmarks/soak.py smollm2 --seconds $(SECONDS) --output $(results) $(ARGS)
 
-# No environment of its own: a GPU machine has the torch and the triton that fit its driver.
+# No environment of its own: a GPU machine has the torch and the triton that fit its driver. Most of the time is
+# compiling: with pytest-xdist there, ARGS="--numprocesses 8" takes a fraction of it, and one test skips.
 test-gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu -rs $(ARGS)
 

@@ -64,6 +64,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-requests", type=int, default=150, help="malformed requests sent to a server; make fuzz")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """With `-m gpu`, warnings are shown and are no errors: a GPU machine has versions of its own, which warn of other
+    things, as torch does of what a device could do faster.
+    """
+    if config.option.markexpr == "gpu":
+        config.addinivalue_line("filterwarnings", "default")
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With `-m gpu`, leave out files and folders without a GPU test: a GPU machine need not have what they import."""
     if config.option.markexpr != "gpu" or collection_path.name == "conftest.py":
