@@ -78,6 +78,13 @@ TARGETS = (
         "the same, over transformers compiled", "times",
         _ratio(_of(_DENSE, "single", _RATE), _of(_DENSE, "transformers", _RATE)), 1, None,
     ),
+    *(
+        Target(
+            f"single stream, {model}, over transformers compiled", "times",
+            _ratio(_of(model, "single", _RATE), _of(model, "transformers", _RATE)), 1, None,
+        )
+        for model in (_SMALL, _HYBRID, "qwen3-30b-a3b", "gpt-oss-20b")
+    ),
     Target("single stream, 30B-A3B hybrid", "tokens/s", _of(_HYBRID, "single", _RATE), None, 350),
     Target(
         "the same, over a dense 3B in transformers", "times",

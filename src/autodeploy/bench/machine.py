@@ -55,10 +55,11 @@ def measure(device: torch.device, dtype: torch.dtype, seconds: float = 3.0) -> M
 def _memory_rate(device: torch.device, seconds: float) -> float:
     """Bytes per second through a buffer much larger than any cache."""
     if device.type == "cuda":
-        source = torch.ones(CUDA_BUFFER_BYTES, dtype=torch.uint8, device=device)
+        num_bytes = min(CUDA_BUFFER_BYTES, torch.cuda.mem_get_info(device)[0] // 4)  # states may have most of it
+        source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         # A copy moves every byte twice.
-        return 2 * CUDA_BUFFER_BYTES / _fastest(lambda: target.copy_(source), device, seconds)
+        return 2 * num_bytes / _fastest(lambda: target.copy_(source), device, seconds)
     # A sum is one vectorised read of everything. `ones`, not `empty`: untouched pages would all be the same zero page.
     buffer = torch.ones(CPU_BUFFER_BYTES // 8, dtype=torch.int64, device=device)
     return buffer.nbytes / _fastest(buffer.sum, device, seconds)
