@@ -1,6 +1,9 @@
 """Compiles every launch of every Triton kernel for CUDA devices that are not there; prints what each takes, as JSON.
 
     python -m tests.kernels.triton.compiled [--every] CAPABILITY...
+    python -m tests.kernels.triton.compiled --variants
+
+The second form compiles nothing; it prints how often each kernel would be compiled in steps of different sizes.
 
 Run as a process of its own, without Triton's interpreter: what is declared for one cannot go to the other. Kernels are
 called with the arguments in `sizes.py`, which have no data: one that waited for a value on the device would fail here,
@@ -23,21 +26,52 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from autodeploy.kernels import triton as provider
+from autodeploy.kernels.triton import launch as launching
 from autodeploy.kernels.triton.launch import Launch, written_down
 from autodeploy.ops import OPS
 from autodeploy.ops.attention import is_float8
-from tests.kernels.triton.sizes import SIZES
+from tests.kernels.triton.sizes import MORE, SIZES, STEPS, Arguments
 
 _FLOAT8_CAPABILITY = 89
+_NEWEST = 90
+_PROCESSORS = 132
+"""of the device that launches are made for, an H200"""
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def launches(name: str) -> list[Launch]:
-    """What a kernel launches for the arguments in `SIZES`."""
+def launches(name: str, samples: Iterable[Arguments]) -> list[Launch]:
+    """What an op's kernel launches for some arguments."""
     with written_down() as found:
-        for arguments in SIZES[name]():
+        for arguments in samples:
             OPS[name].kernels[provider.PROVIDER].function(**arguments)
     return found
+
+
+def variant(launch: Launch) -> tuple[Any, ...]:
+    """What Triton compiles a kernel anew for: constants, dtypes, and whether whole numbers are 1 or multiples of 16."""
+    function = launch.kernel.function
+    named = dict(zip(function.arg_names, launch.arguments, strict=False))
+    named |= launch.kernel.options(launch.kernel.configurations[0], launch.values)
+
+    def seen(parameter: Any) -> Any:
+        value = named[parameter.name]
+        if parameter.is_constexpr or value is None:
+            return value
+        if isinstance(value, Tensor):
+            return value.dtype
+        if isinstance(value, float) or parameter.do_not_specialize:
+            return type(value)
+        return 1 if value == 1 else value % 16 == 0
+
+    return tuple(map(seen, function.params))
+
+
+def num_variants(name: str) -> dict[str, int]:
+    """How often each kernel that an op launches is compiled in the steps of `STEPS`."""
+    found: dict[str, set[tuple[Any, ...]]] = {}
+    for launch in launches(name, STEPS[name]()):
+        found.setdefault(launch.kernel.function.__name__, set()).add(variant(launch))
+    return {function: len(variants) for function, variants in found.items()}
 
 
 def driver(capability: int) -> Any:
@@ -78,7 +112,10 @@ def compiled(name: str, capabilities: Iterable[int], every: bool) -> Iterator[di
     """The first configuration, or every one, of each launch for each capability that has what it needs."""
     for capability in capabilities:
         triton.runtime.driver.set_active(driver(capability))
-        for launch in launches(name):
+        samples = SIZES[name]()
+        if every and capability == _NEWEST and name in MORE:
+            samples += MORE[name]()
+        for launch in launches(name, samples):
             if has_float8(launch) and capability < _FLOAT8_CAPABILITY:
                 continue
             for configuration in launch.kernel.configurations if every else launch.kernel.configurations[:1]:
@@ -88,6 +125,10 @@ def compiled(name: str, capabilities: Iterable[int], every: bool) -> Iterator[di
 if __name__ == "__main__":
     for module in provider.MODULES:
         importlib.import_module(f"{provider.__name__}.{module}")
-    names = [name for name, op in OPS.items() if provider.PROVIDER in op.kernels]
-    every, wanted = "--every" in sys.argv, [int(argument) for argument in sys.argv[1:] if argument != "--every"]
-    print(json.dumps({name: list(compiled(name, wanted, every)) for name in names}))
+    launching._PROCESSORS_WITHOUT_DEVICE = _PROCESSORS
+    if sys.argv[1:] == ["--variants"]:
+        print(json.dumps({name: num_variants(name) for name in STEPS}))
+    else:
+        names = [name for name, op in OPS.items() if provider.PROVIDER in op.kernels]
+        every, wanted = "--every" in sys.argv, [int(argument) for argument in sys.argv[1:] if argument != "--every"]
+        print(json.dumps({name: list(compiled(name, wanted, every)) for name in names}))

@@ -39,35 +39,72 @@ def layer_norm() -> list[Arguments]:
     return [{"x": empty(1, 64, 2560), "weight": empty(2560), "bias": empty(2560), "eps": 1e-5}]
 
 
-def paged(num_tokens: int, num_sequences: int) -> Arguments:
-    """Batch inputs with room for 2048 tokens of each sequence in pages of 32."""
+def paged(num_tokens: int, num_sequences: int, num_pages: int = 1024) -> Arguments:
+    """Batch inputs with room for 32768 tokens of each sequence in pages of 32."""
     numbers = functools.partial(empty, dtype=torch.int32)
-    tables = {"seq_lens": numbers(num_sequences), "page_table": numbers(num_sequences, 64)}
+    tables = {"seq_lens": numbers(num_sequences), "page_table": numbers(num_sequences, num_pages)}
     return {"cu_seqlens": numbers(num_sequences + 1), **tables, "slot_mapping": empty(num_tokens, dtype=torch.int64)}
 
 
-def cached_attention() -> list[Arguments]:
-    def step(num_tokens: int, num_sequences: int, cache_dtype: torch.dtype = torch.bfloat16) -> Arguments:
-        query, key, value = empty(1, num_tokens, 48, 128).split([32, 8, 8], dim=2)
-        cache = empty(4096, 32, 8, 128, dtype=cache_dtype)
-        facts = {"sinks": None, "scale": 0.1, "causal": True, "sliding_window": None, "chunk_size": None}
-        facts |= {"softcap": None, "slopes": None, "distance_logits": None, "key_cache": cache, "value_cache": cache}
-        return {"query": query, "key": key, "value": value, **facts, **paged(num_tokens, num_sequences)}
+def attention_step(
+    num_tokens: int,
+    num_sequences: int,
+    heads: tuple[int, int] = (32, 8),
+    width: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    cache_dtype: torch.dtype | None = None,
+    **facts: Any,
+) -> Arguments:
+    num_heads, num_kv_heads = heads
+    row = empty(1, num_tokens, num_heads + 2 * num_kv_heads, width, dtype=dtype)
+    query, key, value = row.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
+    cache = empty(4096, 32, num_kv_heads, width, dtype=cache_dtype or dtype)
+    plain = {"sinks": None, "scale": 0.1, "causal": True, "sliding_window": None, "chunk_size": None}
+    plain |= {"softcap": None, "slopes": None, "distance_logits": None, "key_cache": cache, "value_cache": cache}
+    return {"query": query, "key": key, "value": value, **plain, **facts, **paged(num_tokens, num_sequences)}
 
+
+def cached_attention() -> list[Arguments]:
     everything = {"sliding_window": 512, "softcap": 50.0, "sinks": empty(32), "slopes": empty(32)}
-    in_8_bits = step(1, 1, torch.float8_e4m3fn), step(2048, 2, torch.float8_e4m3fn)
-    return [step(1, 1), step(2048, 2) | everything, *in_8_bits]
+    in_8_bits = [attention_step(*step, cache_dtype=torch.float8_e4m3fn) for step in ((1, 1), (2048, 2))]
+    return [attention_step(1, 1), attention_step(2048, 2, **everything), *in_8_bits]
+
+
+def more_attention() -> list[Arguments]:
+    """Steps of a few tokens each, and other sizes of heads. Of float32 there is none: assembling one takes a minute."""
+    with_sinks: Arguments = {"heads": (64, 8), "width": 64, "sinks": empty(64), "sliding_window": 128}
+    wide: Arguments = {"heads": (16, 2), "width": 256}
+    many: Arguments = {"heads": (128, 1)}
+    steps = [(64, 64), (64, 8), (256, 8), (2048, 2)]
+    given = [attention_step(*step, **facts) for step in steps for facts in ({}, with_sinks, wide, many)]
+    given += [attention_step(*step, dtype=torch.float16) for step in steps]
+    given += [attention_step(*step, **wide, cache_dtype=torch.float8_e5m2) for step in steps]
+    given += [attention_step(2048, 2, causal=False), attention_step(2048, 2, chunk_size=8192)]
+    return [*given, attention_step(2048, 2, distance_logits=empty(1, 2048, 32, 128))]
+
+
+def latents(
+    num_tokens: int,
+    num_sequences: int,
+    num_heads: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    cache_dtype: torch.dtype | None = None,
+) -> Arguments:
+    latent, shared_key = empty(1, num_tokens, 576, dtype=dtype).split([512, 64], dim=2)
+    given = {"query": empty(1, num_tokens, num_heads, 192, dtype=dtype), "latent": latent, "shared_key": shared_key}
+    given |= {"up": empty(num_heads * 256, 512, dtype=dtype), "scale": 0.1}
+    given["latent_cache"] = empty(4096, 32, 1, 576, dtype=cache_dtype or dtype)
+    return given | paged(num_tokens, num_sequences)
 
 
 def cached_mla() -> list[Arguments]:
-    def step(num_tokens: int, num_sequences: int, cache_dtype: torch.dtype = torch.bfloat16) -> Arguments:
-        latent, shared_key = empty(1, num_tokens, 576).split([512, 64], dim=2)
-        given = {"query": empty(1, num_tokens, 128, 192), "latent": latent, "shared_key": shared_key}
-        given |= {"up": empty(128 * 256, 512), "scale": 0.1}
-        given["latent_cache"] = empty(4096, 32, 1, 576, dtype=cache_dtype)
-        return given | paged(num_tokens, num_sequences)
+    return [latents(1, 1), latents(4, 4, cache_dtype=torch.float8_e4m3fn)]
 
-    return [step(4, 4), step(4, 4, torch.float8_e4m3fn)]
+
+def more_mla() -> list[Arguments]:
+    """Chunks of prompts, and few heads."""
+    given = [latents(*step, num_heads=heads) for step in ((64, 64), (2048, 2)) for heads in (16, 128)]
+    return [*given, latents(2048, 2, cache_dtype=torch.float8_e5m2), latents(2048, 2, dtype=torch.float16)]
 
 
 def gated_activation() -> list[Arguments]:
@@ -119,17 +156,25 @@ def cached_causal_conv() -> list[Arguments]:
     return [{"x": empty(1, tokens, 6144), **weights, **slots(1)} for tokens in (1, 1000)]
 
 
-def cached_ssd() -> list[Arguments]:
+def scan_step(
+    num_tokens: int, heads: int = 64, groups: int = 8, entries: int = 128, dtype: torch.dtype = torch.bfloat16
+) -> Arguments:
     numbers = functools.partial(empty, dtype=torch.float32)
-    heads = {name: numbers(64) for name in ("A", "D", "dt_bias")} | {"state": numbers(9, 64, 64, 128)}
-    heads |= {"dt_softplus": True, "dt_min": 0.0, "dt_max": None}
+    given = {name: numbers(heads) for name in ("A", "D", "dt_bias")} | {"state": numbers(9, heads, 64, entries)}
+    given |= {"dt_softplus": True, "dt_min": 0.0, "dt_max": None}
+    given |= {name: empty(1, num_tokens, groups, entries, dtype=dtype) for name in ("B", "C")}
+    given |= {"x": empty(1, num_tokens, heads, 64, dtype=dtype), "dt": empty(1, num_tokens, heads, dtype=dtype)}
+    return given | slots(1)
 
-    def step(num_tokens: int) -> Arguments:
-        groups = empty(1, num_tokens, 8, 128)
-        tokens = {"x": empty(1, num_tokens, 64, 64), "dt": empty(1, num_tokens, 64), "B": groups, "C": groups}
-        return tokens | heads | slots(1)
 
-    return [step(1), step(1000)]
+def cached_ssd() -> list[Arguments]:
+    return [scan_step(1), scan_step(1000)]
+
+
+def more_ssd() -> list[Arguments]:
+    """The most entries that are taken, one group, and float16."""
+    sizes: list[Arguments] = [{"entries": 256, "groups": 1}, {"dtype": torch.float16}]
+    return [scan_step(count, **facts) for count in (1, 1000) for facts in sizes]
 
 
 def cached_selective_scan() -> list[Arguments]:
@@ -139,14 +184,20 @@ def cached_selective_scan() -> list[Arguments]:
     return [{"x": x, "dt": x, "B": entries, "C": entries, "z": x, "dt_softplus": True, **channels, **slots(1)}]
 
 
-def cached_delta_rule() -> list[Arguments]:
-    def step(num_tokens: int) -> Arguments:
-        keys, decay = empty(1, num_tokens, 16, 128), empty(1, num_tokens, 32, dtype=torch.float32)
-        tokens = {"query": keys, "key": keys, "value": empty(1, num_tokens, 32, 128), "beta": decay, "decay": decay}
-        facts = {"scale": 0.1, "norm_eps": 1e-6, "state": empty(9, 32, 128, 128, dtype=torch.float32)}
-        return tokens | facts | slots(1)
+def delta_step(num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> Arguments:
+    keys, values = empty(1, num_tokens, 16, 128, dtype=dtype), empty(1, num_tokens, 32, 128, dtype=dtype)
+    decay = empty(1, num_tokens, 32, dtype=torch.float32)
+    tokens = {"query": keys, "key": keys, "value": values, "beta": decay, "decay": decay}
+    facts = {"scale": 0.1, "norm_eps": 1e-6, "state": empty(9, 32, 128, 128, dtype=torch.float32)}
+    return tokens | facts | slots(1)
 
-    return [step(1), step(1000)]
+
+def cached_delta_rule() -> list[Arguments]:
+    return [delta_step(1), delta_step(1000)]
+
+
+def more_delta_rule() -> list[Arguments]:
+    return [delta_step(count, torch.float16) for count in (1, 1000)]
 
 
 def cached_linear_attention() -> list[Arguments]:
@@ -192,15 +243,41 @@ def cached_token_shift() -> list[Arguments]:
 _GATE: Arguments = {"activation": "silu", "gated": True, "limit": None, "up_offset": 0.0}
 
 
-def moe() -> list[Arguments]:
-    def sample(num_tokens: int, **facts: Any) -> Arguments:
-        routing = {"indices": empty(num_tokens, 8, dtype=torch.int64), "weights": empty(num_tokens, 8)}
-        weights = {"gate_up": empty(128, 1536, 2048), "down": empty(128, 2048, 768)}
-        biases = {"gate_up_bias": None, "down_bias": None}
-        return {"x": empty(num_tokens, 2048), **routing, **weights, **biases, **_GATE, **facts}
+def mixture(
+    num_tokens: int,
+    experts: int = 128,
+    size: int = 2048,
+    width: int = 768,
+    *,
+    has_biases: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    **facts: Any,
+) -> Arguments:
+    gate = _GATE | facts
+    rows = 2 * width if gate["gated"] else width
+    make = functools.partial(empty, dtype=dtype)
+    routing = {"indices": empty(num_tokens, 8, dtype=torch.int64), "weights": make(num_tokens, 8)}
+    given = {"x": make(num_tokens, size), "gate_up": make(experts, rows, size), "down": make(experts, size, width)}
+    given |= {"gate_up_bias": make(experts, rows), "down_bias": make(experts, size)} if has_biases else _NO_BIASES
+    return {**given, **routing, **gate}
 
-    biases = {"gate_up_bias": empty(128, 1536), "down_bias": empty(128, 2048)}
-    return [sample(1), sample(64, **biases, activation="quick_gelu", limit=7.0, up_offset=1.0)]
+
+_NO_BIASES: Arguments = {"gate_up_bias": None, "down_bias": None}
+_CLAMPED: Arguments = {"has_biases": True, "activation": "quick_gelu", "limit": 7.0, "up_offset": 1.0}
+
+
+def moe() -> list[Arguments]:
+    return [mixture(1), mixture(64, **_CLAMPED)]
+
+
+def more_moe() -> list[Arguments]:
+    """Sizes that are no multiples of 128, experts without a gate, and float16."""
+    sizes: list[Arguments] = [
+        {"experts": 32, "size": 2880, "width": 2880, **_CLAMPED},
+        {"size": 2688, "width": 1856, "activation": "relu2", "gated": False},
+        {"dtype": torch.float16},
+    ]
+    return [mixture(count, **facts) for count in (1, 64) for facts in sizes]
 
 
 def expert_linear() -> list[Arguments]:
@@ -245,18 +322,23 @@ def fp8_moe() -> list[Arguments]:
     return [sample(1, None), sample(64, 128)]
 
 
-def cached_sparse_attention() -> list[Arguments]:
-    def step(num_tokens: int, num_sequences: int, index_heads: int, **facts: Any) -> Arguments:
-        query, key, value = empty(1, num_tokens, 48, 128).split([32, 8, 8], dim=2)
-        index = {"index_query": empty(1, num_tokens, index_heads, 128), "index_key": empty(1, num_tokens, 128)}
-        caches = {"key_cache": empty(4096, 32, 8, 128), "value_cache": empty(4096, 32, 8, 128)}
-        caches["index_key_cache"] = empty(4096, 32, 128)
-        rest = {"sinks": None, "scale": 0.1, "local_blocks": 0, **facts, **paged(num_tokens, num_sequences)}
-        return {"query": query, "key": key, "value": value, **index, **rest, **caches}
+def indexed_step(num_tokens: int, num_sequences: int, index_heads: int, **facts: Any) -> Arguments:
+    query, key, value = empty(1, num_tokens, 48, 128).split([32, 8, 8], dim=2)
+    index = {"index_query": empty(1, num_tokens, index_heads, 128), "index_key": empty(1, num_tokens, 128)}
+    caches = {"key_cache": empty(4096, 32, 8, 128), "value_cache": empty(4096, 32, 8, 128)}
+    caches["index_key_cache"] = empty(4096, 32, 128)
+    rest = {"sinks": None, "scale": 0.1, "local_blocks": 0, **facts, **paged(num_tokens, num_sequences)}
+    return {"query": query, "key": key, "value": value, **index, **rest, **caches}
 
-    by_token = {"index_weights": empty(1, 64, 32), "top_k": 512, "block_size": 1}
+
+def chosen_tokens(num_tokens: int, num_sequences: int) -> Arguments:
+    facts = {"index_weights": empty(1, num_tokens, 32), "top_k": 512, "block_size": 1}
+    return indexed_step(num_tokens, num_sequences, 32, **facts)
+
+
+def cached_sparse_attention() -> list[Arguments]:
     by_block = {"index_weights": None, "top_k": 16, "block_size": 64, "local_blocks": 1, "sinks": empty(32)}
-    return [step(64, 64, 32, **by_token), step(2048, 2, 4, **by_block)]
+    return [chosen_tokens(64, 64), indexed_step(2048, 2, 4, **by_block)]
 
 
 def nvfp4_moe() -> list[Arguments]:
@@ -293,6 +375,16 @@ def choose_tokens() -> list[Arguments]:
     return [sample(1, True, True), sample(256, True, False), sample(64, False, False)]
 
 
+def in_float16(make: Callable[[], list[Arguments]]) -> Callable[[], list[Arguments]]:
+    """The same arguments, with activations in float16."""
+    return lambda: [{**given, "x": given["x"].half()} for given in make()]
+
+
+def more_choices() -> list[Arguments]:
+    """Rows whose logits penalties have made float32."""
+    return [{**given, "logits": given["logits"].float()} for given in choose_tokens()]
+
+
 SIZES: dict[str, Callable[[], list[Arguments]]] = {
     "cached_attention": cached_attention,
     "cached_causal_conv": cached_causal_conv,
@@ -324,3 +416,55 @@ SIZES: dict[str, Callable[[], list[Arguments]]] = {
     "nvfp4_moe": nvfp4_moe,
     "cached_sparse_attention": cached_sparse_attention,
 }
+"""By op, what is compiled in every run of the tests."""
+
+MORE: dict[str, Callable[[], list[Arguments]]] = {
+    "cached_attention": more_attention,
+    "cached_delta_rule": more_delta_rule,
+    "cached_mla": more_mla,
+    "cached_ssd": more_ssd,
+    "choose_tokens": more_choices,
+    "fp8_linear": in_float16(fp8_linear),
+    "fp8_moe": in_float16(fp8_moe),
+    "moe": more_moe,
+    "nvfp4_linear": in_float16(nvfp4_linear),
+    "nvfp4_moe": in_float16(nvfp4_moe),
+    "quantized_linear": in_float16(quantized_linear),
+    "quantized_moe": in_float16(quantized_moe),
+}
+"""The same for slow tests."""
+
+ROWS = (1, 2, 3, 5, 8, 16, 48, 64, 100)
+PAGES = (1, 7, 16, 100, 1024)
+
+
+def with_rows(make: Callable[[], list[Arguments]], *names: str) -> Callable[[], list[Arguments]]:
+    """The last arguments of an op, with each number of rows `[1, rows, ...]` in the tensors of these names."""
+
+    def steps() -> list[Arguments]:
+        given = make()[-1]
+        return [given | {name: empty(1, rows, *given[name].shape[2:]) for name in names} for rows in ROWS]
+
+    return steps
+
+
+def decode_steps(make: Callable[[int, int], Arguments]) -> Callable[[], list[Arguments]]:
+    """Steps of one token per sequence, for each number of sequences and width of page tables."""
+    return lambda: [make(rows, rows) | paged(rows, rows, pages) for rows in ROWS for pages in PAGES]
+
+
+STEPS: dict[str, Callable[[], list[Arguments]]] = {
+    "add_rms_norm": with_rows(add_rms_norm, "x", "residual"),
+    "cached_attention": decode_steps(attention_step),
+    "cached_mla": decode_steps(latents),
+    "cached_sparse_attention": decode_steps(chosen_tokens),
+    "fp8_linear": with_rows(fp8_linear, "x"),
+    "gated_activation": with_rows(gated_activation, "gate_up"),
+    "gated_rms_norm": with_rows(gated_rms_norm, "x", "gate"),
+    "layer_norm": with_rows(layer_norm, "x"),
+    "moe": lambda: [mixture(rows) for rows in ROWS],
+    "nvfp4_linear": with_rows(nvfp4_linear, "x"),
+    "quantized_linear": with_rows(quantized_linear, "x"),
+    "rope": with_rows(rope, "query", "key", "cos", "sin"),
+}
+"""Steps that differ in what differs while one model is served."""

@@ -33,21 +33,21 @@ pytestmark = pytest.mark.skipif(bool(provider.unavailable(CUDA)), reason=str(pro
 Launches = dict[str, list[dict[str, Any]]]
 
 
-def compiled(cache: Path, *options: str) -> Launches:
-    """What each launch takes, by op."""
+def compiled(cache: Path, *options: str) -> Any:
+    """What the module `compiled` prints: what each launch takes, by op."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
     command = [sys.executable, "-W", "error", "-m", "tests.kernels.triton.compiled", *options]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert run.returncode == 0, run.stderr[-5000:]
-    found: Launches = json.loads(run.stdout)
-    return found
+    return json.loads(run.stdout)
 
 
 @pytest.fixture(scope="session")
 def defaults(tmp_path_factory: pytest.TempPathFactory) -> Launches:
     """The first configuration of each, for the newest devices; compiling for the others takes as long again."""
-    return compiled(tmp_path_factory.mktemp("triton"), str(NEWEST))
+    found: Launches = compiled(tmp_path_factory.mktemp("triton"), str(NEWEST))
+    return found
 
 
 def test_every_kernel_has_sizes() -> None:
@@ -73,6 +73,20 @@ def check(launches: list[dict[str, Any]], *capabilities: int) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_fits_the_devices(name: str, defaults: Launches) -> None:
     check(defaults[name], NEWEST)
+
+
+VARIANTS = {"_attend": 2, "_attend_latents": 2, "_attend_listed": 2, "_combine": 5, "_expert_rows": 4, "_rows": 2}
+VARIANTS |= {"_score": 2, "_list_best": 4, "_write_entries": 2}
+"""Kernels that are compiled more than once for one model: with a context in one part or several; for parts by their
+number; for tokens that are sorted by expert and not, and both products; for one row; for scores of blocks in rows of
+some lengths; for keys with values and without.
+"""
+
+
+def test_steps_of_any_size_need_few_kernels(tmp_path: Path) -> None:
+    """Each of them is compiled while somebody waits."""
+    for launches in compiled(tmp_path, "--variants").values():
+        assert all(count <= VARIANTS.get(function, 1) for function, count in launches.items()), launches
 
 
 @pytest.mark.slow

@@ -98,14 +98,15 @@ def _attend_blocks(
     return mixed, total, top
 
 
-@triton.jit(do_not_specialize=["num_sequences", "most_keys"])
+@triton.jit(do_not_specialize=["num_sequences", "page_table_width"])
 def _attend(
     query, key_cache, value_cache, out, partial, sums, cu_seqlens, seq_lens, page_table, sinks, slopes, distance_logits,
-    num_sequences, page_table_width, token_stride, head_stride, most_keys,
+    num_sequences, page_table_width, token_stride, head_stride,
     SCALE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr,
     NUM_DISTANCES: tl.constexpr, SINKS_STRIDE: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, IS_SPLIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     sequence, first_token, end = find_tile(cu_seqlens, num_sequences, tl.program_id(0), BLOCK_T)
     if first_token >= end:
@@ -124,7 +125,7 @@ def _attend(
 
     first_position = length - end + first_token
     last = length if not CAUSAL else length - end + tl.minimum(first_token + BLOCK_T, end)
-    begin, stop = find_split(_first_visible(first_position, WINDOW, CHUNK), last, split, SPLITS, BLOCK_K)
+    begin, stop = find_split(_first_visible(first_position, WINDOW, CHUNK), last, BLOCK_K)
     whole = begin  # up to here every row sees every key, and blocks are full
     UNMASKED: tl.constexpr = BLOCK_M >= 64 and WINDOW is None and CHUNK is None
     if UNMASKED:
@@ -147,10 +148,10 @@ def _attend(
             WINDOW, CHUNK, SOFTCAP, NUM_DISTANCES, NUM_KV_HEADS, HEAD_DIM, VALUE_DIM, BLOCK_V, PAGE_SIZE, BLOCK_K,
             masked == 1,
         )  # fmt: skip
-    store_rows(out, partial, sums, rows, is_row, split, state[0], state[1], state[2], VALUE_DIM, SPLITS)
+    store_rows(out, partial, sums, rows, is_row, state[0], state[1], state[2], VALUE_DIM, IS_SPLIT)
 
 
-_KEY = ("SPLITS", "BLOCK_M", "NUM_HEADS", "NUM_KV_HEADS", "HEAD_DIM", "VALUE_DIM", "PAGE_SIZE", "WINDOW", "most_keys")
+_KEY = ("IS_SPLIT", "BLOCK_M", "NUM_HEADS", "NUM_KV_HEADS", "HEAD_DIM", "VALUE_DIM", "PAGE_SIZE", "WINDOW")
 _decode = Launcher(_attend, configurations((64, 4, 3), (64, 4, 5), (128, 8, 3)), _KEY)
 _prefill = Launcher(_attend, configurations((64, 8, 3), (32, 8, 3)), _KEY)
 
@@ -213,11 +214,10 @@ def cached_attention_triton(
     _, page_size, num_kv_heads, value_dim = value_cache.shape
     out = value.new_empty(1, num_tokens, num_heads, value_dim)
 
-    most_keys = triton.next_power_of_2(page_table_width * page_size)
     most_rows = _MOST_ROWS if max(head_dim, value_dim) <= 128 else 64
     block_m, block_t = tokens_per_tile(num_tokens, num_sequences, num_heads // num_kv_heads, most_rows)
     tiles = most_tiles(num_tokens, num_sequences, block_t)
-    splits = Splits(out, num_splits(tiles * num_kv_heads, most_keys, query.device))
+    splits = Splits(out, num_splits(tiles * num_kv_heads, page_table_width * page_size, query.device))
     attend = _decode if block_m < 64 else _prefill
     attend(
         (tiles, num_kv_heads, splits.count),
@@ -233,14 +233,14 @@ def cached_attention_triton(
             page_table.contiguous(),
         ),
         *(sinks, slopes, None if distance_logits is None else distance_logits.contiguous()),
-        *(num_sequences, page_table_width, query.stride(1), query.stride(2), most_keys),
+        *(num_sequences, page_table_width, query.stride(1), query.stride(2)),
         **{"SCALE": scale, "CAUSAL": causal, "WINDOW": sliding_window, "CHUNK": chunk_size, "SOFTCAP": softcap},
         NUM_DISTANCES=0 if distance_logits is None else distance_logits.shape[3],
         SINKS_STRIDE=0 if sinks is None or sinks.dim() == 1 else num_heads,
         **{"NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "VALUE_DIM": value_dim},
         BLOCK_H=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
-        **{"PAGE_SIZE": page_size, "BLOCK_M": block_m, "BLOCK_T": block_t, "SPLITS": splits.count},
+        **{"PAGE_SIZE": page_size, "BLOCK_M": block_m, "BLOCK_T": block_t, "IS_SPLIT": splits.count > 1},
     )
     splits.combine()
     return out

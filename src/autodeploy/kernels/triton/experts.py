@@ -205,7 +205,7 @@ def _gated(gate, up, limit, up_offset, ACTIVATION: tl.constexpr):
     return activated(gate, ACTIVATION) * (up + up_offset)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["CHOICES_KEY"])
 def _expert_rows(
     x, x_scales, order, borders, weight, scales, offsets, bias, out, rows_each, num_experts, num_inputs, num_outputs,
     limit, up_offset, group_blocks, num_groups, CHOICES_KEY,

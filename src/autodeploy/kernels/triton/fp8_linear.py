@@ -13,7 +13,7 @@ from autodeploy.kernels.triton.scaled_mm import is_for_library, multiply_by_libr
 from autodeploy.ops.fp8_linear import fp8_linear
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "ROWS_KEY"])
 def _products(
     x,
     x_scales,

@@ -34,18 +34,17 @@ _MOST_LATENT_BYTES = 1024
 """Widest latent of which a few blocks fit into shared memory."""
 
 
-@triton.jit(do_not_specialize=["num_sequences", "most_keys"])
+@triton.jit(do_not_specialize=["num_sequences", "page_table_width"])
 def _attend_latents(
     absorbed, shared_query, cache, out, partial, sums, cu_seqlens, seq_lens, page_table, num_sequences,
-    page_table_width, absorbed_token_stride, absorbed_head_stride, shared_token_stride, shared_head_stride, most_keys,
+    page_table_width, absorbed_token_stride, absorbed_head_stride, shared_token_stride, shared_head_stride,
     SCALE: tl.constexpr, NUM_HEADS: tl.constexpr, LATENT: tl.constexpr, SHARED: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_SPLIT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     sequence, first_token, end = find_tile(cu_seqlens, num_sequences, tl.program_id(0), BLOCK_T)
     if first_token >= end:
         return
-    split = tl.program_id(2)
     row = tl.arange(0, BLOCK_M)
     token = (first_token + row // HEADS).to(tl.int64)
     head = tl.program_id(1) * HEADS + row % HEADS
@@ -60,7 +59,7 @@ def _attend_latents(
     query_shared = tl.load(shared_query + place, mask=is_row[:, None] & is_shared[None, :], other=0.0)
 
     last = length - end + tl.minimum(first_token + BLOCK_T, end)
-    begin, stop = find_split(0, last, split, SPLITS, BLOCK_K)
+    begin, stop = find_split(0, last, BLOCK_K)
     mixed = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     total, top = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32)
     for start in range(begin, stop, BLOCK_K):
@@ -77,10 +76,10 @@ def _attend_latents(
         visible = inside[None, :] & (keys[None, :] <= position[:, None])
         scores = tl.where(visible, scores, float("-inf"))
         mixed, total, top = softmax_step(mixed, total, top, scores, latent)
-    store_rows(out, partial, sums, token * NUM_HEADS + head, is_row, split, mixed, total, top, LATENT, SPLITS)
+    store_rows(out, partial, sums, token * NUM_HEADS + head, is_row, mixed, total, top, LATENT, IS_SPLIT)
 
 
-_KEY = ("SPLITS", "BLOCK_M", "NUM_HEADS", "LATENT", "SHARED", "PAGE_SIZE", "most_keys")
+_KEY = ("IS_SPLIT", "BLOCK_M", "NUM_HEADS", "LATENT", "SHARED", "PAGE_SIZE")
 _attend = Launcher(_attend_latents, configurations((32, 8, 3), (64, 8, 3)), _KEY)
 
 
@@ -129,20 +128,20 @@ def cached_mla_triton(
     absorbed = torch.bmm(own.transpose(0, 1), key_rows).transpose(0, 1)
 
     mixed = latent.new_empty(num_tokens, num_heads, latent_dim)
-    most_keys = triton.next_power_of_2(page_table_width * page_size)
     heads = min(num_heads, _MOST_ROWS)
     block_m, block_t = tokens_per_tile(num_tokens, num_sequences, heads, _MOST_ROWS)
     programs = (most_tiles(num_tokens, num_sequences, block_t), -(-num_heads // heads))
-    splits = Splits(mixed, num_splits(programs[0] * programs[1], most_keys, query.device))
+    splits = Splits(mixed, num_splits(programs[0] * programs[1], page_table_width * page_size, query.device))
     _attend(
         (*programs, splits.count),
         *(absorbed, shared_query, latent_cache, mixed, splits.partial, splits.sums),
         *(cu_seqlens, seq_lens, page_table.contiguous(), num_sequences, page_table_width),
-        *(*absorbed.stride()[:2], *shared_query.stride()[:2], most_keys),
+        *(*absorbed.stride()[:2], *shared_query.stride()[:2]),
         **{"SCALE": scale, "NUM_HEADS": num_heads, "LATENT": latent_dim, "SHARED": shared_dim},
         BLOCK_C=max(16, triton.next_power_of_2(latent_dim)),
         BLOCK_R=max(16, triton.next_power_of_2(shared_dim)),
-        **{"PAGE_SIZE": page_size, "HEADS": heads, "BLOCK_M": block_m, "BLOCK_T": block_t, "SPLITS": splits.count},
+        **{"PAGE_SIZE": page_size, "HEADS": heads, "BLOCK_M": block_m, "BLOCK_T": block_t},
+        IS_SPLIT=splits.count > 1,
     )
     splits.combine()
     return values_of(mixed, up, width - shared_dim).unsqueeze(0).contiguous()

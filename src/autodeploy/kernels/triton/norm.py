@@ -16,7 +16,7 @@ _ELEMENTS_PER_WARP = 256
 _MAX_WARPS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_rows(
     x,
     residual,
@@ -62,7 +62,7 @@ def _activated(value, IS_SILU: tl.constexpr):
     return value * gate if IS_SILU else gate
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _gated_rms_norm_rows(
     x,
     gate,
@@ -99,7 +99,7 @@ def _gated_rms_norm_rows(
     tl.store(out + places, normed.to(dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _layer_norm_rows(x, weight, bias, out, num_rows, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)

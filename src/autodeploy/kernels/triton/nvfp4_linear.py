@@ -11,7 +11,7 @@ from autodeploy.kernels.triton.launch import Launcher, row_key, tile_sizes, why_
 from autodeploy.ops.nvfp4_linear import nvfp4_linear
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "ROWS_KEY"])
 def _products(
     x,
     weight,

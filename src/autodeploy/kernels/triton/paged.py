@@ -141,9 +141,10 @@ def find_tile(cu_seqlens, num_sequences, tile, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def find_split(first, end, split, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The keys of one split of a context that begins at `first`."""
-    size = tl.cdiv(tl.cdiv(end - first, SPLITS), BLOCK_K) * BLOCK_K
+def find_split(first, end, BLOCK_K: tl.constexpr):
+    """The keys of this program's split of a context that begins at `first`; splits are the last axis of the grid."""
+    split = tl.program_id(2)
+    size = tl.cdiv(tl.cdiv(end - first, tl.num_programs(2)), BLOCK_K) * BLOCK_K
     begin = first + split * size
     return begin, tl.minimum(begin + size, end)
 
@@ -171,19 +172,19 @@ def softmax_step(mixed, total, top, scores, value):
 
 
 @triton.jit
-def store_rows(out, partial, sums, rows, is_row, split, mixed, total, top, DIM: tl.constexpr, SPLITS: tl.constexpr):
+def store_rows(out, partial, sums, rows, is_row, mixed, total, top, DIM: tl.constexpr, IS_SPLIT: tl.constexpr):
     """Write a tile's rows, or what one split has of them: their mixtures, and the logarithms of their weights."""
     column = tl.arange(0, mixed.shape[1])
     mask = is_row[:, None] & (column < DIM)[None, :]
     has_seen = total > 0
     total = tl.where(has_seen, total, 1.0)
     result = mixed / total[:, None]
-    if SPLITS == 1:
-        tl.store(out + rows[:, None] * DIM + column[None, :], result.to(out.dtype.element_ty), mask=mask)
-    else:
-        place = rows * SPLITS + split
+    if IS_SPLIT:
+        place = rows * tl.num_programs(2) + tl.program_id(2)
         tl.store(partial + place[:, None] * DIM + column[None, :], result, mask=mask)
         tl.store(sums + place, tl.where(has_seen, top + tl.log2(total), float("-inf")), mask=is_row)
+    else:
+        tl.store(out + rows[:, None] * DIM + column[None, :], result.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from autodeploy.kernels.triton.packed_weights import (
 from autodeploy.ops.quantized_linear import BLOCK, quantized_linear
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "ROWS_KEY"])
 def _rows(
     x,
     x_scales,

@@ -37,7 +37,7 @@ _MOST_SCORES = 1 << 24
 """Scores, float32, that are kept at a time."""
 
 
-@triton.jit(do_not_specialize=["num_sequences", "first_token"])
+@triton.jit(do_not_specialize=["num_sequences", "page_table_width", "first_token"])
 def _score(
     index_query, index_weights, index_cache, scores, cu_seqlens, seq_lens, page_table, num_sequences, page_table_width,
     first_token, num_blocks, query_stride, weight_stride,
@@ -83,10 +83,10 @@ def _in_order(score):
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
 
 
-@triton.jit(do_not_specialize=["num_sequences", "first_token"])
+@triton.jit(do_not_specialize=["num_sequences", "first_token", "list_stride"])
 def _list_best(
-    scores, lists, cu_seqlens, seq_lens, num_sequences, first_token, num_blocks,
-    TOP_K: tl.constexpr, LIST: tl.constexpr, NUM_LISTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    scores, lists, cu_seqlens, seq_lens, num_sequences, first_token, num_blocks, list_stride,
+    TOP_K: tl.constexpr, NUM_LISTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, own = tl.program_id(0).to(tl.int64), tl.program_id(1)
     sequence, token, end = find_tile(cu_seqlens, num_sequences, first_token + tl.program_id(0), 1)
@@ -112,7 +112,7 @@ def _list_best(
             number = _in_order(tl.load(scores + start + lane, mask=inside, other=float("-inf")))
             better += ((number > least) & inside).to(tl.int32)
         above = tl.sum(better, 0)
-    lists += ((first_token + row) * NUM_LISTS + own) * LIST
+    lists += ((first_token + row) * NUM_LISTS + own) * list_stride
     written = tl.zeros([], tl.int32)
     equal = tl.zeros([], tl.int32)
     for start in range(0, count, BLOCK):
@@ -127,14 +127,14 @@ def _list_best(
         equal += tl.sum(is_equal, 0)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "most_keys"])
+@triton.jit(do_not_specialize=["num_sequences", "page_table_width", "list_stride"])
 def _attend_listed(
     query, key_cache, value_cache, out, partial, sums, lists, cu_seqlens, seq_lens, page_table, sinks,
-    num_sequences, page_table_width, token_stride, head_stride, most_keys,
-    SCALE: tl.constexpr, TOP_K: tl.constexpr, LIST: tl.constexpr, NUM_LISTS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    num_sequences, page_table_width, token_stride, head_stride, list_stride,
+    SCALE: tl.constexpr, TOP_K: tl.constexpr, NUM_LISTS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, IS_SPLIT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One token and the GROUP query heads that have a list and a key-value head in common."""
     sequence, token, end = find_tile(cu_seqlens, num_sequences, tl.program_id(0), 1)
@@ -149,7 +149,7 @@ def _attend_listed(
     place = query + token.to(tl.int64) * token_stride + head[:, None] * head_stride + width[None, :]
     tile = tl.load(place, mask=is_row[:, None] & (width < HEAD_DIM)[None, :], other=0.0)
     rows = token.to(tl.int64) * NUM_HEADS + head
-    lists += (token.to(tl.int64) * NUM_LISTS + own) * LIST
+    lists += (token.to(tl.int64) * NUM_LISTS + own) * list_stride
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if sinks is not None:
@@ -158,7 +158,7 @@ def _attend_listed(
         total += tl.where(split == 0, 1.0, 0.0)
     mixed = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     listed = tl.minimum(position // BLOCK_SIZE + 1, TOP_K) * BLOCK_SIZE
-    begin, stop = find_split(0, listed, split, SPLITS, BLOCK_K)
+    begin, stop = find_split(0, listed, BLOCK_K)
     for start in range(begin, stop, BLOCK_K):
         entry = start + tl.arange(0, BLOCK_K)
         block = tl.load(lists + entry // BLOCK_SIZE, mask=entry < stop, other=0)
@@ -172,7 +172,7 @@ def _attend_listed(
         products = dot(tile, key.to(tile.dtype), tl.zeros([BLOCK_M, BLOCK_K], tl.float32))
         products = tl.where(visible[None, :], products * (SCALE * LOG2_E), float("-inf"))
         mixed, total, top = softmax_step(mixed, total, top, products, value.to(tile.dtype))
-    store_rows(out, partial, sums, rows, is_row, split, mixed, total, top, VALUE_DIM, SPLITS)
+    store_rows(out, partial, sums, rows, is_row, mixed, total, top, VALUE_DIM, IS_SPLIT)
 
 
 _score_blocks = Launcher(_score)
@@ -180,7 +180,7 @@ _find_best = Launcher(_list_best)
 _attend = Launcher(
     _attend_listed,
     configurations((64, 4, 3), (32, 4, 3), (128, 8, 2)),
-    ("SPLITS", "BLOCK_M", "NUM_HEADS", "NUM_KV_HEADS", "HEAD_DIM", "VALUE_DIM", "PAGE_SIZE", "BLOCK_SIZE", "most_keys"),
+    ("IS_SPLIT", "BLOCK_M", "NUM_HEADS", "NUM_KV_HEADS", "HEAD_DIM", "VALUE_DIM", "PAGE_SIZE", "BLOCK_SIZE"),
 )
 
 
@@ -257,8 +257,8 @@ def _listed(
         )
         _find_best(
             (count, num_lists),
-            *(scores, lists, cu_seqlens, seq_lens, num_sequences, first, num_blocks),
-            **{"TOP_K": top_k, "LIST": lists.shape[2], "NUM_LISTS": num_lists, "BLOCK_SIZE": block_size},
+            *(scores, lists, cu_seqlens, seq_lens, num_sequences, first, num_blocks, lists.shape[2]),
+            **{"TOP_K": top_k, "NUM_LISTS": num_lists, "BLOCK_SIZE": block_size},
             BLOCK=min(1024, max(16, triton.next_power_of_2(num_blocks))),
         )
     return lists
@@ -300,16 +300,15 @@ def cached_sparse_attention_triton(
     groups = _num_groups(num_heads, num_kv_heads, num_lists)
     assert groups is not None
     out = value.new_empty(1, num_tokens, num_heads, value_dim)
-    most_keys = triton.next_power_of_2(most * block_size)
-    splits = Splits(out, num_splits(num_tokens * groups, most_keys, query.device))
+    splits = Splits(out, num_splits(num_tokens * groups, most * block_size, query.device))
     _attend(
         (num_tokens, groups, splits.count),
         *(query, key_cache, value_cache, out, splits.partial, splits.sums, lists, cu_seqlens, seq_lens, page_table),
         *(None if sinks is None else sinks.contiguous(), num_sequences, page_table_width),
-        *(query.stride(1), query.stride(2), most_keys),
-        **{"SCALE": scale, "TOP_K": top_k, "LIST": most, "NUM_LISTS": num_lists, "BLOCK_SIZE": block_size},
+        *(query.stride(1), query.stride(2), most),
+        **{"SCALE": scale, "TOP_K": top_k, "NUM_LISTS": num_lists, "BLOCK_SIZE": block_size},
         **{"NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "GROUP": num_heads // groups},
-        **{"HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "PAGE_SIZE": page_size, "SPLITS": splits.count},
+        **{"HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "PAGE_SIZE": page_size, "IS_SPLIT": splits.count > 1},
         BLOCK_H=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
         BLOCK_M=max(16, triton.next_power_of_2(num_heads // groups)),
