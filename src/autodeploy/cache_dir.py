@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -19,6 +20,8 @@ from typing import Any
 
 from autodeploy import env
 from autodeploy.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 LEAST_FREE_BYTES = 2**16
 
@@ -65,6 +68,16 @@ def fill(path: Path, write: Callable[[Path], None]) -> Path:
             if not path.is_dir():  # anything but another process having finished first
                 raise
     return path
+
+
+def discard(path: Path, content: str, reason: object) -> None:
+    """Remove an entry that cannot be read, with a warning that says why; it is made anew when it is missed.
+
+    Args:
+        content: what it keeps, as in "the graph".
+    """
+    logger.warning("%s kept in %s cannot be read (%s), and is made anew", content, path, reason)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import logging
-import shutil
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from autodeploy.cache_dir import entry, fill
+from autodeploy.cache_dir import discard, entry, fill
 from autodeploy.config import INDUCTOR_BACKENDS, Options
 from autodeploy.errors import ConfigError
 from autodeploy.graph.model_graph import ModelGraph
@@ -92,8 +91,7 @@ class GraphCache:
         try:
             graph, extra = restore(self.path)
         except Exception as error:  # an entry is a convenience: whatever is wrong with it, the graph is built anew
-            logger.warning("the graph kept in %s cannot be read (%s); building it anew", self.path, error)
-            shutil.rmtree(self.path, ignore_errors=True)
+            discard(self.path, "the graph", error)
             return None
         for saved in extra["transforms"]:
             report.transforms.append(TransformReport(**saved | {"refused": tuple(saved["refused"])}))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autodeploy.cache_dir import entry, fill
+from autodeploy.cache_dir import discard, entry, fill
 from autodeploy.checkpoint.recipe import Quantize
 from autodeploy.errors import ConfigError
 
@@ -31,6 +31,7 @@ SETTLED_SECONDS = 2.0
 LEAST_FREE_SHARE = 2
 """Weights are kept where the disk has room for them so many times."""
 _KIND, _TENSORS, _CONTENTS, _OWNER = "weights", "tensors.bin", "contents.json", "owner.json"
+_CONTENT = "the quantised weights"
 
 
 class KeptWeights:
@@ -72,19 +73,16 @@ class KeptWeights:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            self._discard(str(error))
+            discard(self.path, _CONTENT, error)
             return None
         starts, end = _starts(recipes)
         num_bytes = os.fstat(descriptor).st_size
         if contents == _described(starts) and num_bytes == end:
             return OpenWeights(descriptor, starts)
         os.close(descriptor)
-        self._discard(f"{num_bytes} bytes where {end} are expected" if num_bytes != end else "they are other weights")
+        reason = f"{num_bytes} bytes where {end} are expected" if num_bytes != end else "they are other weights"
+        discard(self.path, _CONTENT, reason)
         return None
-
-    def _discard(self, reason: str) -> None:
-        logger.warning("the weights kept in %s cannot be read (%s); quantising anew", self.path, reason)
-        shutil.rmtree(self.path, ignore_errors=True)
 
     def save(self, weights: Mapping[Quantize, Tensor]) -> None:
         """Keep these weights; nothing if their files changed meanwhile, or where the disk has little room."""

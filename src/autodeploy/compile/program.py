@@ -219,11 +219,10 @@ class Program:
         Returns:
             Logits as `run` gives them, which hold until the next step; and what was chosen, None where nothing was.
         """
-        inputs = self._inputs("text", batch, states, on_host)
         run_and_choose = self.graphs["text"].run_and_choose
         if run_and_choose is None:
-            return self.graphs["text"].function(*inputs), None
-        return run_and_choose(draws, *inputs)
+            return self.run(batch, states, on_host=on_host), None
+        return run_and_choose(draws, *self._inputs("text", batch, states, on_host))
 
     def _inputs(
         self,

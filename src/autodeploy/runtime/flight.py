@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from autodeploy.compile.program import Chosen, Program
+from autodeploy.compile.program import Program
 from autodeploy.runtime.batch import Batch
 from autodeploy.runtime.sampler import Choice, Sampler
 from autodeploy.runtime.verify import choose_at_once
@@ -40,18 +40,9 @@ def launch(
         logits_RV = program.run(batch.inputs, states, on_host=batch.on_host)
         choice = choose_at_once(sampler, logits_RV[: batch.num_sampled_rows], batch.sampled)
     else:
-        logits_RV, chosen = _run(program, states, sampler, batch)
+        draws = sampler.draws(batch.sampled, batch.inputs["input_ids"]) if program.chooses_tokens else None
+        logits_RV, chosen = program.run_and_choose(batch.inputs, states, draws, batch.on_host)
         choice = sampler.choose(logits_RV[: batch.num_sampled_rows], batch.sampled, latest_R, chosen=chosen)
     if choice is None:
         return Flight(batch, logits_RV=logits_RV)
     return Flight(batch, choice.on_host(), choice.tokens_R, logits_RV if batch.prompt_rows else None)
-
-
-def _run(
-    program: Program, states: Mapping[str, Tensor], sampler: Sampler, batch: Batch
-) -> tuple[Tensor, Chosen | None]:
-    """Logits of a batch without drafts, and what its step has chosen."""
-    if not program.chooses_tokens:
-        return program.run(batch.inputs, states, on_host=batch.on_host), None
-    draws = sampler.draws(batch.sampled, batch.inputs["input_ids"])
-    return program.run_and_choose(batch.inputs, states, draws, batch.on_host)

@@ -34,12 +34,21 @@ class LogprobRows:
 
     @staticmethod
     @torch.inference_mode()
-    def of(raw_RV: Tensor, tokens_R: Tensor, rows: SequenceOf[int], counts: SequenceOf[int]) -> "LogprobRows":
-        """Of the `rows` of logits of any float dtype with a token each, at least one; `counts` are of these rows."""
+    def of(raw_RV: Tensor, tokens_R: Tensor, rows: SequenceOf[int] | None, counts: SequenceOf[int]) -> "LogprobRows":
+        """Of rows of logits of any float dtype with a token each.
+
+        Args:
+            rows: which of them, at least one; None takes all.
+            counts: of these rows.
+        """
         parts = []
+        numbers = None if rows is None else on_device(rows, tokens_R)
         at_once = ROWS_AT_ONCE_ON_CPU if raw_RV.is_cpu else ROWS_AT_ONCE
-        for some_R in on_device(rows, tokens_R).split(at_once):
-            logprobs, tokens = torch.log_softmax(raw_RV[some_R].float(), dim=-1), tokens_R[some_R]
+        for first in range(0, len(counts), at_once):
+            some: slice | Tensor = slice(first, first + at_once)
+            if numbers is not None:
+                some = numbers[some]
+            logprobs, tokens = torch.log_softmax(raw_RV[some].float(), dim=-1), tokens_R[some]
             own = logprobs.gather(-1, tokens.unsqueeze(1))
             ranks = (logprobs > own).sum(dim=-1) + 1
             top = logprobs.topk(min(max(counts), logprobs.shape[-1]), dim=-1)
@@ -71,6 +80,6 @@ def note_prompt_logprobs(batch: Batch, logits_RV: Tensor | None) -> None:
         token_ids = sequence.token_ids[first + 1 : first + 1 + count]
         wanted = [sequence.params.prompt_logprobs or 0] * count
         tokens_R = on_device(token_ids, logits_RV, torch.int64)
-        of_prompt = LogprobRows.of(logits_RV[at : at + count], tokens_R, range(count), wanted)
+        of_prompt = LogprobRows.of(logits_RV[at : at + count], tokens_R, None, wanted)
         sequence.prompt_logprobs[first + 1 :] = of_prompt.read()
         at += count
