@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 
 from autodeploy.capture.export import capture
 from autodeploy.compile.capture import Work
+from autodeploy.compile.graphed_choice import GraphedChoice
 from autodeploy.config import parse_options
 from autodeploy.debug.backend_runs import COMPARED
 from autodeploy.debug.capture_checker import CaptureChecker
@@ -346,7 +347,10 @@ def test_backends_of_a_device_are_compared_by_what_they_generate(
     simple, graphs = check(small).rows[-2:]
     assert (simple.stage, simple.error, simple.verdict) == ("generate", 0.0, "passed")
     assert (graphs.name, graphs.verdict) == ("torch-cudagraph", "passed")
-    assert graphs.note == "18 of 18 tokens are those of the first backend; 1 steps in pieces; 5 steps whole"
+    assert graphs.note == (
+        "18 of 18 tokens are those of the first backend; 1 steps in pieces; 5 steps whole; "
+        "15 of 15 tokens chosen in graphs are what their logits give"
+    )
 
     honest = CaptureChecker.record
 
@@ -364,3 +368,18 @@ def test_backends_of_a_device_are_compared_by_what_they_generate(
 
     monkeypatch.setattr(CaptureChecker, "record", record)
     assert _culprit(check(small)).name == "torch-cudagraph"
+
+
+@pytest.mark.usefixtures("captured_once")
+def test_a_token_that_a_graph_chooses_wrongly_fails(small: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = GraphedChoice.choose
+
+    def one_late(self: GraphedChoice, logits: Tensor, inputs: Mapping[str, Tensor]) -> None:
+        honest(self, logits, {**inputs, "position_ids": inputs["position_ids"] + 1})
+
+    capture_with_checker(monkeypatch)
+    monkeypatch.setattr("autodeploy.debug.check.compared_backends", lambda device: ("torch-simple", "torch-cudagraph"))
+    monkeypatch.setattr(GraphedChoice, "choose", one_late)
+    culprit = _culprit(check(small))
+    assert culprit.name == "torch-cudagraph" and culprit.error is not None and culprit.tolerance is not None
+    assert culprit.error <= culprit.tolerance and "15 of 15 tokens chosen" not in culprit.note

@@ -141,3 +141,4 @@ def test_a_check_compares_backends() -> None:
     rows = {row.name: row for row in report.rows if row.stage == "generate"}
     assert list(rows) == ["torch-simple", "torch-compile", "torch-cudagraph", "torch-opt"]
     assert all(row.verdict == "passed" for row in rows.values())
+    assert all("15 of 15 tokens chosen in graphs" in rows[name].note for name in ("torch-cudagraph", "torch-opt"))

@@ -280,11 +280,9 @@ class _Check:
             measure = measure or run
             error = relative_error(run.logits, measure.logits)
             tolerance = self._allowed_of_kernels
-            verdict = FAILED if error > tolerance else INCONCLUSIVE if run.not_captured else PASSED
-            num_equal = int((run.token_ids == measure.token_ids).sum())
-            note = f"{num_equal} of {len(run.token_ids)} tokens are those of the first backend"
-            note += "".join(f"; {count} steps {way}" for way, count in run.steps.items())
-            note += "".join(f"; not captured {kind}: {why}" for kind, why in run.not_captured.items())
+            is_wrong = error > tolerance or run.chooses_otherwise
+            verdict = FAILED if is_wrong else INCONCLUSIVE if run.is_partly_unseen else PASSED
+            note = run.described(measure)
             self._row("generate", backend, error=error, tolerance=tolerance, verdict=verdict, note=note)
 
     def _blame(self, way: str, found: GraphRun, tolerance: float) -> str:
