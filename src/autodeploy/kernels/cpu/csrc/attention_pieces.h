@@ -14,7 +14,7 @@
 namespace autodeploy {
 namespace {
 
-constexpr int64_t PIECE = 128;             // positions; a multiple of LANES
+constexpr int64_t PIECE = 64;              // positions; a multiple of LANES
 constexpr int GROUP = 4;                   // query heads attended at once
 constexpr int64_t KEYS_AHEAD = 16;         // keys that are fetched before they are used
 constexpr int64_t HEADS = 16;              // query heads in a work item, a multiple of GROUP
@@ -81,20 +81,20 @@ template <class T, int G, int W>
 __attribute__((noinline)) void add_weighted_values(const Places<T>& places, const Places<T>& next,
                                                    const float weights[GROUP][PIECE], int64_t at, float* const* out) {
     using R = Register<float>;
-    R::Sums totals[G][W] = {};
+    R::Sums totals[G][W];
+    EACH(g, G) EACH(w, W) totals[g][w] = R::Sums{};
     for (int64_t j = 0; j < places.count; ++j) {
         if (j < next.count) {
             prefetch<2>(next.keys[j] + at, W * R::WIDTH);
             prefetch<2>(next.values[j] + at, W * R::WIDTH);
         }
-        for (int w = 0; w < W; ++w) {
+        EACH(w, W) {
             R::Sums value = R::pack(places.values[j] + at + w * R::WIDTH);
             keep_in_register(value);
-            for (int g = 0; g < G; ++g) totals[g][w] = value * weights[g][j] + totals[g][w];
+            EACH(g, G) totals[g][w] = value * weights[g][j] + totals[g][w];
         }
     }
-    for (int g = 0; g < G; ++g)
-        for (int w = 0; w < W; ++w) store_vector(out[g] + at + w * R::WIDTH, totals[g][w]);
+    EACH(g, G) EACH(w, W) store_vector(out[g] + at + w * R::WIDTH, totals[g][w]);
 }
 
 // The last `lanes` values of rows.
@@ -149,23 +149,37 @@ inline Partial to_weights(float* scores, int64_t count) {
     return {greatest, sum(total)};
 }
 
-// weights[g][j + k] = the product of key j + k with query g, for four keys. By itself, so that sums stay in registers;
-// `head_dim` is a multiple of what a register holds.
-template <class T, int G, class X>
-__attribute__((noinline)) void multiply_four_keys(const T* const* keys, int64_t j, const X* const* queries,
+// weights[g][j + k] = the product of key j + k with query g, for N keys, four or two. By itself, so that sums stay in
+// registers; `head_dim` is a multiple of what a register holds.
+template <class T, int G, int N, class X>
+__attribute__((noinline)) void multiply_some_keys(const T* const* keys, int64_t j, const X* const* queries,
                                                   int64_t head_dim, float weights[GROUP][PIECE]) {
     using R = Register<T>;
-    typename R::Sums sums[G][4] = {};
+    typename R::Sums sums[G][N];
+    EACH(g, G) EACH(k, N) sums[g][k] = typename R::Sums{};
     for (int64_t i = 0; i < head_dim; i += R::WIDTH) {
         typename R::Packed query[G];
-        for (int g = 0; g < G; ++g) query[g] = R::pack(queries[g] + i);
-        for (int k = 0; k < 4; ++k) {
+        EACH(g, G) {
+            query[g] = R::pack(queries[g] + i);
+            keep_in_register(query[g]);
+        }
+        EACH(k, N) {
             typename R::Packed key = R::pack(keys[j + k] + i);
             keep_in_register(key);
-            for (int g = 0; g < G; ++g) sums[g][k] = R::multiply_add(sums[g][k], query[g], key);
+            EACH(g, G) sums[g][k] = R::multiply_add(sums[g][k], query[g], key);
         }
     }
-    for (int g = 0; g < G; ++g) store_sums(sums[g][0], sums[g][1], sums[g][2], sums[g][3], weights[g] + j);
+    if constexpr (N == 4) {
+        EACH(g, G) store_sums(sums[g][0], sums[g][1], sums[g][2], sums[g][3], weights[g] + j);
+    } else {
+        EACH(pair, G / 2) {
+            const int g = 2 * pair;
+            float four[4];
+            store_sums(sums[g][0], sums[g][1], sums[g + 1][0], sums[g + 1][1], four);
+            std::memcpy(weights[g] + j, four, 2 * sizeof(float));
+            std::memcpy(weights[g + 1] + j, four + 2, 2 * sizeof(float));
+        }
+    }
 }
 
 // Meanwhile values come into the first cache, and keys that are further on.
@@ -179,11 +193,11 @@ void multiply_keys(const Places<T>& places, const X* const* queries, int64_t hea
         prefetch<3>(values[j], value_dim);
     };
     int64_t j = 0;
-    if constexpr (G < 4 || REGISTER_BYTES == 64)  // or four keys of four queries have too few registers
-        for (; j + 4 <= count && head_dim % Register<T>::WIDTH == 0; j += 4) {
-            for (int k = 0; k < 4; ++k) fetch(j + k);
-            multiply_four_keys<T, G>(keys, j, queries, head_dim, weights);
-        }
+    constexpr int N = G < 4 || REGISTER_BYTES == 64 ? 4 : 2;  // four keys of four queries would want more registers
+    for (; j + N <= count && head_dim % Register<T>::WIDTH == 0; j += N) {
+        for (int k = 0; k < N; ++k) fetch(j + k);
+        multiply_some_keys<T, G, N>(keys, j, queries, head_dim, weights);
+    }
     for (; j < count; ++j) {
         fetch(j);
         float products[G];

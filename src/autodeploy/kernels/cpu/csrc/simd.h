@@ -299,6 +299,9 @@ inline void dot_products(const T* a, const X* const* b, int64_t length, float pr
     for (int m = 0; m < M; ++m) products[m] = sum(SETS > 1 ? sums[0][m] + sums[1][m] : sums[0][m]);
 }
 
+// A loop over registers, unrolled before compilers decide where to keep an array of them: later, some choose memory.
+#define EACH(INDEX, COUNT) _Pragma("GCC unroll 16") for (int INDEX = 0; INDEX < COUNT; ++INDEX)
+
 // Keeps compilers from reading a register's content from memory again at each use.
 template <class V>
 inline void keep_in_register([[maybe_unused]] V& x) {
@@ -333,15 +336,16 @@ struct Register<bf16> : Product<bf16> {
 template <class T, int W, int M, class X>
 __attribute__((noinline)) void multiply_rows_of(const T* a, const X* b, int64_t length, float products[W][M]) {
     using R = Register<T>;
-    typename R::Sums sums[W][M] = {};
+    typename R::Sums sums[W][M];
+    EACH(w, W) EACH(m, M) sums[w][m] = typename R::Sums{};
     const int64_t whole = length / R::WIDTH * R::WIDTH;
     const auto add = [&](const T* from_a, int64_t stride_a, const X* from_b, int64_t stride_b) {
         typename R::Packed packed[W];
-        for (int w = 0; w < W; ++w) packed[w] = R::pack(from_a + w * stride_a);
-        for (int m = 0; m < M; ++m) {
+        EACH(w, W) packed[w] = R::pack(from_a + w * stride_a);
+        EACH(m, M) {
             typename R::Packed x = R::pack(from_b + m * stride_b);
             keep_in_register(x);
-            for (int w = 0; w < W; ++w) sums[w][m] = R::multiply_add(sums[w][m], packed[w], x);
+            EACH(w, W) sums[w][m] = R::multiply_add(sums[w][m], packed[w], x);
         }
     };
     for (int64_t i = 0; i < whole; i += R::WIDTH) add(a + i, length, b + i, length);
@@ -355,7 +359,7 @@ __attribute__((noinline)) void multiply_rows_of(const T* a, const X* b, int64_t 
     }
     constexpr int COUNT = W * M, FOURS = COUNT / 4 * 4;
     const auto at = [&](int i) { return i < COUNT ? sums[i / M][i % M] : typename R::Sums{}; };
-    for (int i = 0; i < FOURS; i += 4) store_sums(at(i), at(i + 1), at(i + 2), at(i + 3), products[0] + i);
+    EACH(i, FOURS / 4) store_sums(at(4 * i), at(4 * i + 1), at(4 * i + 2), at(4 * i + 3), products[0] + 4 * i);
     if constexpr (FOURS < COUNT) {
         float last[4];
         store_sums(at(FOURS), at(FOURS + 1), at(FOURS + 2), at(FOURS + 3), last);

@@ -51,14 +51,12 @@ __attribute__((noinline)) void multiply_tile(const typename Lane<T>::Element* ro
                           float* totals, int64_t total_stride) {
     using L = Lane<T>;
     Floats sums[R][V];
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) sums[r][v] = ADD ? load(totals + r * total_stride + v * LANES) : Floats{};
+    EACH(r, R) EACH(v, V) sums[r][v] = ADD ? load(totals + r * total_stride + v * LANES) : Floats{};
     for (int64_t d = 0; d < depth; d += L::STEP, packed += step_stride)
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v)
+        EACH(r, R)
+            EACH(v, V)
                 sums[r][v] = L::multiply_add(sums[r][v], rows + r * row_stride + d, packed + v * LANES * L::STEP);
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store(totals + r * total_stride + v * LANES, sums[r][v]);
+    EACH(r, R) EACH(v, V) store(totals + r * total_stride + v * LANES, sums[r][v]);
 }
 
 }  // namespace
