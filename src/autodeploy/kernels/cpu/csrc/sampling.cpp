@@ -40,7 +40,7 @@ struct Best {
 inline int64_t block_end(int64_t block, int64_t width) { return block + BLOCK < width ? block + BLOCK : width; }
 
 // The greatest of some elements. Adds to `odd` if one is NaN.
-inline float greatest_of(const float* from, int64_t count, float& odd) {
+float greatest_of(const float* from, int64_t count, float& odd) {
     Floats most = splat(-INFINITE), not_numbers = {};
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) {
@@ -58,8 +58,9 @@ inline float greatest_of(const float* from, int64_t count, float& odd) {
 }
 
 // By comparing bits as whole numbers, twice as many at a time. Those of numbers without a sign are in the order of the
-// numbers, with NaN above infinity; those of numbers with one are below them, and in reverse order.
-inline float greatest_of(const bf16* from, int64_t count, float& odd) {
+// numbers, with NaN above infinity; those of numbers with one are below them, and in reverse order. By itself, as compilers
+// make slower loops of it within others.
+__attribute__((noinline)) float greatest_of(const bf16* from, int64_t count, float& odd) {
     constexpr int16_t INFINITE_BITS = 0x7f80;
     constexpr uint16_t MINUS_INFINITE_BITS = 0xff80;
     int16_t most = std::numeric_limits<int16_t>::min();
@@ -87,9 +88,7 @@ Best best_of(const T* row, int64_t width, float* most) {
     float odd = 0.0f;
     int64_t best_block = 0;
     for (int64_t block = 0; block < width; block += BLOCK) {
-        // With a number of elements that is known, compilers make better loops.
-        const float greatest = block + BLOCK <= width ? greatest_of(row + block, BLOCK, odd)
-                                                      : greatest_of(row + block, width - block, odd);
+        const float greatest = greatest_of(row + block, block_end(block, width) - block, odd);
         most[block / BLOCK] = greatest;
         if (greatest > best.value) best.value = greatest, best_block = block;
     }
@@ -172,7 +171,7 @@ int64_t draw_from_all(const Row<T>& row, double number) {
 // The likely tokens of a row, in their order: all whose weights are at least `floor`.
 struct Candidates {
     float* weights;  // `count`, and LANES of -1 behind them
-    int32_t* tokens;
+    int32_t* tokens;  // `count`, and room for 4
     int64_t count;
     float floor;
 };
@@ -182,6 +181,15 @@ void set_end(Candidates& candidates, int64_t count) {
     store(candidates.weights + count, splat(-1.0f));
 }
 
+// A bit for each of up to 64 logits that is at least `least`.
+template <class T>
+inline uint64_t likely_ones(const T* from, int64_t count, float least) {
+    uint64_t found = 0;
+    for (int64_t i = 0; i < 64 && i < count; i += LANES)
+        found |= static_cast<uint64_t>(~lanes_where(load(from + i, count - i) < least) & ((1u << LANES) - 1)) << i;
+    return count < 64 ? found & ((uint64_t{1} << count) - 1) : found;
+}
+
 // Those with logits from `least` on.
 template <class T>
 void gather(const Row<T>& row, float least, Candidates& to) {
@@ -189,16 +197,18 @@ void gather(const Row<T>& row, float least, Candidates& to) {
     for (int64_t block = 0; block < row.width; block += BLOCK) {
         if (row.most[block / BLOCK] < least) continue;
         const int64_t end = block_end(block, row.width);
-        for (int64_t i = block; i < end; i += LANES) {
-            uint32_t found = ~lanes_where(load(row.logits + i, end - i) < least) & ((1u << LANES) - 1);
-            if (end - i < LANES) found &= (1u << (end - i)) - 1;
-            for (; found != 0; found &= found - 1) {
-                const int64_t token = i + __builtin_ctz(found);
-                to.weights[count] = to_float(row.logits[token]);
-                to.tokens[count++] = static_cast<int32_t>(token);
-            }
+        for (int64_t i = block; i < end; i += 64) {
+            uint64_t found = likely_ones(row.logits + i, end - i, least);
+            const int64_t next = count + __builtin_popcountll(found);
+            do {  // four at a time, though few are found, as how many is what a processor cannot foresee
+                for (int at = 0; at < 4; ++at, found &= found - 1)
+                    to.tokens[count + at] = static_cast<int32_t>(i + __builtin_ctzll(found | uint64_t{1} << 63));
+                count += 4;
+            } while (count < next);
+            count = next;
         }
     }
+    for (int64_t i = 0; i < count; ++i) to.weights[i] = to_float(row.logits[to.tokens[i]]);
     row.weigh(to.weights, count, to.weights);
     set_end(to, count);
 }
@@ -302,7 +312,7 @@ int64_t draw(const Row<T>& row, const Filters& filters, double number, Candidate
 template <class T>
 void choose(const T* logits, const Parameters& p, int64_t* tokens, float* best, int64_t num_rows, int64_t width) {
     float* most = own_memory<float>((width + BLOCK - 1) / BLOCK + width + LANES);
-    const Candidates candidates = {most + (width + BLOCK - 1) / BLOCK, own_memory<int32_t>(width)};
+    const Candidates candidates = {most + (width + BLOCK - 1) / BLOCK, own_memory<int32_t>(width + 4)};
 #pragma omp for schedule(dynamic)
     for (int64_t r = 0; r < num_rows; ++r) {
         const Best found = best_of(logits + r * width, width, most);
