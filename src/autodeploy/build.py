@@ -314,7 +314,7 @@ def transform(
             clock.report.transforms.extend(stage.run(graph, strict=options.strict))
     selection = pipeline.transforms()[SelectKernels.name()]
     assert isinstance(selection, SelectKernels)
-    clock.report.kernels.update({name: dict(counts) for name, counts in selection.chosen.items()})
+    clock.report.kernels.update(graph.providers())
     clock.report.kernel_reasons.update({name: sorted(why) for name, why in selection.reasons.items()})
     return clock.report
 

@@ -115,7 +115,7 @@ def test_models_give_the_references_logits(quantization: str, op: str, mixture: 
 @pytest.mark.parametrize("dtype", ["fp8", "fp8_e5m2"])
 def test_keys_and_values_in_8_bits(dtype: str) -> None:
     whole, rounded = _program("cuda"), _program("cuda", kv_cache_dtype=dtype)
-    assert rounded.report.kernels["cached_attention"].keys() == {"triton"}, rounded.report.kernel_reasons
+    assert rounded.report.kernels["cached_rope_attention"].keys() == {"triton"}, rounded.report.kernel_reasons
     assert 4 * sum(s.dtype.itemsize for s in rounded.states) == sum(s.dtype.itemsize for s in whole.states)
     rows = [torch.tensor(prompt) for prompt in tiny.prompts(3, seed=5)]
     found = run_packed(rounded, rows)

@@ -130,9 +130,9 @@ def inspect_model(
             level_of[stage.ensures] = listings[-1][3]
         if graph.level >= Level.CANONICAL and not kinds:
             kinds = layer_kinds(graph)
+    report.kernels = graph.providers()
     selection = pipeline.transforms()[SelectKernels.name()]
     if isinstance(selection, SelectKernels):
-        report.kernels = {op: dict(counts) for op, counts in selection.chosen.items()}
         report.kernel_reasons = {op: sorted(why) for op, why in selection.reasons.items()}
     shown = {kind.example for kind in kinds}
     return Inspection(

@@ -86,6 +86,16 @@ class ModelGraph:
             if found is not None:
                 yield node, found
 
+    def providers(self) -> dict[str, dict[str, int]]:
+        """Op name -> provider -> number of nodes, of ops that have a provider by now."""
+        counts: dict[str, dict[str, int]] = {}
+        for node, op in self.op_nodes():
+            provider = node.meta.get("provider")
+            if provider is not None:
+                of_op = counts.setdefault(op.name, {})
+                of_op[provider] = of_op.get(provider, 0) + 1
+        return counts
+
     def inputs(self) -> list[fx.Node]:
         """The placeholders, in order."""
         return self.graph.find_nodes(op="placeholder")

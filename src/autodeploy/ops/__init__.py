@@ -4,6 +4,7 @@ op.py            Op and the op table
 state.py         what a cached op remembers between steps
 batch_inputs.py  what a step is told besides weights and states
 attention.py     softmax attention, whole and cached
+rope_attention.py  the same, with queries and keys that are turned first
 mla.py           attention over one latent per token
 sparse_attention.py  attention to the tokens an indexer chooses
 packed.py        recurrences over packed sequences
@@ -50,6 +51,7 @@ from autodeploy.ops.quantized_linear import quantized_linear
 from autodeploy.ops.quantized_moe import quantized_moe
 from autodeploy.ops.recurrence import recurrence
 from autodeploy.ops.rope import rope
+from autodeploy.ops.rope_attention import cached_rope_attention, rope_attention
 from autodeploy.ops.sampling import accept_drafts, choose_tokens
 from autodeploy.ops.sparse_attention import cached_sparse_attention, sparse_attention
 from autodeploy.ops.ssm import cached_selective_scan, cached_ssd, selective_scan, ssd
@@ -68,6 +70,7 @@ __all__ = [
     "cached_delta_rule",
     "cached_keep_rows",
     "cached_mla",
+    "cached_rope_attention",
     "cached_selective_scan",
     "cached_sparse_attention",
     "cached_ssd",
@@ -100,6 +103,7 @@ __all__ = [
     "recurrence",
     "rms_norm",
     "rope",
+    "rope_attention",
     "selective_scan",
     "sparse_attention",
     "ssd",

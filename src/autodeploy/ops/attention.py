@@ -325,7 +325,9 @@ def _attend_fused(
 
 
 @attention.with_states(cached_attention)
-def _attention_states(key: Tensor, value: Tensor, sliding_window: int | None, **_: Any) -> dict[str, StateSpec]:
+def attention_states(key: Tensor, value: Tensor, sliding_window: int | None, **_: Any) -> dict[str, StateSpec]:
+    """Keys and values, which may be kept with fewer bits than they have."""
+
     def kept(name: str, x: Tensor) -> PagedState:
         return PagedState(
             name=name, shape=tuple(x.shape[2:]), dtype=x.dtype, window=sliding_window, may_be_rounded=True
@@ -336,14 +338,16 @@ def _attention_states(key: Tensor, value: Tensor, sliding_window: int | None, **
 
 @attention.with_work
 @cached_attention.with_work
-def _attention_work(query: Tensor, value: Tensor, sliding_window: int | None, chunk_size: int | None, **_: Any) -> Work:
+def attention_work(query: Tensor, value: Tensor, sliding_window: int | None, chunk_size: int | None, **_: Any) -> Work:
+    """What a query costs for each key that it sees."""
     heads, dim = query.shape[-2:]
     window = min((size for size in (sliding_window, chunk_size) if size is not None), default=None)
     return Work(flops_per_key=2 * heads * (dim + value.shape[-1]), window=window)
 
 
 @attention.with_samples
-def _attention_samples() -> list[dict[str, Any]]:
+def attention_samples() -> list[dict[str, Any]]:
+    """Three sequences of one head size, with each fact."""
     plain: dict[str, Any] = {
         "query": torch.randn(1, 24, 4, 16),
         "key": torch.randn(1, 24, 2, 16),

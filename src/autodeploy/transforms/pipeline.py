@@ -33,6 +33,7 @@ from autodeploy.transforms.fuse.fuse_add_rms_norm import FuseAddRMSNorm
 from autodeploy.transforms.fuse.fuse_gate_up import FuseGateUp
 from autodeploy.transforms.fuse.fuse_qkv import FuseQKV
 from autodeploy.transforms.lower.assign_streams import AssignStreams
+from autodeploy.transforms.lower.fuse_rope_attention import FuseRopeAttention
 from autodeploy.transforms.lower.place_on_device import PlaceOnDevice
 from autodeploy.transforms.lower.select_kernels import SelectKernels
 from autodeploy.transforms.quantize.quantize_weights import QuantizeWeights
@@ -74,10 +75,16 @@ def default_pipeline(device: torch.device, select_kernels: SelectKernels | None 
             Stage("cache", (KeepHiddenStates(), InsertCachedOps(), GatherLogits()), ensures=Level.CACHED),
             # Fused weights, and what is kept of tokens, with fewer bits, where they are wanted.
             Stage("quantize", (QuantizeWeights(), RoundKVCache()), ensures=Level.CACHED),
-            # The device, a kernel provider for every op, and what may run side by side, where that is wanted.
+            # The device, a kernel provider for every op, one call where it can do two in one, and what may run side by
+            # side, where that is wanted.
             Stage(
                 "lower",
-                (PlaceOnDevice(device=device), select_kernels or SelectKernels(), AssignStreams(device=device)),
+                (
+                    PlaceOnDevice(device=device),
+                    select_kernels or SelectKernels(),
+                    FuseRopeAttention(),
+                    AssignStreams(device=device),
+                ),
                 ensures=Level.LOWERED,
             ),
         )

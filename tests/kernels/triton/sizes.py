@@ -97,6 +97,15 @@ def latents(
     return given | paged(num_tokens, num_sequences)
 
 
+def turned_step(num_tokens: int, num_sequences: int, rotary_dim: int = 128, **facts: Any) -> Arguments:
+    angles = empty(1, num_tokens, rotary_dim)
+    return attention_step(num_tokens, num_sequences, **facts) | {"cos": angles, "sin": angles}
+
+
+def cached_rope_attention() -> list[Arguments]:
+    return [turned_step(1, 1), turned_step(2048, 2, 64, cache_dtype=torch.float8_e4m3fn)]
+
+
 def cached_mla() -> list[Arguments]:
     return [latents(1, 1), latents(4, 4, cache_dtype=torch.float8_e4m3fn)]
 
@@ -394,6 +403,7 @@ SIZES: dict[str, Callable[[], list[Arguments]]] = {
     "cached_linear_recurrence": cached_linear_recurrence,
     "cached_mla": cached_mla,
     "cached_mlstm": cached_mlstm,
+    "cached_rope_attention": cached_rope_attention,
     "cached_selective_scan": cached_selective_scan,
     "cached_ssd": cached_ssd,
     "cached_token_shift": cached_token_shift,
@@ -457,6 +467,7 @@ STEPS: dict[str, Callable[[], list[Arguments]]] = {
     "add_rms_norm": with_rows(add_rms_norm, "x", "residual"),
     "cached_attention": decode_steps(attention_step),
     "cached_mla": decode_steps(latents),
+    "cached_rope_attention": decode_steps(turned_step),
     "cached_sparse_attention": decode_steps(chosen_tokens),
     "fp8_linear": with_rows(fp8_linear, "x"),
     "gated_activation": with_rows(gated_activation, "gate_up"),

@@ -11,6 +11,7 @@ experts.py     products grouped by expert
 moe.py quantized_moe.py fp8_moe.py nvfp4_moe.py   mixtures of experts made of them
 paged.py       what kernels over pages share
 attention.py mla.py sparse_attention.py   attention over pages read in place
+rope_attention.py   rope and the writing of pages in one launch, then attention
 sequences.py   what kernels over slot states share
 causal_conv.py ssm.py recurrence.py   convolutions, state-space and other recurrences of channels
 matrix_memory.py   delta rules and linear attention
@@ -51,6 +52,7 @@ MODULES = (
     "quantized_moe",
     "recurrence",
     "rope",
+    "rope_attention",
     "sampling",
     "sparse_attention",
     "ssm",

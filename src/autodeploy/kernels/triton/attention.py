@@ -208,11 +208,32 @@ def cached_attention_triton(
 ) -> Tensor:
     """`cached_attention` that writes new keys and values to their pages and attends to all of them there."""
     write_entries(key, key_cache, slot_mapping, value, value_cache)
+    facts = (sinks, scale, causal, sliding_window, chunk_size, softcap, slopes, distance_logits)
+    return attend_to_pages(query, cu_seqlens, *facts, seq_lens, page_table, key_cache, value_cache)
+
+
+def attend_to_pages(
+    query: Tensor,
+    cu_seqlens: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    sliding_window: int | None,
+    chunk_size: int | None,
+    softcap: float | None,
+    slopes: Tensor | None,
+    distance_logits: Tensor | None,
+    seq_lens: Tensor,
+    page_table: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+) -> Tensor:
+    """`cached_attention` once the new keys and values are in their pages; the arguments are its own."""
     query = query if query.stride(3) == 1 else query.contiguous()
     _, num_tokens, num_heads, head_dim = query.shape
     num_sequences, page_table_width = page_table.shape
     _, page_size, num_kv_heads, value_dim = value_cache.shape
-    out = value.new_empty(1, num_tokens, num_heads, value_dim)
+    out = query.new_empty(1, num_tokens, num_heads, value_dim)
 
     most_rows = _MOST_ROWS if max(head_dim, value_dim) <= 128 else 64
     block_m, block_t = tokens_per_tile(num_tokens, num_sequences, num_heads // num_kv_heads, most_rows)

@@ -47,6 +47,16 @@ def to_float8(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def to_dtype(x, dtype: tl.constexpr, LARGEST: tl.constexpr):
+    """Values in a dtype. LARGEST: what larger ones become, where that is float8, else None; a NaN stays one."""
+    if LARGEST is None:
+        return x.to(dtype)
+    else:
+        bounded = tl.clamp(x.to(tl.float32), -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+        return to_float8(bounded, dtype)
+
+
+@triton.jit
 def _scales(largest, total):
     """Scales of the largest magnitudes; NaN where a total, zero times the sum, is none."""
     return tl.div_rn(tl.maximum(largest, 1e-30), largest * 0.0 + 448.0) + total

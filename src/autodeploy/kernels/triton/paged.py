@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from autodeploy.kernels.triton.arithmetic import dot
-from autodeploy.kernels.triton.float8 import to_float8, why_no_float8
+from autodeploy.kernels.triton.float8 import to_dtype, why_no_float8
 from autodeploy.kernels.triton.launch import Launcher, num_processors
 from autodeploy.ops.attention import is_float8
 
@@ -51,20 +51,15 @@ def configurations(*choices: tuple[int, int, int]) -> list[Any]:
 
 
 @triton.jit
-def _write_entry(
+def write_entry(
     x, cache, token, slot, token_stride, head_stride, ENTRY: tl.constexpr, NUM_HEADS: tl.constexpr, DIM: tl.constexpr,
     BLOCK: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
+    """Write a token's heads to a slot of a cache; the sizes are those of `sizes_of_entries`."""
     element = tl.arange(0, BLOCK)
     mask = element < NUM_HEADS * DIM
     entry = tl.load(x + token * token_stride + element // DIM * head_stride + element % DIM, mask=mask)
-    place = cache + slot * ENTRY + element
-    if LARGEST is None:
-        tl.store(place, entry.to(cache.dtype.element_ty), mask=mask)
-    else:
-        entry = entry.to(tl.float32)
-        bounded = tl.clamp(entry, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(place, to_float8(bounded, cache.dtype.element_ty), mask=mask)
+    tl.store(cache + slot * ENTRY + element, to_dtype(entry, cache.dtype.element_ty, LARGEST), mask=mask)
 
 
 @triton.jit
@@ -77,11 +72,11 @@ def _write_entries(
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token).to(tl.int64)
     if tl.program_id(1) == 0:
-        _write_entry(
+        write_entry(
             x, cache, token, slot, token_stride, head_stride, ENTRY, NUM_HEADS, DIM, BLOCK, LARGEST
         )  # fmt: skip
     elif y is not None:
-        _write_entry(
+        write_entry(
             y, other_cache, token, slot, y_token_stride, y_head_stride, Y_ENTRY, Y_NUM_HEADS, Y_DIM, Y_BLOCK, Y_LARGEST
         )  # fmt: skip
 
@@ -101,19 +96,24 @@ def write_entries(
     x = x if x.stride(3) == 1 else x.contiguous()
     y = y if y is None or y.stride(3) == 1 else y.contiguous()
     strides = (x.stride(1), x.stride(2), *((0, 0) if y is None else (y.stride(1), y.stride(2))))
-    others = {f"Y_{name}": size for name, size in _sizes_of_entries(y, other_cache).items()}
+    others = {f"Y_{name}": size for name, size in sizes_of_entries(y, other_cache).items()}
     count = 1 if y is None else 2
-    sizes = _sizes_of_entries(x, cache)
+    sizes = sizes_of_entries(x, cache)
     _write((x.shape[1], count), x, cache, y, other_cache, slot_mapping, *strides, **sizes, **others)
 
 
-def _sizes_of_entries(x: Tensor | None, cache: Tensor | None) -> dict[str, Any]:
+def sizes_of_entries(x: Tensor | None, cache: Tensor | None) -> dict[str, Any]:
+    """What a kernel is told of the entries of `x` `[1, T, K, D]` in a cache; None for each where there is none."""
     if x is None or cache is None:
         return dict.fromkeys(("ENTRY", "NUM_HEADS", "DIM", "BLOCK", "LARGEST"))
     _, _, num_heads, dim = x.shape
-    largest = torch.finfo(cache.dtype).max if is_float8(cache.dtype) else None
-    block = triton.next_power_of_2(num_heads * dim)
+    block, largest = triton.next_power_of_2(num_heads * dim), largest_of(cache)
     return {"ENTRY": cache.stride(1), "NUM_HEADS": num_heads, "DIM": dim, "BLOCK": block, "LARGEST": largest}
+
+
+def largest_of(cache: Tensor) -> float | None:
+    """The largest number of a cache of float8, which larger ones become; None of another dtype."""
+    return torch.finfo(cache.dtype).max if is_float8(cache.dtype) else None
 
 
 def why_not_kept(*caches: Tensor) -> str | None:

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autodeploy.kernels.triton.float8 import to_dtype
 from autodeploy.kernels.triton.launch import Launcher, why_refused
 from autodeploy.ops.rope import rope
 
@@ -12,12 +13,13 @@ _TILE = 1024
 
 
 @triton.jit
-def _turn(
+def turn_heads(
     x,
     out,
     cos,
     sin,
     token,
+    row,
     first_head,
     num_heads,
     token_stride,
@@ -27,13 +29,16 @@ def _turn(
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
+    """Turn a block of a token's heads into a row of `out`, whose heads lie side by side; LARGEST as in `to_dtype`."""
     heads = first_head + tl.arange(0, HEADS)
     columns = tl.arange(0, HALF)
     inside = (heads < num_heads)[:, None] & (columns < ROTARY // 2)[None, :]
     source = x + token * token_stride + heads[:, None] * head_stride
-    target = out + (token * num_heads + heads[:, None]) * WIDTH
-    dtype: tl.constexpr = out.dtype.element_ty
+    target = out + (row * num_heads + heads[:, None]) * WIDTH
+    dtype: tl.constexpr = x.dtype.element_ty
+    kept: tl.constexpr = out.dtype.element_ty
     first = tl.load(source + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + ROTARY // 2 + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     angles = token * ROTARY + columns
@@ -42,13 +47,15 @@ def _turn(
     first_sin = tl.load(sin + angles, mask=of_half, other=0.0).to(tl.float32)[None, :]
     second_cos = tl.load(cos + ROTARY // 2 + angles, mask=of_half, other=0.0).to(tl.float32)[None, :]
     second_sin = tl.load(sin + ROTARY // 2 + angles, mask=of_half, other=0.0).to(tl.float32)[None, :]
-    tl.store(target + columns[None, :], (first * first_cos - second * first_sin).to(dtype), mask=inside)
-    turned = second * second_cos + first * second_sin
-    tl.store(target + ROTARY // 2 + columns[None, :], turned.to(dtype), mask=inside)
+    turned = (first * first_cos - second * first_sin).to(dtype)
+    tl.store(target + columns[None, :], to_dtype(turned, kept, LARGEST), mask=inside)
+    turned = (second * second_cos + first * second_sin).to(dtype)
+    tl.store(target + ROTARY // 2 + columns[None, :], to_dtype(turned, kept, LARGEST), mask=inside)
     if ROTARY < WIDTH:
         rest = ROTARY + tl.arange(0, REST)
         inside = (heads < num_heads)[:, None] & (rest < WIDTH)[None, :]
-        tl.store(target + rest[None, :], tl.load(source + rest[None, :], mask=inside, other=0.0), mask=inside)
+        same = tl.load(source + rest[None, :], mask=inside, other=0.0)
+        tl.store(target + rest[None, :], to_dtype(same, kept, LARGEST), mask=inside)
 
 
 @triton.jit
@@ -75,14 +82,14 @@ def _rope_heads(
     head = tl.program_id(1) * HEADS
     first_key = tl.cdiv(num_query_heads, HEADS) * HEADS
     if head < first_key:
-        _turn(
-            *(query, query_out, cos, sin, token, head, num_query_heads, query_token_stride, query_head_stride),
-            *(WIDTH, ROTARY, HEADS, HALF, REST),
+        turn_heads(
+            *(query, query_out, cos, sin, token, token, head, num_query_heads, query_token_stride, query_head_stride),
+            *(WIDTH, ROTARY, HEADS, HALF, REST, None),
         )
     else:
-        _turn(
-            *(key, key_out, cos, sin, token, head - first_key, num_key_heads, key_token_stride, key_head_stride),
-            *(WIDTH, ROTARY, HEADS, HALF, REST),
+        turn_heads(
+            *(key, key_out, cos, sin, token, token, head - first_key, num_key_heads, key_token_stride, key_head_stride),
+            *(WIDTH, ROTARY, HEADS, HALF, REST, None),
         )
 
 
@@ -104,17 +111,25 @@ def rope_triton(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[T
         query, key = query.contiguous(), key.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
     query_out, key_out = query.new_empty(query.shape), key.new_empty(key.shape)
-    _, num_tokens, num_heads, width = query.shape
-    rotary = cos.shape[-1]
-    heads = max(1, min(triton.next_power_of_2(num_heads), _TILE // triton.next_power_of_2(width)))
+    heads = query.shape[2], key.shape[2]
+    blocks = blocks_of_heads(query, cos)
     _rope(
-        (num_tokens, triton.cdiv(num_heads, heads) + triton.cdiv(key.shape[2], heads)),
-        *(query, key, query_out, key_out, cos, sin, num_heads, key.shape[2]),
+        (query.shape[1], sum(triton.cdiv(count, blocks["HEADS"]) for count in heads)),
+        *(query, key, query_out, key_out, cos, sin, *heads),
         *(query.stride(1), query.stride(2), key.stride(1), key.stride(2)),
-        WIDTH=width,
-        ROTARY=rotary,
-        HEADS=heads,
-        HALF=triton.next_power_of_2(rotary // 2),
-        REST=triton.next_power_of_2(max(1, width - rotary)),
+        **blocks,
     )
     return query_out, key_out
+
+
+def blocks_of_heads(query: Tensor, cos: Tensor) -> dict[str, int]:
+    """How many heads of a token a program turns, and the sizes of these for `turn_heads`."""
+    num_heads, width = query.shape[2:]
+    rotary = cos.shape[-1]
+    return {
+        "WIDTH": width,
+        "ROTARY": rotary,
+        "HEADS": max(1, min(triton.next_power_of_2(num_heads), _TILE // triton.next_power_of_2(width))),
+        "HALF": triton.next_power_of_2(rotary // 2),
+        "REST": triton.next_power_of_2(max(1, width - rotary)),
+    }

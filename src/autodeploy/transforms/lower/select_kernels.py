@@ -1,6 +1,5 @@
 """SelectKernels: choose a provider for every op, record each choice and why others were passed over."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -25,7 +24,6 @@ class SelectKernels(Transform):
         without: names of ops that keep the reference, which shows what their kernels are worth.
         batch_invariant: only kernels that promise it, see `Kernel`, and of other operators only those that keep it.
         compiled: a compiler takes the graph afterwards, so ops that it fuses with their neighbours are left to it.
-        chosen: filled with op name -> provider -> number of nodes.
         reasons: filled with op name -> why a provider of that op was passed over.
     """
 
@@ -37,7 +35,6 @@ class SelectKernels(Transform):
     without: tuple[str, ...] = ()
     compiled: bool = False
     batch_invariant: bool = False
-    chosen: dict[str, Counter[str]] = field(default_factory=dict, compare=False)
     reasons: dict[str, set[str]] = field(default_factory=dict, compare=False)
 
     def apply(self, graph: ModelGraph) -> TransformResult:
@@ -51,7 +48,6 @@ class SelectKernels(Transform):
         for node, op in graph.op_nodes():
             found += 1
             node.meta["provider"] = self._provider(node, op)
-            self.chosen.setdefault(op.name, Counter())[node.meta["provider"]] += 1
         return TransformResult(found=found, rewritten=found, expected=found)
 
     def _provider(self, node: fx.Node, op: Op) -> str:
