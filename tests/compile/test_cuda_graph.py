@@ -1,5 +1,6 @@
 """CUDA graphs, with a checker in the place of the device: tokens, padding, what is captured, and what is said of it."""
 
+import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import replace
@@ -210,15 +211,23 @@ def test_an_op_that_reads_values_is_noticed_though_it_says_that_it_is_safe(monke
 
 
 def test_memory_of_graphs_is_left_out_of_what_states_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pool of 1000 bytes is shared by all graphs; each size takes 10 besides."""
-    used = {"bytes": 0}
+    """A pool of 1000 bytes is shared by all graphs; each size takes 10 besides. In the end the trial has none."""
+    used = {"bytes": 0, "graphs": 0}
+    graphs: list[weakref.ref[Work]] = []
 
     class Measured(CaptureChecker):
         def record(self, work: Work) -> Work:
             used["bytes"] += 1010 if used["bytes"] == 0 else 10
-            return super().record(work)
+            super().record(work)
+
+            def replay() -> None:
+                raise AssertionError("a trial repeats nothing")
+
+            graphs.append(weakref.ref(replay))
+            return replay
 
         def used_bytes(self) -> int:
+            used["graphs"] = sum(graph() is not None for graph in graphs)
             return used["bytes"]
 
     monkeypatch.setattr(backends, "graph_capture", lambda device: Measured)
@@ -229,6 +238,7 @@ def test_memory_of_graphs_is_left_out_of_what_states_may_take(monkeypatch: pytes
     regions = 4  # of three layers: before, between and behind attention
     assert facts(built)["reserved_bytes"] == 1000 + 4 * 10 * (1 + regions)
     assert budget == (1_000_000 - 1000 - 40 * (1 + regions)) // 2
+    assert graphs and used["graphs"] == 0
     fixed = replace(options, kv_cache_memory_bytes=500_000)
     assert reserved_bytes(built, fixed, 96) == 0
 

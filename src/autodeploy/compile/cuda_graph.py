@@ -194,6 +194,8 @@ class GraphedFunction:
         num_further = max(0, max(len(sizes.sequences), len(sizes.tokens)) - 1)
         reserved = max(0, used[1] - used[0]) + max(0, used[2] - used[1]) * num_further
         self._facts["reserved_bytes"] = reserved
+        del graphs
+        capture.used_bytes()  # what the trial took is given back, before anybody looks at what is free
         return reserved
 
     def _sizes(self, limits: BatchLimits) -> CaptureSizes:
