@@ -112,14 +112,12 @@ def compiled(name: str, capabilities: Iterable[int], every: bool) -> Iterator[di
     """The first configuration, or every one, of each launch for each capability that has what it needs."""
     for capability in capabilities:
         triton.runtime.driver.set_active(driver(capability))
-        samples = SIZES[name]()
-        if every and capability == _NEWEST and name in MORE:
-            samples += MORE[name]()
-        for launch in launches(name, samples):
+        tables = [SIZES, MORE] if every and capability == _NEWEST else [SIZES]
+        for table, launch in ((t, launch) for t in tables if name in t for launch in launches(name, t[name]())):
             if has_float8(launch) and capability < _FLOAT8_CAPABILITY:
                 continue
             for configuration in launch.kernel.configurations if every else launch.kernel.configurations[:1]:
-                yield resources(launch, configuration, capability)
+                yield resources(launch, configuration, capability) | {"is_usual": table is SIZES}
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ SPILLED_BYTES |= {"_attend": 8, "_attend_latents": 48}
 """What chunks of recurrences, choices of tokens, and attention to keys in 8 bits keep in local memory: mostly what
 stays as it is in a loop.
 """
+MOST_SPILLED_BYTES = 640
+"""The same at unusual sizes: a chunk of a scan with 256 entries keeps most."""
 
 pytestmark = pytest.mark.skipif(bool(provider.unavailable(CUDA)), reason=str(provider.unavailable(CUDA)))
 
@@ -66,7 +68,7 @@ def check(launches: list[dict[str, Any]], *capabilities: int) -> None:
     assert NEWEST in {launch["capability"] for launch in launches} <= set(capabilities)
     for launch in launches:
         assert launch["shared_bytes"] <= SHARED_BYTES[launch["capability"]], launch
-        most = SPILLED_BYTES.get(launch["function"], 0)
+        most = SPILLED_BYTES.get(launch["function"], 0) if launch["is_usual"] else MOST_SPILLED_BYTES
         assert launch["local_bytes"] <= most, f"registers are spilled: {launch}"
 
 
