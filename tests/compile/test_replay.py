@@ -10,12 +10,14 @@ from torch import Tensor
 
 from autodeploy.build import build
 from autodeploy.compile.backends import resolve_backend
+from autodeploy.compile.bind import kernel_operator
 from autodeploy.compile.program import Program
 from autodeploy.compile.replay import MAX_SHAPES, MAX_TOKENS, Memory, Replay, record
 from autodeploy.config import EngineOptions, parse_options
 from autodeploy.errors import ConfigError
 from autodeploy.graph.report import BuildReport
 from autodeploy.kernels.cpu.linear import linear_cpu
+from autodeploy.ops.linear import linear
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.request import SamplingParams
 from tests import tiny
@@ -151,6 +153,69 @@ def test_indexing_by_numbers_is_repeated() -> None:
     assert not report.facts and len(replay._steps) == 1
 
 
+@pytest.mark.parametrize("name", ["tolist", "numpy", "item"])
+def test_what_is_read_in_python_was_computed_before(name: str) -> None:
+    """Native calls wait while a step is written down, but not beyond a read, nor behind one."""
+    x, weight = torch.randn(1, 2, 32), torch.randn(32, 32)
+    reads: dict[str, Callable[[Tensor], float]] = {
+        "tolist": lambda y: sum(y[0, 0].tolist()),
+        "numpy": lambda y: float(y.numpy()[0, 0].sum()),
+        "item": lambda y: y[0, 0].sum().item(),
+    }
+
+    def function(given: Tensor, linear: Callable[..., Tensor]) -> Tensor:
+        first = linear(given, weight, None)
+        number = reads[name](first)
+        second = linear(first, weight, None)
+        return second * number + reads[name](second)
+
+    step, result = record(lambda given: function(given, linear_cpu), (x,), (), Memory())
+    assert step.obstacle and step.tape.num_native >= 2
+    torch.testing.assert_close(result, function(x, torch.nn.functional.linear), rtol=1e-4, atol=1e-4)
+
+
+def test_native_calls_of_an_operator_are_its_own() -> None:
+    x, weight = torch.randn(1, 2, 32), torch.randn(32, 32)
+    operator = kernel_operator(linear, "cpu")
+
+    def function(given: Tensor) -> Tensor:
+        return operator(linear_cpu(given, weight, None), weight, None)
+
+    step, result = record(function, (x,), (), Memory())
+    assert not step.obstacle and (step.tape.num_native, step.tape.num_python) == (1, 1)
+    torch.testing.assert_close(result, function(x), rtol=0, atol=0)
+    torch.testing.assert_close(step.run([2 * x]), function(2 * x), rtol=0, atol=0)
+
+
+def test_memory_is_as_it_was_asked_for() -> None:
+    x = torch.zeros(3, 4).t()
+
+    def function(given: Tensor) -> Tensor:
+        made = [
+            given.new_empty(5, 2),
+            given.new_empty(2, 3, dtype=torch.int32),
+            torch.empty_like(given),
+            torch.empty_like(given, dtype=torch.bfloat16, memory_format=torch.contiguous_format),
+            torch.empty_like(given.contiguous(), dtype=torch.int64),
+            torch.empty(7, 1),
+        ]
+        facts = [(tuple(value.shape), value.stride(), value.dtype) for value in made]
+        assert facts == [
+            ((5, 2), (2, 1), torch.float32),
+            ((2, 3), (3, 1), torch.int32),
+            ((4, 3), (1, 4), torch.float32),
+            ((4, 3), (3, 1), torch.bfloat16),
+            ((4, 3), (3, 1), torch.int64),
+            ((7, 1), (1, 1), torch.float32),
+        ]
+        assert len({value.data_ptr() for value in made}) == len(made)
+        return given + 1
+
+    memory = Memory()
+    for _ in range(2):  # the second time from buffers that are there
+        record(function, (x,), (), memory)
+
+
 def test_operators_of_torch_between_kernels_are_repeated_natively() -> None:
     weight, table = torch.randn(8), torch.randn(20, 8)
 
@@ -250,8 +315,12 @@ def test_contradictory_inputs_of_a_repeated_step_are_an_error() -> None:
         engine.step()
     batch = engine._batches.build({engine._scheduler.running[0]: 1}).inputs
     batch["slot_mapping_full"] = torch.tensor([2**40])
-    with pytest.raises(IndexError, match="cached_attention_float32 returned fault 2"):
-        built.run(batch, engine._states)
+    replay = built.graphs["text"].function
+    assert isinstance(replay, Replay) and any(replay._steps.values())
+    for _ in range(2):
+        with pytest.raises(IndexError, match="cached_attention_float32 returned fault 2"):
+            built.run(batch, engine._states)
+        replay._steps.clear()  # the second time the step is written down
 
 
 def test_who_can_repeat_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,15 @@
 Decoding runs the same few hundred calls every step, with the same sizes at the same addresses but for the batch
 inputs. So a step runs under observation when a shape is new and every sequence decodes, else when its shape is seen for
 the second time: every native kernel and every torch operator that computes something is put on a tape
-(`kernels/cpu/tape.py`), with its buffers. From then on the batch inputs are copied to where the tape reads them and the
+(`kernels/cpu/tape.py`), with its buffers; native kernels run when an operator reads what they compute, else at the end,
+as one call. From then on the batch inputs are copied to where the tape reads them and the
 tape runs: no Python between kernels, one team of threads for all of them. It is what a CUDA graph is on a GPU, and has
 the same condition: nothing may depend on a tensor's value in Python. Steps of a shape that read one are never repeated,
 and the report says so.
 """
 
 import functools
+import math
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -28,7 +30,7 @@ from autodeploy.compile.observe import depends_on_values, noticing_reads, storag
 from autodeploy.compile.program import GraphFunction
 from autodeploy.graph.model_graph import ModelGraph
 from autodeploy.graph.report import BuildReport
-from autodeploy.kernels.cpu.native import watching
+from autodeploy.kernels.cpu.native import NativeCall, watching
 from autodeploy.kernels.cpu.tape import Tape
 from autodeploy.kernels.cpu.torch_calls import compute_natively
 from autodeploy.ops.batch_inputs import PAGE_TABLE, is_by_sequence
@@ -125,10 +127,31 @@ class Step:
         self.tape = Tape()
         self.result = torch.empty(0)
         self.obstacle = ""
+        self.is_in_operator = False
 
     def forbid(self, reason: str) -> None:
-        """The step must not be repeated; the first reason stays."""
+        """The step must not be repeated, as values are read, which are there from now on; the first reason stays."""
+        self.tape.catch_up()
         self.obstacle = self.obstacle or reason
+
+    def call(self, call: NativeCall, *arguments: Any) -> int:
+        """Write down a native call, to be made later unless values are read in Python; its status."""
+        if self.is_in_operator:
+            made: int = call.function(*arguments) or 0
+            return made
+        status = self.tape.add_native(call, *arguments)
+        if self.obstacle:
+            self.tape.catch_up()
+        return status
+
+    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What an operator gives. Native calls in it are part of it: they are made, and not written down."""
+        self.tape.catch_up()
+        self.is_in_operator = True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.is_in_operator = False
 
     def run(self, batch: Sequence[Tensor]) -> Tensor:
         for mine, given in zip(self.inputs, batch, strict=True):
@@ -146,7 +169,7 @@ def record(
 ) -> tuple["Step", Tensor]:
     """Run a step on copies of batch inputs, and on states, and write it down; returns it and what it gave."""
     step = Step(tuple(value.clone() for value in batch), memory)
-    with watching(step.tape.add_native), noticing_reads(step.forbid), _Observer(step, (*step.inputs, *states)):
+    with watching(step.call), noticing_reads(step.forbid), _Observer(step, (*step.inputs, *states)):
         step.result = function(*step.inputs, *states)
     step.tape.finish()
     return step, step.result.clone()
@@ -177,12 +200,15 @@ class _Observer(TorchDispatchMode):
     ) -> Any:
         kwargs, memory, facts = kwargs or {}, self._step.memory, _facts(func)
         if facts.makes_memory:
-            made = memory.like(func(*args, **kwargs))
+            plain = _plain_memory(facts.name, args, kwargs)
+            made = memory.like(func(*args, **kwargs)) if plain is None else memory.empty(*plain)
             self._varying |= storages([made])
             return made
-        result = func(*args, **kwargs)
-        if facts.is_view and _shares_memory(result, args[0]):
-            return result
+        if facts.is_view:
+            result = func(*args, **kwargs)
+            if _shares_memory(result, args[0]):
+                return result
+        result = self._step.compute(func, args, kwargs)
         given, results = tensors((args, kwargs)), tensors(result)
         if depends_on_values(func, given):
             self._step.forbid(f"{func} gives what depends on values")
@@ -224,6 +250,7 @@ class _Observer(TorchDispatchMode):
 class _Facts:
     """What there is to know of an operator."""
 
+    name: str
     is_view: bool
     is_mutable: bool
     makes_memory: bool
@@ -235,11 +262,30 @@ def _facts(func: Any) -> _Facts:
     """Looked up once per operator: a step calls a thousand."""
     name = func._schema.name
     return _Facts(
+        name=name,
         is_view=func.is_view,
         is_mutable=func._schema.is_mutable,
         makes_memory=name in _MAKES_MEMORY,
         is_made_to_be_changed=name in _MADE_TO_BE_CHANGED,
     )
+
+
+def _plain_memory(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[int, ...], torch.dtype] | None:
+    """Shape and dtype of the contiguous tensor that kernels most often ask for; None where it may be another one.
+
+    Calling the operator to see would take most of the time that writing down an allocation does.
+    """
+    if name not in ("aten::new_empty", "aten::empty_like"):
+        return None
+    given: Tensor = args[0]
+    if kwargs.keys() - {"dtype", "pin_memory"} or kwargs.get("pin_memory") or given.device.type != "cpu":
+        return None
+    dtype = kwargs.get("dtype") or given.dtype
+    if name == "aten::new_empty":
+        return tuple(args[1]), dtype
+    return (given.shape, dtype) if given.is_contiguous() else None
 
 
 def _shares_memory(result: Any, given: Any) -> bool:
@@ -279,15 +325,34 @@ class Memory:
         self._constants: dict[Any, tuple[Sequence[Tensor], Any]] = {}
 
     def like(self, wanted: Tensor) -> Tensor:
-        """An uninitialised tensor like the given one."""
+        """An uninitialised tensor like the given one, or that itself."""
         storage = wanted.untyped_storage()
-        size = storage.nbytes()
+        buffer = self._free(storage.nbytes())
+        if buffer is None:
+            self._keep(storage)
+            return wanted
+        return torch.empty(0, dtype=wanted.dtype).set_(buffer, 0, wanted.shape, wanted.stride())
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised, contiguous tensor."""
+        buffer = self._free(math.prod(shape) * dtype.itemsize)
+        if buffer is None:
+            made = torch.empty(shape, dtype=dtype)
+            self._keep(made.untyped_storage())
+            return made
+        strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+        return torch.empty(0, dtype=dtype).set_(buffer, 0, shape, strides)
+
+    def _free(self, size: int) -> torch.UntypedStorage | None:
+        """The smallest buffer of at least this size in bytes that nobody holds."""
         for i in range(bisect_left(self._buffers, (size,)), len(self._buffers)):
             buffer = self._buffers[i][2]
             if _num_users(buffer) == 1:
-                return torch.empty(0, dtype=wanted.dtype).set_(buffer, 0, wanted.shape, wanted.stride())
-        insort(self._buffers, (size, len(self._buffers), storage))
-        return wanted
+                return buffer
+        return None
+
+    def _keep(self, buffer: torch.UntypedStorage) -> None:
+        insort(self._buffers, (buffer.nbytes(), len(self._buffers), buffer))
 
     def constant(self, key: Any, given: Sequence[Tensor], result: Any) -> Any:
         """The result of an operator that gives the same in every step; what it was given stays where it is."""

@@ -83,8 +83,8 @@ class NativeFunction(dict[torch.dtype | None, Callable[..., Any]]):
     """
 
     instances: ClassVar[list["NativeFunction"]] = []
-    watch: ClassVar[Callable[["NativeCall", tuple[Any, ...]], None] | None] = None
-    """told of every call while `watching`"""
+    watch: ClassVar["Watch | None"] = None
+    """given every call while `watching`"""
 
     def __init__(self, name: str, arguments: tuple[type[Any], ...], result: type[Any] | None = None):
         super().__init__()
@@ -104,12 +104,7 @@ class NativeFunction(dict[torch.dtype | None, Callable[..., Any]]):
         if watch is None or threading.get_ident() != _watcher:
             return function
 
-        def call(*arguments: Any) -> Any:
-            result = function(*arguments)
-            watch(called, arguments)
-            return result
-
-        return call
+        return functools.partial(watch, called)
 
     def _load(self, dtype: torch.dtype | None) -> "NativeCall":
         symbol = self._name if dtype is None else f"{self._name}_{DTYPES[dtype]}"
@@ -122,7 +117,7 @@ class NativeFunction(dict[torch.dtype | None, Callable[..., Any]]):
 
 @dataclass(frozen=True)
 class NativeCall:
-    """What a watched call called: the C function's name, its argument types, and itself.
+    """What a watched call calls: the C function's name, its argument types, and itself.
 
     `recorded` is the address of the function that repeats the call from an array of arguments, None if there is none.
     """
@@ -133,9 +128,15 @@ class NativeCall:
     recorded: int | None
 
 
+Watch = Callable[..., int | None]
+"""Of a `NativeCall` and the arguments, in place of the call: makes it, or sees that it is made before anybody reads
+what it computes, and returns its status.
+"""
+
+
 @contextlib.contextmanager
-def watching(watch: Callable[[NativeCall, tuple[Any, ...]], None]) -> Iterator[None]:
-    """While this lasts, `watch` is told of every native call of this thread, after it, with its arguments."""
+def watching(watch: Watch) -> Iterator[None]:
+    """While this lasts, `watch` is given every native call of this thread."""
     global _watcher
     with _watching:
         with _lookup:  # nothing is remembered from here on, so that every call is looked up, and seen
