@@ -102,7 +102,7 @@ def test_rows_with_penalties_or_constraints_take_their_steps_out() -> None:
         assert chosen["in the graph"] > 0  # when that sequence has ended
 
 
-def test_parameters_are_copied_when_they_are_others_and_padding_is_greedy() -> None:
+def test_parameters_are_copied_when_they_are_others_and_nobody_looks_at_padding() -> None:
     rows = 4
     seen: list[dict[str, Tensor]] = []
 
@@ -120,7 +120,7 @@ def test_parameters_are_copied_when_they_are_others_and_padding_is_greedy() -> N
     draws = Draws(shares, numbers, True)
     choice.fill(draws)
     choice.choose(logits, inputs)
-    assert seen[0]["temperature"].tolist() == [0.5, 1.0, 0.0]
+    assert seen[0]["temperature"].tolist() == [0.5, 1.0, -1.0]
     assert seen[0]["top_p"][:2].tolist() == pytest.approx([0.9, 1.0])
     assert seen[0]["min_p"][:2].tolist() == pytest.approx([0.0, 0.1])
     assert seen[0]["top_k"][:2].tolist() == [0, 7] and seen[0]["keys"][:2].tolist() == [11, 12]
@@ -131,6 +131,23 @@ def test_parameters_are_copied_when_they_are_others_and_padding_is_greedy() -> N
     choice.fill(replace(draws, numbers=numbers + 100))
     choice.choose(-logits, inputs)
     assert tokens.tolist() == kept and choice.chosen(2)[0].tolist() != kept
+
+
+def test_nobody_looks_at_rows_of_a_step_that_is_chosen_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In trial runs, where kernels are measured, somebody does."""
+    temperatures: list[list[float]] = []
+    honest = GraphedChoice.fill
+
+    def fill(self: GraphedChoice, draws: Draws | None) -> None:
+        temperatures.append(self._shares[0].tolist())
+        honest(self, draws)
+        temperatures.append(self._shares[0].tolist())
+
+    monkeypatch.setattr(GraphedChoice, "fill", fill)
+    built = program(tiny.llama(), cudagraph_capture_sizes=[2])
+    served(built, [{"presence_penalty": 0.5}, {"temperature": 0.5}])
+    assert temperatures[0] == [0.0, 0.0] and temperatures[1] == [-1.0, -1.0]
+    assert temperatures[-1] == [0.5, -1.0], "when the first sequence has ended"
 
 
 def test_why_graphs_do_not_choose() -> None:

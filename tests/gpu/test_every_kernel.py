@@ -113,18 +113,28 @@ def test_equals_the_reference_in_the_fastest_configuration(op: Op, dtype: torch.
             torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
 
 
+def keeps_the_law(op: Op, sample: dict[str, Any], dtype: torch.dtype, seed: int) -> None:
+    """Raises AssertionError where the op's cached twin does not give what the op gives."""
+    cached, tolerance = op.cached, op.tolerance[dtype]
+    assert cached is not None
+    twin = dataclasses.replace(cached, overload=lambda **arguments: run_there(cached, arguments)[0])
+    arguments = converted(sample, dtype)
+    result = Replay(dataclasses.replace(op, cached=twin), arguments, seed).run()
+    expected = op.reference(**converted(arguments, torch.float32))
+    torch.testing.assert_close(result.float(), expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @named(CACHED)
 def test_keeps_the_law_of_cached_ops(op: Op, dtype: torch.dtype, seed: int) -> None:
     torch.manual_seed(seed)
-    cached, tolerance = op.cached, op.tolerance[dtype]
-    assert cached is not None
-    twin = dataclasses.replace(cached, overload=lambda **arguments: run_there(cached, arguments)[0])
+    over_samples(op, lambda sample: keeps_the_law(op, sample, dtype, seed))
 
-    def run(sample: dict[str, Any]) -> None:
-        arguments = converted(sample, dtype)
-        result = Replay(dataclasses.replace(op, cached=twin), arguments, seed).run()
-        expected = op.reference(**converted(arguments, torch.float32))
-        torch.testing.assert_close(result.float(), expected, rtol=tolerance, atol=tolerance)
 
-    over_samples(op, run)
+@pytest.mark.usefixtures("tuning")
+@pytest.mark.parametrize("name", ["causal_conv", "delta_rule", "ssd"])
+def test_measuring_moves_no_state_on(name: str) -> None:
+    torch.manual_seed(0)
+    samples = OPS[name].samples
+    assert samples is not None
+    keeps_the_law(OPS[name], samples()[0], torch.bfloat16, seed=0)

@@ -1,7 +1,7 @@
 """Tokens chosen inside a graph: parameters of rows lie at fixed addresses, and so do the tokens that come out.
 
-The choice stands behind the logits in each graph of whole steps, and is made in every one of them; where a row has
-penalties or constraints, nobody looks at it.
+The choice stands behind the logits in each graph of whole steps, and is part of every one of them. Where a row of a
+step has penalties or constraints nobody looks at it, and the kernel is told to leave the logits unread.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,6 +12,8 @@ from torch import Tensor
 from autodeploy.compile.program import ChooseTokens, Chosen, Draws
 
 _POSITIONS, _ROWS = "position_ids", "logits_indices"
+_NOT_LOOKED_AT = -1.0
+"""Of a temperature."""
 
 
 def why_not_chosen(choose: ChooseTokens | None, batch_inputs: Iterable[str]) -> str | None:
@@ -36,7 +38,8 @@ class GraphedChoice:
         self._numbers = torch.zeros(2, max_rows, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._best = torch.zeros(max_rows, device=device)
-        self._draws: Draws | None = None
+        # All rows are looked at before the first step: what is measured in trial runs is the whole work.
+        self._draws: Draws | None = Draws(self._shares, self._numbers, has_filters=False)
 
     def choose(self, logits: Tensor, inputs: Mapping[str, Tensor]) -> None:
         """What a graph does behind its logits `[R, V]`; its inputs have as many sequences."""
@@ -48,14 +51,15 @@ class GraphedChoice:
         self._tokens[:count].copy_(tokens)
         self._best[:count].copy_(best)
 
-    def fill(self, draws: Draws) -> None:
-        """Draw so in the steps that follow. Rows behind those of `draws` take their most likely token."""
+    def fill(self, draws: Draws | None) -> None:
+        """Draw so in the steps that follow. Rows behind those of `draws`, all where it is None, are not looked at."""
         if draws is self._draws:
             return
-        count = draws.shares.shape[1]
-        self._shares[:, :count].copy_(draws.shares)
-        self._shares[0, count:].zero_()
-        self._numbers[:, :count].copy_(draws.numbers)
+        count = 0 if draws is None else draws.shares.shape[1]
+        if draws is not None:
+            self._shares[:, :count].copy_(draws.shares)
+            self._numbers[:, :count].copy_(draws.numbers)
+        self._shares[0, count:].fill_(_NOT_LOOKED_AT)
         self._draws = draws
 
     def chosen(self, count: int) -> Chosen:

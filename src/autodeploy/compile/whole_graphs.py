@@ -95,6 +95,8 @@ class WholeGraphs:
 
     def run(self, num_sequences: int, batch: Mapping[str, Tensor]) -> Tensor:
         """A step by the graph for this many sequences, no fewer than the batch has and than it wants rows of logits."""
+        if self._choice is not None:
+            self._choice.fill(None)
         return self._run(num_sequences, batch).clone()
 
     def run_and_choose(self, num_sequences: int, batch: Mapping[str, Tensor], draws: Draws) -> tuple[Tensor, Chosen]:

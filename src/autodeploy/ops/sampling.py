@@ -33,7 +33,8 @@ def choose_tokens(
 
     Args:
         logits: `[R, V]`, any float dtype.
-        temperature: float `[R]`, 0 where the most likely token is wanted; None wants it everywhere.
+        temperature: float `[R]`, 0 where the most likely token is wanted; None wants it everywhere. Where it is
+            negative nobody looks at what comes out, and it may be anything.
         top_k, top_p, min_p: int, float and float `[R]`; 0, 1 and 0 filter nothing. All or none of them are None.
         keys, positions: int64 `[R]`; what a row draws with is number `positions` of the generator `keys`, whose bits
             are those of an unsigned number. Given with a temperature.

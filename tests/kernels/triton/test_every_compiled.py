@@ -21,7 +21,7 @@ NAMES = [name for name, op in OPS.items() for kernel in op.kernels if kernel in 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
 """Of a thread block, by compute capability (CUDA programming guide, technical specifications)."""
 NEWEST = max(SHARED_BYTES)
-SPILLED_BYTES = {"_ssd_chunks": 128, "_go_through_chunks": 512, "_solve_chunks": 64, "_choose": 64}
+SPILLED_BYTES = {"_ssd_chunks": 128, "_go_through_chunks": 512, "_solve_chunks": 96, "_choose": 64}
 SPILLED_BYTES |= {"_attend": 8, "_attend_latents": 48}
 """What chunks of recurrences, choices of tokens, and attention to keys in 8 bits keep in local memory: mostly what
 stays as it is in a loop.

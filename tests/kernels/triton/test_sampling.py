@@ -142,3 +142,31 @@ def test_one_temperature_of_zero_among_others_takes_the_first_of_the_best() -> N
     logits[:, [20, 300]] = 5.0
     tokens, best = chosen(logits, columns([SamplingParams(temperature=t) for t in (0.0, 1.0, 0.0)], 7))
     assert tokens[0] == tokens[2] == 20 and best.tolist() == [5.0] * 3
+
+
+def test_rows_that_nobody_looks_at_are_not_read_and_disturb_no_other() -> None:
+    torch.manual_seed(8)
+    params = [SamplingParams(top_p=0.8), SamplingParams(), SamplingParams(top_k=3)]
+    logits, given = torch.randn(3, 900), columns(params, 8)
+    expected = drawn_on_the_cpu(logits, params, given)
+    given["temperature"][1] = -1.0
+    for arguments in (given, given | dict.fromkeys(("top_k", "top_p", "min_p"))):
+        tokens, best = chosen(logits, arguments)
+        assert best[1] == -torch.inf and best[0] == logits[0].max() and best[2] == logits[2].max()
+        assert 0 <= tokens[1] < 900
+        if arguments is given:
+            assert [tokens[0], tokens[2]] == [expected[0], expected[2]]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_parts_are_read_in_steps_of_any_size(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from autodeploy.kernels.triton import sampling
+
+    monkeypatch.setattr(sampling, "num_processors", lambda _: 4)
+    one = sampling._find_best_parts.configurations[place]
+    monkeypatch.setattr(sampling._find_best_parts, "configurations", [one])
+    torch.manual_seed(9)
+    logits = torch.randn(2, 11000)  # in four parts, which no step divides
+    logits[0, [2999, 8500]] = 9.0
+    tokens, best = chosen(logits, {})
+    assert torch.equal(tokens, logits.argmax(-1)) and tokens[0] == 2999 and torch.equal(best, logits.max(-1).values)

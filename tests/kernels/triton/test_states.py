@@ -1,5 +1,6 @@
 """Recurrent mixers over slot states in Triton: whole chunks and parts of one, sequences without tokens, padding."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ IS_INTERPRETED = not provider.unavailable(CUDA) and not torch.cuda.is_available(
 pytestmark = pytest.mark.skipif(not IS_INTERPRETED, reason="runs in Triton's interpreter, on CPU tensors")
 
 PRIORITY = provider.priority(CUDA)
+FEW_CHUNKS = [70, 0, 5]
 SLOTS = "state_slots"
 MIXERS = [
     op
@@ -90,3 +92,38 @@ def test_padding_changes_nothing(op: Op) -> None:
     torch.testing.assert_close(result[:, :2], expected[:, :2], rtol=1e-4, atol=1e-4)
     for name in op.cached.mutates:
         torch.testing.assert_close(given[name][1:], clones[name][1:], rtol=1e-4, atol=1e-4)
+
+
+def tuned(op: Op) -> list[Any]:
+    """What has a choice among what chunks launch."""
+    from autodeploy.kernels.triton.launch import written_down
+
+    assert op.cached is not None
+    with written_down() as launches:
+        op.cached.kernels["triton"].function(**case(op, FEW_CHUNKS))
+    return [found.kernel for found in launches if len(found.kernel.configurations) > 1]
+
+
+TUNED = [op for op in MIXERS if IS_INTERPRETED and tuned(op)]
+OTHERS = [(op, place) for op in TUNED for place in range(1, max(len(each.configurations) for each in tuned(op)))]
+
+
+@pytest.mark.parametrize(("op", "place"), OTHERS, ids=lambda value: getattr(value, "name", value))
+def test_other_configurations(op: Op, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for launcher in tuned(op):
+        own = launcher.configurations
+        monkeypatch.setattr(launcher, "configurations", own[place % len(own) :])
+    check(op, case(op, FEW_CHUNKS))
+
+
+@pytest.mark.parametrize("op", TUNED, ids=lambda op: op.name)
+def test_measuring_moves_no_state_on(op: Op, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from tests.kernels.triton.measured import tuned_on_the_cpu
+
+    bench = tuned_on_the_cpu(monkeypatch, tmp_path)
+    check(op, case(op, [17, 0, 5]))
+    assert bench.num_measured > 1
+
+
+def test_chunks_of_recurrences_are_measured() -> None:
+    assert {"causal_conv", "ssd", "delta_rule"} <= {op.name for op in TUNED}

@@ -4,16 +4,17 @@ Windows are moved on when nobody reads them any more: by the same program where 
 tokens, as in a decode step, by a launch of its own after the tiles of a prompt. The maths is a sum over taps.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from autodeploy.kernels.triton.launch import Launcher
+from autodeploy.kernels.triton.launch import Launcher, row_key
 from autodeploy.kernels.triton.paged import find_tile, most_tiles
 from autodeploy.kernels.triton.sequences import by_token, goes_one_by_one, why_not
 from autodeploy.ops.causal_conv import cached_causal_conv
 
-_BLOCK_TOKENS = 16
 _BLOCK_CHANNELS = 128
 
 
@@ -42,9 +43,9 @@ def _convolve(
     tl.store(out + token[:, None] * CHANNELS + channel[None, :], sum.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences", "ROWS_KEY"])
 def _convolve_tiles(
-    x, weight, bias, window, out, cu_seqlens, state_slots, num_sequences, x_stride, SILU: tl.constexpr,
+    x, weight, bias, window, out, cu_seqlens, state_slots, num_sequences, x_stride, ROWS_KEY, SILU: tl.constexpr,
     CHANNELS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     sequence, first, end = find_tile(cu_seqlens, num_sequences, tl.program_id(0), BLOCK_T)
@@ -85,7 +86,17 @@ def _convolve_sequences(
     tl.store(window + kept[:, None] * CHANNELS + channel[None, :], tl.where(is_new, newest, older), mask=mask)
 
 
-_tiles, _sequences = Launcher(_convolve_tiles), Launcher(_convolve_sequences)
+def _tile(tokens: int, channels: int, num_warps: int) -> Any:
+    """A configuration: what a program takes of a row."""
+    return triton.Config({"BLOCK_T": tokens, "BLOCK_C": channels}, num_warps=num_warps)
+
+
+_tiles = Launcher(
+    _convolve_tiles,
+    [_tile(16, 128, num_warps=4), _tile(32, 64, num_warps=4), _tile(64, 128, num_warps=8)],
+    key=("CHANNELS", "TAPS", "ROWS_KEY"),
+)
+_sequences = Launcher(_convolve_sequences)
 
 
 def _supports(
@@ -116,14 +127,21 @@ def cached_causal_conv_triton(
     x, out, weight = by_token(x), x.new_empty(x.shape), weight.contiguous()
     _, num_tokens, channels = x.shape
     num_sequences, taps = state_slots.numel(), weight.shape[1]
-    blocks = triton.cdiv(channels, _BLOCK_CHANNELS)
-    sizes = {"SILU": activation == "silu", "CHANNELS": channels, "TAPS": taps, "BLOCK_C": _BLOCK_CHANNELS}
+    sizes = {"SILU": activation == "silu", "CHANNELS": channels, "TAPS": taps}
     given = (x, weight, bias, window, out, cu_seqlens, state_slots)
     is_step = goes_one_by_one(num_tokens, state_slots)
     if not is_step:
-        grid = (most_tiles(num_tokens, num_sequences, _BLOCK_TOKENS), blocks)
-        _tiles(grid, *given, num_sequences, x.stride(1), **sizes, BLOCK_T=_BLOCK_TOKENS)
+        _tiles(
+            lambda values: (
+                most_tiles(num_tokens, num_sequences, values["BLOCK_T"]),
+                triton.cdiv(channels, values["BLOCK_C"]),
+            ),
+            *(*given, num_sequences, x.stride(1)),
+            **sizes,
+            ROWS_KEY=row_key(num_tokens),
+        )
     if is_step or taps > 1:
-        width = triton.next_power_of_2(max(taps - 1, 1))
-        _sequences((num_sequences, blocks), *given, x.stride(1), **sizes, BLOCK_W=width, WITH_RESULTS=is_step)
+        sizes |= {"BLOCK_C": _BLOCK_CHANNELS, "BLOCK_W": triton.next_power_of_2(max(taps - 1, 1))}
+        grid = (num_sequences, triton.cdiv(channels, _BLOCK_CHANNELS))
+        _sequences(grid, *given, x.stride(1), **sizes, WITH_RESULTS=is_step)
     return out

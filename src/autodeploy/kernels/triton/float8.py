@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from autodeploy.kernels.triton.arithmetic import INTERPRETED, dot
-from autodeploy.kernels.triton.launch import Launcher
+from autodeploy.kernels.triton.launch import Launcher, row_key
 from autodeploy.ops.fp8_linear import BLOCK_SIZE, FLOAT8
 
 LEAST_CAPABILITY = (8, 9)
@@ -62,8 +62,8 @@ def _scales(largest, total):
     return tl.div_rn(tl.maximum(largest, 1e-30), largest * 0.0 + 448.0) + total
 
 
-@triton.jit
-def _round_rows(x, out, scales, num_columns, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["ROWS_KEY"])
+def _round_rows(x, out, scales, num_columns, ROWS_KEY, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((BLOCK,), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -119,7 +119,12 @@ def add_block(
     return sums
 
 
-_by_row, _by_block = Launcher(_round_rows), Launcher(_round_blocks)
+_by_row = Launcher(
+    _round_rows,
+    [triton.Config({}, num_warps=4), triton.Config({}, num_warps=16)],
+    key=("num_columns", "ROWS_KEY"),
+)
+_by_block = Launcher(_round_blocks)
 
 
 def round_to_float8(x: Tensor, block_size: int | None) -> tuple[Tensor, Tensor]:
@@ -129,7 +134,7 @@ def round_to_float8(x: Tensor, block_size: int | None) -> tuple[Tensor, Tensor]:
     if block_size is None:
         scales = x.new_empty(num_rows, 1, dtype=torch.float32)
         block = min(_COLUMNS_AT_ONCE, triton.next_power_of_2(num_columns))
-        _by_row((num_rows,), x, out, scales, num_columns, BLOCK=block)
+        _by_row((num_rows,), x, out, scales, num_columns, ROWS_KEY=row_key(num_rows), BLOCK=block)
         return out, scales
     num_blocks = triton.cdiv(num_columns, BLOCK_SIZE)
     scales = x.new_empty(num_rows, num_blocks, dtype=torch.float32)

@@ -106,19 +106,22 @@ class Launcher:
     """A jitted function and the configurations that it may run in.
 
     With more than one configuration a launch may be made several times over for measuring, so the function must give
-    the same when it is repeated on the same arguments: nothing that it reads may it write.
+    the same when it is repeated on the same arguments: nothing that it reads may it write, but what is `restored`.
 
     Attributes:
         function: what `triton.jit` made.
         configurations: values of its constexpr parameters, with warps and stages; the first is the default.
         key: names of parameters whose values, beside dtypes, a choice is made for. What varies from step to step must
             come in few values, such as powers of two.
+        restored: names of parameters `[rows, ...]` that the function reads and writes, each with the name of the one
+            that holds the numbers of those rows. They are as they were when measuring ends.
     """
 
     function: Any
     configurations: Sequence[Any] = (triton.Config({}),)
     key: tuple[str, ...] = ()
-    _chosen: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    restored: Mapping[str, str] = field(default_factory=dict)
+    _chosen: dict[tuple[Any, ...], Any] = field(init=False, default_factory=dict)
 
     def __call__(self, grid: Grid, *arguments: Any, **values: Any) -> None:
         """Run on the current stream of the device of the first tensor."""
@@ -146,17 +149,30 @@ class Launcher:
     ) -> Any:
         if len(self.configurations) == 1:
             return self.configurations[0]
-        named = dict(zip(self.function.arg_names, arguments, strict=False)) | dict(values)
-        dtypes = tuple(str(value.dtype) for value in named.values() if isinstance(value, Tensor))
-        key = (device.index, dtypes, *(named[name] for name in self.key))
+        dtypes = tuple([value.dtype for value in (*arguments, *values.values()) if isinstance(value, Tensor)])
+        key = (device.index, dtypes, *[self._value(name, arguments, values) for name in self.key])
         if key not in self._chosen:
             if torch.cuda.is_current_stream_capturing():
                 return self.configurations[0]
-            run = functools.partial(self._run, grid=grid, arguments=arguments, values=values)
-            self._chosen[key] = self.configurations[self._tuned(device, key[1:], run)]
+            self._chosen[key] = self.configurations[self._tuned(device, key[1:], grid, arguments, values)]
         return self._chosen[key]
 
-    def _tuned(self, device: torch.device, key: tuple[Any, ...], run: Callable[[Any], None]) -> int:
+    def _value(self, name: str, arguments: tuple[Any, ...], values: Mapping[str, Any]) -> Any:
+        """What a launch gives the parameter of a name."""
+        return values[name] if name in values else arguments[self._places[name]]
+
+    @functools.cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.function.arg_names)}
+
+    def _tuned(
+        self,
+        device: torch.device,
+        key: tuple[Any, ...],
+        grid: Grid,
+        arguments: tuple[Any, ...],
+        values: Mapping[str, Any],
+    ) -> int:
         """Position of the best configuration, from the cache directory or by measuring."""
         path = entry(
             "triton",
@@ -170,7 +186,9 @@ class Launcher:
         )
 
         def measure(folder: Any) -> None:
-            times = [_milliseconds(functools.partial(run, configuration)) for configuration in self.configurations]
+            run = functools.partial(self._run, grid=grid, arguments=arguments, values=values)
+            with self._restoring(arguments, values):
+                times = [_milliseconds(functools.partial(run, configuration)) for configuration in self.configurations]
             if min(times) == float("inf"):
                 raise RuntimeError(f"no configuration of {self.function.__name__} fits this device")
             best = times.index(min(times))
@@ -180,6 +198,19 @@ class Launcher:
             )
 
         return int(json.loads((fill(path, measure) / "tuning.json").read_text())["best"])
+
+    @contextlib.contextmanager
+    def _restoring(self, arguments: tuple[Any, ...], values: Mapping[str, Any]) -> Iterator[None]:
+        """When this ends, what is `restored` has the values that it has now."""
+        kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        for name, numbers in self.restored.items():
+            tensor, rows = self._value(name, arguments, values), self._value(numbers, arguments, values).long()
+            kept.append((tensor, rows, tensor[rows]))
+        try:
+            yield
+        finally:
+            for tensor, rows, before in kept:
+                tensor[rows] = before
 
 
 def _milliseconds(run: Callable[[], None]) -> float:

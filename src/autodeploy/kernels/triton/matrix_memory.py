@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from autodeploy.kernels.triton.arithmetic import dot
-from autodeploy.kernels.triton.launch import Launcher
+from autodeploy.kernels.triton.launch import Launcher, row_key
 from autodeploy.kernels.triton.paged import find_tile, most_tiles
 from autodeploy.kernels.triton.sequences import (
     by_token,
@@ -124,10 +124,10 @@ def _decays(decay, first, row, head, is_token, decay_stride):
         return tl.load(place, mask=is_token, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences", "ROWS_KEY"])
 def _solve_chunks(
-    key, beta, decay, inverses, cu_seqlens, num_sequences, key_stride, beta_stride, decay_stride, EPS: tl.constexpr,
-    KEY_HEADS: tl.constexpr, HEADS: tl.constexpr, KEY_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
+    key, beta, decay, inverses, cu_seqlens, num_sequences, key_stride, beta_stride, decay_stride, ROWS_KEY,
+    EPS: tl.constexpr, KEY_HEADS: tl.constexpr, HEADS: tl.constexpr, KEY_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
     LEVELS: tl.constexpr,
 ):  # fmt: skip
     """How the tokens of a chunk correct each other: the inverse of 1 + beta_i (k_i · k_j) faded from j to i, j < i."""
@@ -152,12 +152,12 @@ def _solve_chunks(
     tl.store(inverses + place, inverse.to(inverses.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS_KEY"])
 def _go_through_chunks(
     query, key, value, beta, decay, inverses, state, out, cu_seqlens, state_slots, query_stride, key_stride,
-    value_stride, beta_stride, decay_stride, SCALE: tl.constexpr, EPS: tl.constexpr, KEY_HEADS: tl.constexpr,
-    HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,
-    LEVELS: tl.constexpr,
+    value_stride, beta_stride, decay_stride, ROWS_KEY, SCALE: tl.constexpr, EPS: tl.constexpr,
+    KEY_HEADS: tl.constexpr, HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr, LEVELS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     CHUNK: tl.constexpr = 1 << LEVELS
     sequence, head = tl.program_id(0), tl.program_id(1)
@@ -209,9 +209,23 @@ def _go_through_chunks(
     tl.store(places, memory.to(state.dtype.element_ty), mask=memory_mask)
 
 
+def _columns(block: int, num_warps: int) -> Any:
+    """A configuration: the columns of a program."""
+    return triton.Config({"BLOCK_V": block}, num_warps=num_warps, num_stages=2)
+
+
 _tokens = Launcher(_go_through_tokens)
-_chunks = Launcher(_go_through_chunks, [triton.Config({}, num_warps=8, num_stages=2)])
-_systems = Launcher(_solve_chunks, [triton.Config({}, num_warps=8)])
+_chunks = Launcher(
+    _go_through_chunks,
+    [_columns(32, num_warps=8), _columns(16, num_warps=4)],
+    key=("KEY_HEADS", "HEADS", "KEY_DIM", "VALUE_DIM", "ROWS_KEY"),
+    restored={"state": "state_slots"},
+)
+_systems = Launcher(
+    _solve_chunks,
+    [triton.Config({}, num_warps=8), triton.Config({}, num_warps=4)],
+    key=("KEY_HEADS", "HEADS", "KEY_DIM", "ROWS_KEY"),
+)
 
 
 def _run(
@@ -240,16 +254,16 @@ def _run(
     decays = 0 if decay is None else key_dim if decay.dim() == 4 and decay.shape[3] > 1 else 1
     sizes: dict[str, Any] = {"EPS": norm_eps, "KEY_HEADS": key_heads, "HEADS": heads, "KEY_DIM": key_dim}
     sizes["BLOCK_H"] = max(16, triton.next_power_of_2(key_dim))
-    block_v = min(32, max(16, triton.next_power_of_2(value_dim)))
-    columns = {"SCALE": scale, "VALUE_DIM": value_dim, "BLOCK_V": block_v}
-    grid = (num_sequences, heads, triton.cdiv(value_dim, block_v))
+    columns = {"SCALE": scale, "VALUE_DIM": value_dim}
     memory = (state, out, cu_seqlens, state_slots)
     needs_tokens = decays > 1 or bonus is not None or read is not None or key_dim > _MOST_WIDTH_OF_CHUNKS
     if needs_tokens or goes_one_by_one(num_tokens, state_slots):
         given = (query, key, value, beta, decay, bonus, read, write)
-        _tokens(grid, *given, *memory, *strides, DECAYS=decays, **sizes, **columns)
+        block_v = min(32, max(16, triton.next_power_of_2(value_dim)))
+        grid = (num_sequences, heads, triton.cdiv(value_dim, block_v))
+        _tokens(grid, *given, *memory, *strides, DECAYS=decays, **sizes, **columns, BLOCK_V=block_v)
         return out
-    sizes["LEVELS"] = _LEVELS
+    sizes |= {"LEVELS": _LEVELS, "ROWS_KEY": row_key(num_tokens)}
     inverses = None
     if beta is not None:
         tiles = most_tiles(num_tokens, num_sequences, 1 << _LEVELS)
@@ -257,7 +271,12 @@ def _run(
         _, key_stride, _, beta_stride, decay_stride, *_ = strides
         given_strides = (key_stride, beta_stride, decay_stride)
         _systems((tiles, heads), key, beta, decay, inverses, cu_seqlens, num_sequences, *given_strides, **sizes)
-    _chunks(grid, query, key, value, beta, decay, inverses, *memory, *strides[:5], **sizes, **columns)
+    _chunks(
+        lambda values: (num_sequences, heads, triton.cdiv(value_dim, values["BLOCK_V"])),
+        *(query, key, value, beta, decay, inverses, *memory, *strides[:5]),
+        **sizes,
+        **columns,
+    )
     return out
 
 

@@ -25,7 +25,7 @@ _LEVELS = 8
 _CAPACITY = 16384
 """Candidates of a row that there is room for."""
 _BLOCK = 1024
-"""Tokens that are looked at together where parts of rows are read."""
+"""Tokens that are looked at together where parts of rows are read; a part is a whole number of them."""
 _GAMMA, _FIRST, _SECOND = tl.constexpr(op.GAMMA), tl.constexpr(op.FIRST), tl.constexpr(op.SECOND)
 
 
@@ -38,10 +38,14 @@ def _part(width, part, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _find_best(
-    logits, best_parts, token_parts, width, row_stride, PARTS: tl.constexpr, BLOCK: tl.constexpr
+    logits, best_parts, token_parts, temperatures, width, row_stride, PARTS: tl.constexpr, PART_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    begin, end = _part(width, part, PARTS, BLOCK)
+    begin, end = _part(width, part, PARTS, PART_BLOCK)
+    if temperatures is not None:
+        # A row that nobody looks at has no best logit, so that all that follows leaves it alone too.
+        end = tl.where(tl.load(temperatures + row).to(tl.float32) >= 0, end, begin)
     lane = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     token = begin + lane
@@ -323,7 +327,11 @@ def _choose(
     tl.store(tokens + row, token.to(tl.int64))
 
 
-_find_best_parts = Launcher(_find_best, [triton.Config({}, num_warps=4)])
+_find_best_parts = Launcher(
+    _find_best,
+    [triton.Config({"BLOCK": 1024}, num_warps=4), triton.Config({"BLOCK": 4096}, num_warps=8)],
+    key=("width",),
+)
 _weigh_parts = Launcher(_weigh, [triton.Config({}, num_warps=8)])
 _list_candidates = Launcher(_gather_candidates, [triton.Config({}, num_warps=4)])
 _choose_one = Launcher(_choose, [triton.Config({"BLOCK": 512}, num_warps=4)])
@@ -361,7 +369,7 @@ def choose_tokens_triton(
     tokens, best = logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.float32)
     sizes = {"width": width, "row_stride": logits.stride(0), "PARTS": parts}
     grid, blocks = (rows, parts), {"BLOCK": _BLOCK}
-    _find_best_parts(grid, logits, best_parts, token_parts, **sizes, **blocks)
+    _find_best_parts(grid, logits, best_parts, token_parts, temperature, **sizes, PART_BLOCK=_BLOCK)
     of_parts = (logits, best_parts, token_parts)
     filters = (top_k, top_p, min_p)
     levels = {"LEVELS": 1 if top_k is None else _LEVELS}

@@ -4,12 +4,14 @@ A program has a block of channels of one head of one sequence, and goes through 
 registers. Sources: Mamba (arXiv 2312.00752), and for chunks Mamba-2 (arXiv 2405.21060, section 6).
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from autodeploy.kernels.triton.arithmetic import dot
-from autodeploy.kernels.triton.launch import Launcher
+from autodeploy.kernels.triton.launch import Launcher, row_key
 from autodeploy.kernels.triton.sequences import (
     by_token,
     contiguous,
@@ -73,11 +75,12 @@ def _ssd_tokens(
     tl.store(state + place, memory.to(state.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS_KEY"])
 def _ssd_chunks(
     x, dt, A, B, C, D, dt_bias, state, out, cu_seqlens, state_slots, x_stride, dt_stride, B_stride, C_stride,
-    SOFTPLUS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
-    DIM: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS_KEY, SOFTPLUS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, HEADS: tl.constexpr,
+    GROUPS: tl.constexpr, DIM: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     sequence, head = tl.program_id(0), tl.program_id(1)
     begin = tl.load(cu_seqlens + sequence).to(tl.int64)
@@ -162,8 +165,18 @@ def _scan_tokens(
     tl.store(state + place, memory.to(state.dtype.element_ty), mask=mask)
 
 
+def _channels(block: int, num_warps: int) -> Any:
+    """A configuration: the channels of a program."""
+    return triton.Config({"BLOCK_P": block}, num_warps=num_warps, num_stages=2)
+
+
 _tokens, _scan = Launcher(_ssd_tokens), Launcher(_scan_tokens)
-_chunks = Launcher(_ssd_chunks, [triton.Config({}, num_warps=8, num_stages=2)])
+_chunks = Launcher(
+    _ssd_chunks,
+    [_channels(32, num_warps=8), _channels(16, num_warps=4)],
+    key=("HEADS", "GROUPS", "DIM", "ENTRIES", "ROWS_KEY"),
+    restored={"state": "state_slots"},
+)
 
 
 def _ssd_supports(
@@ -211,13 +224,19 @@ def cached_ssd_triton(
     strides = (x.stride(1), dt.stride(1), B.stride(1), C.stride(1))
     sizes = {"SOFTPLUS": dt_softplus, "LEAST": dt_min, "MOST": dt_max}
     sizes |= {"HEADS": heads, "GROUPS": groups, "DIM": dim, "ENTRIES": entries}
-    block_p, block_n = min(32, max(16, triton.next_power_of_2(dim))), max(16, triton.next_power_of_2(entries))
-    grid = (state_slots.numel(), heads, triton.cdiv(dim, block_p))
-    sizes |= {"BLOCK_P": block_p, "BLOCK_N": block_n}
+    num_sequences, block_n = state_slots.numel(), max(16, triton.next_power_of_2(entries))
     if goes_one_by_one(num_tokens, state_slots):
-        _tokens(grid, *given, *strides, **sizes)
+        block_p = min(32, max(16, triton.next_power_of_2(dim)))
+        grid = (num_sequences, heads, triton.cdiv(dim, block_p))
+        _tokens(grid, *given, *strides, **sizes, BLOCK_P=block_p, BLOCK_N=block_n)
     else:
-        _chunks(grid, *given, *strides, **sizes, CHUNK=_CHUNK)
+        _chunks(
+            lambda values: (num_sequences, heads, triton.cdiv(dim, values["BLOCK_P"])),
+            *(*given, *strides, row_key(num_tokens)),
+            **sizes,
+            BLOCK_N=block_n,
+            CHUNK=_CHUNK,
+        )
     return out
 
 
