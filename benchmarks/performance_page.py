@@ -25,7 +25,7 @@ which hold every sample, version and limit; how they are taken is in [benchmarks
 
 Medians of interleaved rounds with their range; `x` is how many times better than the best peer at the same precision
 of weights, `%` the share of the machine's limit measured in the same run: memory read rate for decode, bfloat16 matrix
-rate for prefill. Nothing is set but the precision.
+rate for prefill and for many requests, attention left out. Nothing is set but the precision.
 """
 
 

@@ -33,7 +33,7 @@ FIGURES = {
     "decode": Figure(label="decode, tok/s", limit="memory_gb_per_second"),
     "prefill_1024": Figure(label="prefill 1,024, tok/s", limit="matmul_gflop_per_second"),
     "prefill_2048": Figure(label="prefill 2,048, tok/s", limit="matmul_gflop_per_second"),
-    "requests": Figure(label="{requests} requests, output tok/s"),
+    "requests": Figure(label="{requests} requests, output tok/s", limit="matmul_gflop_per_second"),
     "first_token_seconds": Figure(label="first token after 128, ms", scale=1e3, smaller_is_better=True),
     "start_seconds": Figure(label="second start to first token, s", smaller_is_better=True),
     "one_peak_bytes": Figure(label="peak, one stream, MB", scale=1e-6, smaller_is_better=True),
@@ -81,7 +81,8 @@ def share(record: dict[str, Any], group: dict[str, Any], figure: str) -> float |
     """Our part of what the machine allows; None for a figure that no single limit bounds.
 
     A decode step reads all weights but looked-up tables, and the state of the tokens so far; a prompt costs its matrix
-    products. The limits are the medians of those measured in the same run.
+    products, and so do many requests at once, of prompts and answers of average length. Attention is left out. The
+    limits are the medians of those measured in the same run.
     """
     facts, limit, values = group["facts"].get(OURS), FIGURES[figure].limit, samples(group, figure).get(OURS)
     if not facts or limit is None or not values:
@@ -91,6 +92,9 @@ def share(record: dict[str, Any], group: dict[str, Any], figure: str) -> float |
         context = prompt + answer / 2
         state = facts["state_bytes_per_token"] * context + facts["state_bytes_per_sequence"]
         each = facts["step_weight_bytes"] + state
+    elif figure == "requests":
+        prompt, answer = (sum(record["load"][bounds]) / 2 for bounds in ("prompts", "outputs"))
+        each = facts["flops_per_token"] * (prompt + answer) / answer + facts["flops_per_logits_row"]
     else:
         each = facts["flops_per_token"] + facts["flops_per_logits_row"] / int(figure.rsplit("_", 1)[1])
     return statistics.median(values) * each / 1e9 / statistics.median(found[limit] for found in record["limits"])

@@ -21,7 +21,7 @@ FACTS = {
 }
 RECORD: dict[str, Any] = {
     "model": "small",
-    "load": {"decode": [128, 128], "num_requests": 8},
+    "load": {"decode": [128, 128], "num_requests": 8, "prompts": [32, 512], "outputs": [64, 128]},
     "limits": [
         {"memory_gb_per_second": each, "matmul_gflop_per_second": 40.0, "busy_share": 0.04}
         for each in (20.0, 90.0, 10.0)
@@ -33,6 +33,7 @@ RECORD: dict[str, Any] = {
                     "decode": [90.0, 100.0, 110.0],
                     "prefill_1024": [5000.0],
                     "start_seconds": [2.0, 1.0, 4.0],
+                    "requests": [1500.0],
                 },
                 "one": {"decode": [50.0, 60.0, 55.0], "prefill_1024": [6250.0], "start_seconds": [1.0]},
                 "two": {"decode": [80.0], "one_peak_bytes": [3e8]},
@@ -77,6 +78,8 @@ def test_ratios_and_shares_follow_from_medians(script: Script) -> None:
     step = 100e6 + 10e3 * (128 + 64) + 80e3
     assert summary.share(RECORD, group, "decode") == pytest.approx(100 * step / 20e9)
     assert summary.share(RECORD, group, "prefill_1024") == pytest.approx(5000 * (2e6 + 1e3) / 40e9)
+    of_token = 2e6 * (272 + 96) / 96 + 1.024e6
+    assert summary.share(RECORD, group, "requests") == pytest.approx(1500 * of_token / 40e9)
     assert summary.share(RECORD, group, "start_seconds") is None
     assert summary.share(RECORD, RECORD["precisions"]["int4"], "decode") is None
 
@@ -97,10 +100,10 @@ def test_the_page_and_its_plot(script: Script, tmp_path: Path) -> None:
     assert "| fuse_qkv | 1.25 | 1.00 |" in text
     drawn = ElementTree.parse(page.parent / "images" / "peers-small.svg").getroot()
     texts = [each.text for each in drawn.iter("{http://www.w3.org/2000/svg}text")]
-    assert texts.count("AutoDeploy bf16") == 2
+    assert texts.count("AutoDeploy bf16") == len(script("performance_page").PLOTTED)
     assert texts.count("one int4") == 1
     bars = [each for each in drawn.iter("{http://www.w3.org/2000/svg}rect")][1:]
-    assert len(bars) == 4 + 2
+    assert len(bars) == 4 + 2 + 1
     widths = [float(each.attrib["width"]) for each in bars[:4]]
     assert widths == pytest.approx([100 / 110 * 210, 55 / 110 * 210, 80 / 110 * 210, 70 / 110 * 210], abs=0.1)
 
