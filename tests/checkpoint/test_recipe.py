@@ -11,6 +11,7 @@ from autodeploy.checkpoint.quantize import Float4Format, Float8Format, NumberFor
 from autodeploy.checkpoint.recipe import (
     Cast,
     Concat,
+    Pointwise,
     Quantize,
     Recipe,
     Reshape,
@@ -34,7 +35,11 @@ def stored(name: str, shape: tuple[int, ...]) -> Tensor:
 def recipes(draw: st.DrawFn, shape: tuple[int, ...] | None = None, depth: int = 3) -> Recipe:
     """A random recipe of two dimensions, of a given shape if one is given."""
     rows, columns = shape or draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
-    kind = draw(st.sampled_from(["source", "slice", "concat", "cast", "transpose", "reshape"])) if depth else "source"
+    kind = (
+        draw(st.sampled_from(["source", "slice", "concat", "cast", "transpose", "reshape", "pointwise"]))
+        if depth
+        else "source"
+    )
     if kind == "slice":
         before, after = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
         return Slice(draw(recipes((rows, columns + before + after), depth - 1)), 1, before, columns)
@@ -46,6 +51,12 @@ def recipes(draw: st.DrawFn, shape: tuple[int, ...] | None = None, depth: int = 
         return Cast(draw(recipes((rows, columns), depth - 1)), draw(st.sampled_from([F32, BF16, torch.float64])))
     if kind == "transpose":
         return Transpose(draw(recipes((columns, rows), depth - 1)), 0, 1)
+    if kind == "pointwise":
+        of = draw(recipes((rows, columns), depth - 1))
+        operator, numbers = draw(
+            st.sampled_from([("neg.default", ()), ("mul.Tensor", (2.5,)), ("clamp.default", (None, 1))])
+        )
+        return Pointwise(of, operator, numbers, of.dtype)
     if kind == "reshape":
         return Reshape(draw(recipes((1, rows * columns), depth - 1)), (rows, columns))
     return Source(
@@ -68,6 +79,12 @@ def expected(recipe: Recipe) -> Tensor:
             return expected(of).swapaxes(dim0, dim1)
         case Reshape(of, shape):
             return expected(of).reshape(shape)
+        case Pointwise(of, "neg.default"):
+            return -expected(of)
+        case Pointwise(of, "mul.Tensor", (factor,)):
+            return expected(of) * factor
+        case Pointwise(of, "clamp.default", (None, most)):
+            return expected(of).clamp(max=most)
 
 
 @given(recipes())
@@ -101,6 +118,9 @@ def test_a_recipe_is_a_value() -> None:
     assert make() == make() and hash(make()) == hash(make())
     assert str(Transpose(Cast(make(), BF16), 0, 1)) == (
         "transpose(cast(concat(q, slice(kv, dim=0, 2:5), dim=0), bfloat16), 0, 1)"
+    )
+    assert (
+        str(Pointwise(Pointwise(make(), "exp.default", (), F32), "mul.Tensor", (2,), F32)) == f"mul(exp({make()}), 2)"
     )
 
 
@@ -218,6 +238,7 @@ def test_a_source_of_another_shape_is_named_with_both_shapes() -> None:
         lambda w: Concat((w, Source("v", (4, 4), F32)), 0),
         lambda w: Concat((w, Source("v", (4,), F32)), 0),
         lambda w: Concat((w, Cast(w, BF16)), 0),
+        lambda w: Pointwise(w, "sum.default", (), F32),
         lambda w: Quantize(w, INT4, "numbers"),
         lambda w: Quantize(w, NumberFormat(8, None), "offsets"),
         lambda w: Quantize(Reshape(w, (12,)), NumberFormat(8, None), "numbers"),

@@ -12,6 +12,7 @@ from typing import assert_never
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from autodeploy.checkpoint.quantize import Part, WeightFormat
 from autodeploy.errors import CheckpointError, TransformError
@@ -203,7 +204,46 @@ class Quantize:
         return f"{self.part}({self.of}, {self.number_format})"
 
 
-Recipe = Source | Slice | Concat | Cast | Transpose | Reshape | Quantize
+@dataclass(frozen=True)
+class Pointwise:
+    """What an operator of ATen makes of `of`, each element by itself, given numbers besides.
+
+    Attributes:
+        operator: its name and overload, e.g. `exp.default`.
+        numbers: its arguments behind the tensor.
+        dtype: what it gives for a tensor of `of`'s dtype.
+    """
+
+    of: "Recipe"
+    operator: str
+    numbers: tuple[int | float | bool | None, ...]
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if torch.Tag.pointwise not in self.function.tags:
+            raise TransformError(
+                f"{self.operator} of {self.of}; it must take each element by itself, so that the shape stays"
+            )
+
+    @property
+    def function(self) -> OpOverload:
+        """The operator itself. Raises AttributeError where torch has none of that name."""
+        name, overload = self.operator.split(".")
+        found: OpOverload = getattr(getattr(torch.ops.aten, name), overload)
+        return found
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.of.shape
+
+    def sources(self) -> tuple[str, ...]:
+        return self.of.sources()
+
+    def __str__(self) -> str:
+        return f"{self.operator.split('.')[0]}({', '.join(map(str, (self.of, *self.numbers)))})"
+
+
+Recipe = Source | Slice | Concat | Cast | Transpose | Reshape | Pointwise | Quantize
 
 
 def renamed(recipe: Recipe, name_of: Callable[[str], str]) -> Recipe:
@@ -252,6 +292,8 @@ def evaluate(recipe: Recipe, read: ReadTensor, out: Tensor | None = None) -> Ten
             return evaluate(Concat(tuple(Cast(part, recipe.dtype) for part in parts), dim), read, out)
         case Cast():
             return _written(evaluate(recipe.of, read).to(recipe.dtype), out)
+        case Pointwise():
+            return _written(recipe.function(evaluate(recipe.of, read), *recipe.numbers), out)
         case Concat():
             return _concatenate(recipe, read, out)
         case Quantize():

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from autodeploy.checkpoint.quantize import Float4Format, Float8Format, NumberFormat
-from autodeploy.checkpoint.recipe import Cast, Concat, Quantize, Recipe, Reshape, Slice, Source, Transpose
+from autodeploy.checkpoint.recipe import Cast, Concat, Pointwise, Quantize, Recipe, Reshape, Slice, Source, Transpose
 from autodeploy.graph.levels import Level
 from autodeploy.graph.model_graph import BRANCH, ModelGraph
 from autodeploy.ops.state import PagedState, SlotState
@@ -26,7 +26,7 @@ GRAPH_FILE, CONSTANTS_FILE = "graph.json", "constants.safetensors"
 _RECORDS: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
-        *(Source, Slice, Concat, Cast, Transpose, Reshape, Quantize),
+        *(Source, Slice, Concat, Cast, Transpose, Reshape, Pointwise, Quantize),
         *(NumberFormat, Float8Format, Float4Format),
         *(PagedState, SlotState),
     )
