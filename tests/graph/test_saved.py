@@ -17,14 +17,17 @@ from tests.graphs import Sketch, captured
 
 
 def _lowered(name: str, quantization: str | None) -> ModelGraph:
-    graph = capture(tiny.TINY[name]())
+    graph = capture((tiny.TINY | tiny.HYBRID)[name]())
     transform(graph, CompileOptions(quantization=quantization), torch.device("cpu"))
     return graph
 
 
 @pytest.mark.parametrize(
     ("name", "quantization"),
-    [("llama", None), ("gemma3_text", None), ("gpt2", None), ("cohere2", "int8"), ("llama", "fp8"), ("llama", "nvfp4")],
+    [
+        *(("llama", None), ("gemma3_text", None), ("gpt2", None), ("bamba", None)),
+        *(("cohere2", "int8"), ("llama", "fp8"), ("llama", "nvfp4")),
+    ],
 )
 def test_comes_back_as_it_was(name: str, quantization: str | None, tmp_path: Path) -> None:
     graph = _lowered(name, quantization)

@@ -9,7 +9,8 @@ from autodeploy.config import CompileOptions
 from autodeploy.errors import ConfigError, TransformError
 from autodeploy.graph.levels import Level
 from autodeploy.transforms.pipeline import configure, default_pipeline
-from tests.graphs import attention_model, captured, causal_sdpa
+from tests import tiny
+from tests.graphs import attention_model, captured, causal_sdpa, counts
 
 CPU = torch.device("cpu")
 
@@ -46,6 +47,16 @@ def test_a_transform_is_switched_off_by_name() -> None:
 def test_unknown_names_are_refused(overrides: dict[str, dict[str, bool]], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         configure(default_pipeline(CPU), CompileOptions(transforms=overrides))
+
+
+def test_gates_and_rates_of_a_hybrid_in_bfloat16_are_in_its_ops_and_weights() -> None:
+    graph = captured(tiny.HYBRID["bamba"]().bfloat16())
+    reports = {report.name: report for stage in default_pipeline(CPU).stages for report in stage.run(graph)}
+    num_scans = counts(graph)["cached_ssd"]
+    assert num_scans == counts(graph)["gated_rms_norm"] == reports["fuse_gated_norm_casts"].rewritten > 0
+    assert reports["fold_weights"].rewritten >= 3 * num_scans
+    others = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+    assert not others & {"aten.exp.default", "aten.silu.default", "aten.rsqrt.default"}
 
 
 def test_strict_fails_on_leftovers() -> None:

@@ -1,7 +1,8 @@
 """Norms that take a gate are recognised by their numbers, as `probe.py` recognises those that do not.
 
 A leaf module of one one-dimensional weight whose forward takes a second tensor is run on random input beside every
-variant of `gated_rms_norm` that its attributes allow: in float32 within rounding, in bfloat16 bit for bit.
+variant of `gated_rms_norm` that its attributes allow: in float32 within rounding, in bfloat16 bit for bit. What a
+mixer hands over may be float32 beside a gate in bfloat16: that is tried by itself.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ class GatedNormFacts:
 @contextlib.contextmanager
 def gated_norms_recognised(model: nn.Module) -> Iterator[int]:
     """While open, recognised gated norms of a model emit the canonical op. Yields how many there are."""
-    facts: dict[object, GatedNormFacts | None] = {}
+    facts: dict[object, tuple[GatedNormFacts, bool] | None] = {}
     with contextlib.ExitStack() as stack:
         found = 0
         for module in model.modules():
@@ -40,11 +41,12 @@ def gated_norms_recognised(model: nn.Module) -> Iterator[int]:
             if key is None:
                 continue
             if key not in facts:
-                facts[key] = probe_gated_norm(module)
+                probed = probe_gated_norm(module)
+                facts[key] = None if probed is None else (probed, takes_float32(module, probed))
             known = facts[key]
             if known is not None:
                 found += 1
-                stack.enter_context(_emitting(module, known))
+                stack.enter_context(_emitting(module, *known))
         yield found
 
 
@@ -57,9 +59,15 @@ def probe_gated_norm(module: nn.Module) -> GatedNormFacts | None:
         small_floats(module), ("silu", "sigmoid"), _groups(module, width), (True, False), (False, True)
     ):
         facts = GatedNormFacts(*values)
-        if _same(real, width, facts, torch.float32) and _same(real, width, facts, torch.bfloat16):
+        if all(_same(real, width, facts, dtype, dtype) for dtype in (torch.float32, torch.bfloat16)):
             return facts
     return None
+
+
+def takes_float32(module: nn.Module, facts: GatedNormFacts) -> bool:
+    """Whether a module with these facts computes what the op does of float32 beside a gate and a weight in bfloat16."""
+    (weight,) = module.parameters()
+    return _same(materialised(module), weight.shape[0], facts, torch.float32, torch.bfloat16)
 
 
 def _key(module: nn.Module) -> object:
@@ -82,9 +90,9 @@ def _groups(module: nn.Module, width: int) -> list[int]:
     return sorted({1, *numbers, *(width // number for number in numbers)})
 
 
-def _same(module: nn.Module, width: int, facts: GatedNormFacts, dtype: torch.dtype) -> bool:
+def _same(module: nn.Module, width: int, facts: GatedNormFacts, x_dtype: torch.dtype, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
-    x, gate = (torch.randn(2, 5, width, generator=generator).to(dtype) for _ in range(2))
+    x, gate = (torch.randn(2, 5, width, generator=generator).to(of) for of in (x_dtype, dtype))
     module = module.to(dtype)
     (weight,) = module.parameters()
     expected = gated_rms_norm.reference(x, gate, weight, *astuple(facts))
@@ -93,19 +101,21 @@ def _same(module: nn.Module, width: int, facts: GatedNormFacts, dtype: torch.dty
             result = module(x, gate)
     except Exception:
         return False
-    if not isinstance(result, Tensor) or (result.shape, result.dtype) != (expected.shape, dtype):
+    if not isinstance(result, Tensor) or (result.shape, result.dtype) != (expected.shape, x_dtype):
         return False
-    if dtype == torch.float32:
+    if x_dtype == torch.float32:
         return torch.allclose(result, expected, rtol=2e-6, atol=2e-6)
     return torch.equal(result, expected)
 
 
-def _forward(module: nn.Module, facts: GatedNormFacts) -> Callable[..., Any]:
+def _forward(module: nn.Module, facts: GatedNormFacts, takes_float32: bool) -> Callable[..., Any]:
     original = module.forward
 
     def forward(x: Tensor, gate: Tensor | None = None) -> Any:
         (weight,) = module.parameters(recurse=False)
-        if gate is None or gate.shape != x.shape or not x.dtype == gate.dtype == weight.dtype:
+        if gate is None or gate.shape != x.shape or gate.dtype != weight.dtype:
+            return original(x, gate)
+        if x.dtype != gate.dtype and not (takes_float32 and x.dtype == torch.float32):
             return original(x, gate)
         normed: Tensor = gated_rms_norm(x, gate, weight, *astuple(facts))
         return normed
@@ -114,9 +124,9 @@ def _forward(module: nn.Module, facts: GatedNormFacts) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _emitting(module: nn.Module, facts: GatedNormFacts) -> Iterator[None]:
+def _emitting(module: nn.Module, facts: GatedNormFacts, takes_float32: bool) -> Iterator[None]:
     before = vars(module).get("forward")
-    module.forward = _forward(module, facts)
+    module.forward = _forward(module, facts, takes_float32)
     try:
         yield
     finally:

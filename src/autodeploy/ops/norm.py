@@ -56,11 +56,13 @@ def gated_rms_norm(
     """rms_norm(x · activation(gate)), or rms_norm(x) · activation(gate), computed in float32.
 
     Args:
-        x, gate: `[..., D]`. weight: `[D]`.
+        x, gate: `[..., D]`. weight: `[D]`, of gate's dtype. x is of that dtype too, or float32.
         activation: a name in `mlp.ACTIVATIONS`.
         groups: D falls into as many equal parts, each with a mean of squares of its own.
         gate_first: the gate acts before the norm, otherwise after.
         scale_in_float32: apply the weight before rounding to x's dtype; otherwise after.
+    Returns:
+        `[..., D]`, of x's dtype.
     """
     gating: Tensor = ACTIVATIONS[activation](gate.float())
     total = x.float() * gating if gate_first else x.float()

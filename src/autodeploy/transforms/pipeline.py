@@ -31,6 +31,7 @@ from autodeploy.transforms.canonicalize.roll_loops import RollLoops
 from autodeploy.transforms.canonicalize.use_position_ids import UsePositionIds
 from autodeploy.transforms.fuse.fuse_add_rms_norm import FuseAddRMSNorm
 from autodeploy.transforms.fuse.fuse_gate_up import FuseGateUp
+from autodeploy.transforms.fuse.fuse_gated_norm_casts import FuseGatedNormCasts
 from autodeploy.transforms.fuse.fuse_qkv import FuseQKV
 from autodeploy.transforms.lower.assign_streams import AssignStreams
 from autodeploy.transforms.lower.fuse_rope_attention import FuseRopeAttention
@@ -70,7 +71,11 @@ def default_pipeline(device: torch.device, select_kernels: SelectKernels | None 
                 ensures=Level.CANONICAL,
             ),
             # Fewer, larger ops. Weight recipes change with the graph, before any weight is read.
-            Stage("fuse", (FuseQKV(), FuseGateUp(), FuseAddRMSNorm()), ensures=Level.CANONICAL),
+            Stage(
+                "fuse",
+                (FuseQKV(), FuseGateUp(), FuseGatedNormCasts(), FuseAddRMSNorm()),
+                ensures=Level.CANONICAL,
+            ),
             # Whole-sequence mixers become their twins over state; the head runs for wanted rows only.
             Stage("cache", (KeepHiddenStates(), InsertCachedOps(), GatherLogits()), ensures=Level.CACHED),
             # Fused weights, and what is kept of tokens, with fewer bits, where they are wanted.

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from autodeploy.kernels.cpu.mlp import gated_activation_cpu
-from autodeploy.kernels.cpu.norm import add_rms_norm_cpu, layer_norm_cpu, rms_norm_cpu
+from autodeploy.kernels.cpu.norm import add_rms_norm_cpu, gated_rms_norm_cpu, layer_norm_cpu, rms_norm_cpu
 from autodeploy.kernels.cpu.rope import rope_cpu
-from autodeploy.ops import add_rms_norm, gated_activation, layer_norm, rms_norm, rope
+from autodeploy.ops import add_rms_norm, gated_activation, gated_rms_norm, layer_norm, rms_norm, rope
 from autodeploy.ops.mlp import ACTIVATIONS
 
 INF, NAN = float("inf"), float("nan")
@@ -79,6 +79,24 @@ def test_rms_norm_of_columns_where_they_are(tokens: int) -> None:
     close(rms_norm_cpu(heads, spread, 1e-6, 0.0, True), rms_norm.reference(heads, spread, 1e-6, 0.0, True))
     odd = row.view(tokens, 2, 3, 16).transpose(0, 1)[..., ::2]  # nothing the kernel reads in place
     close(rms_norm_cpu(odd, None, 1e-6, 0.0, False), rms_norm.reference(odd, None, 1e-6, 0.0, False))
+
+
+@given(
+    tokens=st.integers(0, 20), groups=st.integers(1, 3), width=st.integers(1, 100), apart=st.booleans(), dtype=DTYPES
+)
+def test_gated_rms_norm_of_columns_where_they_are(
+    tokens: int, groups: int, width: int, apart: bool, dtype: torch.dtype
+) -> None:
+    size = groups * width
+    x, row = torch.randn(1, tokens, size).to(dtype), torch.randn(1, tokens, 2 * size + 3).to(dtype)
+    gate = row[..., 1 : 1 + 2 * size : 2] if apart else row[..., 1 : 1 + size]
+    facts = (torch.randn(size).to(dtype), 1e-6, "silu", groups, True, True)
+    close(gated_rms_norm_cpu(x, gate, *facts), gated_rms_norm.reference(x, gate, *facts))
+    for one, rows in ((x[0], gate[0]), (x[0, :1].flatten(), gate[0, :1].flatten()), (x[None], gate[None])):
+        if tokens:
+            close(gated_rms_norm_cpu(one, rows, *facts), gated_rms_norm.reference(one, rows, *facts))
+    both, gates = x.expand(2, -1, -1), torch.stack((row, -row), 2)[..., :size].movedim(2, 0).flatten(0, 1)
+    close(gated_rms_norm_cpu(both, gates, *facts), gated_rms_norm.reference(both, gates, *facts))
 
 
 def test_norms_of_infinities_nan_and_zero() -> None:

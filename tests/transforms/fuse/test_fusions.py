@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from autodeploy.checkpoint.recipe import Concat
 from autodeploy.graph.model_graph import ModelGraph
-from autodeploy.ops import linear
+from autodeploy.ops import gated_rms_norm, linear
 from autodeploy.transforms.canonicalize.drop_no_ops import DropNoOps
 from autodeploy.transforms.canonicalize.match_attention import MatchAttention
 from autodeploy.transforms.canonicalize.match_linear import MatchLinear
 from autodeploy.transforms.canonicalize.match_norm import MatchNorm
 from autodeploy.transforms.fuse.fuse_add_rms_norm import FuseAddRMSNorm
 from autodeploy.transforms.fuse.fuse_gate_up import FuseGateUp
+from autodeploy.transforms.fuse.fuse_gated_norm_casts import FuseGatedNormCasts
 from autodeploy.transforms.fuse.fuse_qkv import FuseQKV
 from tests.graphs import Attention, Sketch, attention_model, captured, causal_sdpa, counts, run
 
@@ -153,3 +154,49 @@ def test_add_norm_near_miss_broadcast_sum() -> None:
 
     model = Sketch(body, norm=nn.RMSNorm(16), bias=nn.Parameter(torch.randn(16)))
     assert FuseAddRMSNorm().run(_canonical(model)).found == 0
+
+
+def _gated_norm(read: Callable[[Tensor], Tensor], write: Callable[[Tensor], Tensor], gate_first: bool) -> nn.Module:
+    """A gated norm of what `read` makes of the hidden states, in bfloat16 but for that."""
+
+    def body(self: nn.Module, x: Tensor) -> Tensor:
+        normed = gated_rms_norm(read(x), x.flip(-1), self.scale, 1e-6, "silu", 2, gate_first, False)
+        return write(normed).to(x.dtype)
+
+    return Sketch(body, scale=nn.Parameter(torch.randn(16))).bfloat16()
+
+
+@pytest.mark.parametrize("gate_first", [True, False])
+@pytest.mark.parametrize(
+    "read", [lambda x: x.float(), lambda x: x.view(*x.shape[:2], 4, 4).float().reshape(*x.shape[:2], -1)]
+)
+def test_casts_around_a_gated_norm_go_with_the_same_bits(read: Callable[[Tensor], Tensor], gate_first: bool) -> None:
+    model = _gated_norm(read, lambda x: x, gate_first)
+    graph = _canonical(model)
+    before = run(graph, model)
+    report = FuseGatedNormCasts().run(graph)
+    assert (report.found, report.rewritten) == (1, 1)
+    assert not [node for node in graph.graph.nodes if node.target == torch.ops.aten.to.dtype]
+    (norm,) = graph.nodes(gated_rms_norm)
+    assert norm.meta["val"].dtype == torch.bfloat16
+    assert torch.equal(run(graph, model), before)
+
+
+@pytest.mark.parametrize(
+    ("read", "write", "reason"),
+    [
+        (lambda x: x.float() + 1, lambda x: x, "made wider"),
+        (lambda x: x.half().float(), lambda x: x, "made wider"),
+        (lambda x: x.float(), lambda x: x + 1, "unrounded"),
+        (lambda x: x.float(), lambda x: x.half(), "unrounded"),
+    ],
+)
+def test_gated_norm_near_misses(
+    read: Callable[[Tensor], Tensor], write: Callable[[Tensor], Tensor], reason: str
+) -> None:
+    report = FuseGatedNormCasts().run(_canonical(_gated_norm(read, write, True)))
+    assert (report.found, report.rewritten) == (1, 0) and reason in report.refused[0]
+
+
+def test_a_gated_norm_of_one_dtype_has_no_casts() -> None:
+    assert FuseGatedNormCasts().run(_canonical(_gated_norm(lambda x: x + 1, lambda x: x, True))).found == 0

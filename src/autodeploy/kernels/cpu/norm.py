@@ -20,7 +20,9 @@ _MIN_ELEMENTS_FOR_THREADS = 1 << 15
 
 _SIGNATURE = (POINTER, INT64, INT64, *[POINTER] * 4, INT64, INT64, INT64, FLOAT, FLOAT, INT, THREADS)
 _rms_norm = NativeFunction("rms_norm", _SIGNATURE)
-_gated_rms_norm = NativeFunction("gated_rms_norm", (*[POINTER] * 4, INT64, INT64, INT64, FLOAT, INT, INT, INT, THREADS))
+_GATED_SIGNATURE = (POINTER, POINTER, INT64, POINTER, POINTER, INT64, INT64, INT64, FLOAT, INT, INT, INT, THREADS)
+_gated_rms_norm = NativeFunction("gated_rms_norm", _GATED_SIGNATURE)
+_gated_rms_norm_of_float32 = NativeFunction("gated_rms_norm_of_float32", _GATED_SIGNATURE)  # beside another dtype
 _layer_norm = NativeFunction("layer_norm", (*[POINTER] * 4, INT64, INT64, FLOAT, THREADS))
 
 
@@ -110,7 +112,7 @@ def _gated_supports(
 ) -> str | None:
     if activation not in ("silu", "sigmoid"):
         return f"activation {activation!r}; there are kernels for silu and sigmoid"
-    return why_refused(x, gate, weight)
+    return why_refused(gate, weight) or why_refused(x, None if x.dtype == torch.float32 else gate)
 
 
 @gated_rms_norm.kernel("cpu", _gated_supports, fuses_with_neighbours=True, batch_invariant=True)
@@ -124,11 +126,15 @@ def gated_rms_norm_cpu(
     gate_first: bool,
     scale_in_float32: bool,
 ) -> Tensor:
-    """`gated_rms_norm` in two passes over rows in cache."""
-    x, gate, weight, width = x.contiguous(), gate.contiguous(), weight.contiguous(), x.shape[-1]
+    """`gated_rms_norm` in two passes over rows in cache; the gate's may lie apart (columns of a wider product)."""
+    x, weight, width = x.contiguous(), weight.contiguous(), x.shape[-1]
+    if gate.stride(-1) != 1 or gate.shape[:-2].numel() != 1:
+        gate = gate.contiguous()
+    gate_stride = gate.stride(-2) if gate.dim() > 1 else width
     out = torch.empty_like(x)
-    _gated_rms_norm[x.dtype](
-        *(x.data_ptr(), gate.data_ptr(), weight.data_ptr(), out.data_ptr()),
+    function = _gated_rms_norm if x.dtype == gate.dtype else _gated_rms_norm_of_float32
+    function[gate.dtype](
+        *(x.data_ptr(), gate.data_ptr(), gate_stride, weight.data_ptr(), out.data_ptr()),
         *(x.numel() // (width or 1), groups, width // groups, eps, activation == "silu"),
         *(gate_first, scale_in_float32, num_threads(x.numel(), _MIN_ELEMENTS_FOR_THREADS)),
     )

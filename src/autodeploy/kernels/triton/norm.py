@@ -205,7 +205,7 @@ def _gated_supports(
 ) -> str | None:
     if activation not in ("silu", "sigmoid"):
         return f"activation {activation!r}; there are kernels for silu and sigmoid"
-    return _why_refused(x.shape[-1], x, gate, weight)
+    return _why_refused(x.shape[-1], gate, weight) or why_refused(x, None if x.dtype == torch.float32 else gate)
 
 
 @gated_rms_norm.kernel("triton", _gated_supports, fuses_with_neighbours=True, batch_invariant=True)

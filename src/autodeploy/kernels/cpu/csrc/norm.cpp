@@ -89,17 +89,19 @@ void layer_norm(const T* x, const T* weight, const T* bias, T* out, int64_t num_
 
 inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exp(-x)); }
 
-template <class T>
-void gated_rms_norm(const T* x, const T* gate, const T* weight, T* out, int64_t num_rows, int64_t groups,
-                    int64_t width, float eps, bool is_silu, bool gate_first, bool scale_in_float32) {
-    const T* const type = nullptr;
+// X: what is normalised, and the result. T: the gate and the weight.
+template <class X, class T>
+void gated_rms_norm(const X* x, const T* gate, int64_t gate_stride, const T* weight, X* out, int64_t num_rows,
+                    int64_t groups, int64_t width, float eps, bool is_silu, bool gate_first, bool scale_in_float32) {
+    const X* const type = nullptr;
     const auto gating = [&](const T* at, int64_t count) {
         const Floats g = load(at, count);
         return is_silu ? g * sigmoid(g) : sigmoid(g);
     };
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < num_rows * groups; ++item) {
-        const T *values = x + item * width, *gates = gate + item * width;
+        const X* values = x + item * width;
+        const T* gates = gate + item / groups * gate_stride + item % groups * width;
         const T* scales = weight + item % groups * width;
         Floats total = {};
         for (int64_t i = 0; i < width; i += LANES) {
@@ -139,19 +141,22 @@ void gated_rms_norm(const T* x, const T* gate, const T* weight, T* out, int64_t 
 DEFINE_RMS_NORM(rms_norm_float32, float)
 DEFINE_RMS_NORM(rms_norm_bfloat16, autodeploy::bf16)
 
-// x, gate, out: `[num_rows, groups · width]`, contiguous. weight: `[groups · width]`.
-#define DEFINE_GATED_RMS_NORM(NAME, T)                                                                               \
-    extern "C" void NAME(const T* x, const T* gate, const T* weight, T* out, int64_t num_rows, int64_t groups,       \
-                         int64_t width, float eps, int is_silu, int gate_first, int scale_in_float32, int threads) { \
+// x, gate, out: `[num_rows, groups · width]`, contiguous but for the gate's rows, which are `gate_stride` apart. weight:
+// `[groups · width]`.
+#define DEFINE_GATED_RMS_NORM(NAME, X, T)                                                                            \
+    extern "C" void NAME(const X* x, const T* gate, int64_t gate_stride, const T* weight, X* out, int64_t num_rows,  \
+                         int64_t groups, int64_t width, float eps, int is_silu, int gate_first,                      \
+                         int scale_in_float32, int threads) {                                                        \
         autodeploy::with_team(threads, [&] {                                                                         \
-            autodeploy::gated_rms_norm<T>(x, gate, weight, out, num_rows, groups, width, eps, is_silu != 0,          \
-                                          gate_first != 0, scale_in_float32 != 0);                                   \
+            autodeploy::gated_rms_norm(x, gate, gate_stride, weight, out, num_rows, groups, width, eps,              \
+                                       is_silu != 0, gate_first != 0, scale_in_float32 != 0);                        \
         });                                                                                                          \
     }                                                                                                                \
     RECORDABLE(NAME)
 
-DEFINE_GATED_RMS_NORM(gated_rms_norm_float32, float)
-DEFINE_GATED_RMS_NORM(gated_rms_norm_bfloat16, autodeploy::bf16)
+DEFINE_GATED_RMS_NORM(gated_rms_norm_float32, float, float)
+DEFINE_GATED_RMS_NORM(gated_rms_norm_bfloat16, autodeploy::bf16, autodeploy::bf16)
+DEFINE_GATED_RMS_NORM(gated_rms_norm_of_float32_bfloat16, float, autodeploy::bf16)
 
 // x, out: `[num_rows, width]`, contiguous. weight, bias: `[width]` or null.
 #define DEFINE_LAYER_NORM(NAME, T)                                                                                   \
