@@ -79,6 +79,34 @@ def test_views_and_threads(name: str, dtype: torch.dtype, threads: int, monkeypa
         assert torch.equal(value[[0, 3]], state[key][[0, 3]]), "a slot of nobody's was written"
 
 
+def _long_calls(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """Sequences longer than what a kernel takes at once, rows that fill its blocks and some that do not."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 83, 150).to(dtype)
+    y, B, C = (torch.randn(1, 83, *shape).to(dtype) for shape in ((4, 37), (2, 128), (2, 128)))
+    facts = {"A": -torch.rand(4) * 4, "D": None, "dt_bias": None, "dt_softplus": True, "dt_min": 0.0, "dt_max": None}
+    convolutions = {
+        f"cached_causal_conv of {taps}": {"x": x, "weight": torch.randn(150, taps).to(dtype)}
+        | {"bias": torch.randn(150).to(dtype), "activation": "silu" if taps % 2 else None}
+        for taps in (1, 2, 4, 7)
+    }
+    return convolutions | {"cached_ssd": {"x": y, "dt": torch.randn(1, 83, 4).to(dtype), "B": B, "C": C} | facts}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", _long_calls(torch.float32))
+def test_long_sequences(name: str, dtype: torch.dtype) -> None:
+    op, call = OPS[name.split(" ")[0]], _long_calls(dtype)[name]
+    state = _state(op, call)
+    arguments = call | {"cu_seqlens": torch.tensor([0, 2, 83], dtype=torch.int32), "state_slots": SLOTS[:2]}
+    mine, expected = ({key: value.clone() for key, value in state.items()} for _ in range(2))
+    tolerance = {"rtol": op.tolerance[dtype], "atol": op.tolerance[dtype]}
+    result = op.kernels["cpu"].function(**arguments, **mine)
+    torch.testing.assert_close(result, op.reference(**arguments, **expected), **tolerance)
+    for key, value in mine.items():
+        torch.testing.assert_close(value, expected[key], **tolerance)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", _calls(torch.float32))
 def test_a_repeated_step_makes_one_native_call(name: str, dtype: torch.dtype) -> None:
@@ -107,6 +135,18 @@ def test_contradictions_are_refused_before_anything_is_written(name: str, fault:
     with pytest.raises(IndexError, match=says):
         op.kernels["cpu"].function(**call, **({"cu_seqlens": BOUNDARIES, "state_slots": SLOTS} | fault), **state)
     assert all(torch.equal(value, before[key]) for key, value in state.items())
+
+
+def test_a_convolution_over_the_whole_range_of_its_activation() -> None:
+    special = [float("inf"), float("nan"), 0.0, -0.0, 1e-38, -1e-38, 88.7, -87.0, -89.0, -200.0, 1e20, -1e20]
+    x = torch.cat((torch.tensor(special), torch.linspace(-120, 120, 4001)))[None, None]
+    call = {"x": x, "weight": torch.ones(x.shape[2], 1), "bias": None, "activation": "silu"}
+    arguments = call | {"cu_seqlens": torch.tensor([0, 1], dtype=torch.int32), "state_slots": SLOTS[:1]}
+    result, expected = (
+        function(**arguments, window=torch.zeros(5, 0, x.shape[2]))
+        for function in (OPS["cached_causal_conv"].kernels["cpu"].function, OPS["cached_causal_conv"].reference)
+    )
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-30, equal_nan=True)
 
 
 def test_what_is_not_written_in_it_is_refused_with_the_reason() -> None:

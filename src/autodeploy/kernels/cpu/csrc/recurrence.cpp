@@ -13,8 +13,15 @@ namespace {
 constexpr float NOTHING = -1e38f;  // logarithm of the weight of an empty memory
 
 inline float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
-inline Floats silu(Floats x) { return x / (1.0f + exp(-x)); }
+// x / (1 + e^-x), of which e^-|x| is the cheaper part.
+inline Floats silu(Floats x) {
+    const auto is_negative = x < 0.0f;
+    const Floats e = exp2_below_one(1.44269504f * select(is_negative, x, -x));
+    return x * select(is_negative, e, splat(1.0f)) / (1.0f + e);
+}
 inline Floats larger(Floats a, Floats b) { return select(a > b, a, b); }
+
+constexpr int64_t TOKENS = 32;  // of a block of channels that are in the first cache while they are read `taps` times
 
 // weight: `[channels, taps]`.
 template <class T>
@@ -22,29 +29,32 @@ Status convolve(const Sequences& q, Rows<T> x, Numbers weight, Numbers bias, boo
                 int64_t channels, int64_t taps) {
     const int64_t kept = taps - 1;
     return for_each_channel_block(q, channels, [&](int64_t s, int64_t begin, int64_t end) {
-        const int64_t first = q.borders[s], length = q.borders[s + 1] - first;
-        T* state = window + q.slots[s] * kept * channels;
-        std::vector<float> by_tap(static_cast<size_t>(taps * LANES));
-        for (int64_t c = begin; c < end; c += LANES) {
-            const int64_t count = end - c < LANES ? end - c : LANES;
-            for (int64_t i = 0; i < count; ++i)
-                for (int64_t w = 0; w < taps; ++w) by_tap[w * LANES + i] = weight[(c + i) * taps + w];
-            const Floats offset = bias.exist() ? bias.load(c, count) : Floats{};
-            for (int64_t t = 0; t < length; ++t) {
-                Floats total = offset;
-                for (int64_t w = 0; w < taps; ++w) {
-                    const int64_t at = t - kept + w;
-                    const T* seen = at < 0 ? state + (kept + at) * channels : x[first + at];
-                    total = load(by_tap.data() + w * LANES) * load(seen + c, count) + total;
+        const int64_t first = q.borders[s], length = q.borders[s + 1] - first, count = end - begin;
+        const int64_t step = length < TOKENS ? length : TOKENS;
+        T* state = window + q.slots[s] * kept * channels + begin;
+        std::vector<float> scratch(static_cast<size_t>((taps + kept + step) * CHANNELS));
+        float *by_tap = scratch.data(), *seen = by_tap + taps * CHANNELS;  // the tokens before, then new ones
+        for (int64_t i = 0; i < count; ++i)
+            for (int64_t w = 0; w < taps; ++w) by_tap[w * CHANNELS + i] = weight[(begin + i) * taps + w];
+        for (int64_t w = 0; w < kept; ++w) widen(state + w * channels, seen + w * CHANNELS, count);
+        for (int64_t start = 0; start < length; start += step) {
+            const int64_t tokens = length - start < step ? length - start : step;
+            for (int64_t t = 0; t < tokens; ++t)
+                widen(x[first + start + t] + begin, seen + (kept + t) * CHANNELS, count);
+            for (int64_t c = 0; c < count; c += LANES) {
+                const Floats offset = bias.exist() ? bias.load(begin + c, count - c) : Floats{};
+                for (int64_t t = 0; t < tokens; ++t) {
+                    Floats total = offset;
+                    for (int64_t w = 0; w < taps; ++w)
+                        total = load(by_tap + w * CHANNELS + c) * load(seen + (t + w) * CHANNELS + c) + total;
+                    store(out + (first + start + t) * channels + begin + c, has_silu ? silu(total) : total, count - c);
                 }
-                store(out + (first + t) * channels + c, has_silu ? silu(total) : total, count);
             }
-            for (int64_t w = 0; w < kept; ++w) {  // the last `kept` of the tokens before and now, oldest first
-                const int64_t at = length - kept + w;
-                const T* seen = at < 0 ? state + (kept + at) * channels : x[first + at];
-                store(state + w * channels + c, load(seen + c, count), count);
-            }
+            std::memmove(seen, seen + tokens * CHANNELS, static_cast<size_t>(kept * CHANNELS) * sizeof(float));
         }
+        for (int64_t w = 0; w < kept; ++w)
+            for (int64_t c = 0; c < count; c += LANES)
+                store(state + w * channels + c, load(seen + w * CHANNELS + c), count - c);
     });
 }
 
@@ -60,36 +70,81 @@ struct Step {
     }
 };
 
-constexpr int64_t STATE_ROWS = 16;  // rows of a head's state in one work item
+constexpr int64_t STATE_ROWS = 32;  // rows of a head's state in one work item, which the first cache holds
+constexpr int TOGETHER = 4;         // rows that share what is loaded; their sums stay in registers
+constexpr float LEAST_FACTOR = 1e-12f, MOST_FACTOR = 1e12f;  // that rows are kept without
+
+// R rows of a state go on by one token: row = row + added · b, first multiplied with `factor` if FADES; sums = row · c.
+template <int R, bool FADES>
+__attribute__((noinline)) void advance_rows(float* rows, int64_t entries, float factor, const float* added,
+                                            const float* b, const float* c, float* sums) {
+    constexpr int WIDTH = Register<float>::WIDTH;
+    using Part = Register<float>::Sums;
+    Part totals[R] = {}, shares[R];
+    for (int r = 0; r < R; ++r) shares[r] = added[r] - Part{};
+    const int64_t whole = entries / WIDTH * WIDTH;
+    for (int64_t n = 0; n < whole; n += WIDTH) {
+        const Part to_add = load_vector<Part>(b + n), to_read = load_vector<Part>(c + n);
+        for (int r = 0; r < R; ++r) {
+            Part h = load_vector<Part>(rows + r * entries + n);
+            if (FADES) h = h * factor;
+            h = shares[r] * to_add + h;
+            store_vector(rows + r * entries + n, h);
+            totals[r] = h * to_read + totals[r];
+        }
+    }
+    if constexpr (R == 4)
+        store_sums(totals[0], totals[1], totals[2], totals[3], sums);
+    else
+        for (int r = 0; r < R; ++r) sums[r] = sum(totals[r]);
+    for (int r = 0; r < R; ++r) {
+        for (int64_t n = whole; n < entries; ++n) {
+            float& h = rows[r * entries + n];
+            h = (FADES ? h * factor : h) + added[r] * b[n];
+            sums[r] += h * c[n];
+        }
+    }
+}
 
 // dt: one per token and head, `dt_stride` apart from token to token.
+//
+// A head's state fades by one factor per token. It is kept without the factors of the last tokens, whose product `scale`
+// what is added is divided by and what is read multiplied with: two multiply-adds for an entry instead of three operations.
 template <class T>
 Status structured_scan(const Sequences& q, Rows<T> x, Numbers dt, int64_t dt_stride, Numbers A, Rows<T> B, Rows<T> C,
                        Numbers D, Step step, float* states, T* out, int64_t heads, int64_t width, int64_t groups,
                        int64_t entries) {
     return for_each_block(q, heads, width, STATE_ROWS, [&](int64_t s, int64_t head, int64_t begin, int64_t end) {
-        const int64_t group = head / (heads / groups);
+        const int64_t group = head / (heads / groups), count = end - begin;
+        const int64_t first = q.borders[s], last = q.borders[s + 1] - 1;
         std::vector<float> scratch(static_cast<size_t>(2 * entries));
         float *b = scratch.data(), *c = b + entries;
-        float* state = states + (q.slots[s] * heads + head) * width * entries;
+        float* state = states + ((q.slots[s] * heads + head) * width + begin) * entries;
         const float rate = A[head], skip = D.exist() ? D[head] : 0.0f;
-        for (int64_t t = q.borders[s]; t < q.borders[s + 1]; ++t) {
+        float scale = 1.0f;
+        for (int64_t t = first; t <= last; ++t) {
             widen(B[t] + group * entries, b, entries);
             widen(C[t] + group * entries, c, entries);
             const float delta = step(dt[t * dt_stride + head], head);
-            const Floats kept = splat(std::exp(delta * rate));
-            for (int64_t p = begin; p < end; ++p) {
-                const float value = to_float(x[t][head * width + p]);
-                const Floats added = splat(value * delta);
-                float* row = state + p * entries;
-                Floats total = {};
-                for (int64_t n = 0; n < entries; n += LANES) {
-                    const Floats h = load(row + n, entries - n) * kept + added * load(b + n, entries - n);
-                    store(row + n, h, entries - n);
-                    total = h * load(c + n, entries - n) + total;
-                }
-                assign(out[(t * heads + head) * width + p], sum(total) + skip * value);
+            const float factor = scale * std::exp(delta * rate);
+            const bool fades = t == last || !(factor > LEAST_FACTOR && factor < MOST_FACTOR);
+            scale = fades ? 1.0f : factor;
+            const T* from = x[t] + head * width + begin;
+            T* to = out + (t * heads + head) * width + begin;
+            float added[STATE_ROWS], sums[STATE_ROWS] = {};
+            for (int64_t p = 0; p < count; p += LANES)
+                store(added + p, load(from + p, count - p) * (delta / scale));
+            const auto advance_some = fades ? advance_rows<TOGETHER, true> : advance_rows<TOGETHER, false>;
+            const auto advance_one = fades ? advance_rows<1, true> : advance_rows<1, false>;
+            int64_t p = 0;
+            for (; p + TOGETHER <= count; p += TOGETHER) {
+                // Rows side by side are read from memory in too short runs for the processor to look ahead by itself.
+                if (t == first) prefetch<3>(state + (p + 2 * TOGETHER) * entries, TOGETHER * entries);
+                advance_some(state + p * entries, entries, factor, added + p, b, c, sums + p);
             }
+            for (; p < count; ++p) advance_one(state + p * entries, entries, factor, added + p, b, c, sums + p);
+            for (p = 0; p < count; p += LANES)
+                store(to + p, load(sums + p) * scale + skip * load(from + p, count - p), count - p);
         }
     });
 }
