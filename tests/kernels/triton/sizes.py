@@ -71,13 +71,14 @@ def cached_attention() -> list[Arguments]:
 
 
 def more_attention() -> list[Arguments]:
-    """Steps of a few tokens each, and other sizes of heads. Of float32 there is none: assembling one takes a minute."""
+    """Steps of a few tokens each, other sizes of heads, and float32, whose products are unrolled."""
     with_sinks: Arguments = {"heads": (64, 8), "width": 64, "sinks": empty(64), "sliding_window": 128}
     wide: Arguments = {"heads": (16, 2), "width": 256}
     many: Arguments = {"heads": (128, 1)}
     steps = [(64, 64), (64, 8), (256, 8), (2048, 2)]
     given = [attention_step(*step, **facts) for step in steps for facts in ({}, with_sinks, wide, many)]
     given += [attention_step(*step, dtype=torch.float16) for step in steps]
+    given += [attention_step(*step, dtype=torch.float32) for step in ((1, 1), (2048, 2))]
     given += [attention_step(*step, **wide, cache_dtype=torch.float8_e5m2) for step in steps]
     given += [attention_step(2048, 2, causal=False), attention_step(2048, 2, chunk_size=8192)]
     return [*given, attention_step(2048, 2, distance_logits=empty(1, 2048, 32, 128))]

@@ -7,6 +7,7 @@ Sources: FlashAttention-2 (arXiv 2307.08691), its contexts in splits for decodin
 (arXiv 2309.06180).
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -154,6 +155,7 @@ def _attend(
 _KEY = ("IS_SPLIT", "BLOCK_M", "NUM_HEADS", "NUM_KV_HEADS", "HEAD_DIM", "VALUE_DIM", "PAGE_SIZE", "WINDOW")
 _decode = Launcher(_attend, configurations((64, 4, 3), (64, 4, 5), (128, 8, 3)), _KEY)
 _prefill = Launcher(_attend, configurations((64, 8, 3), (32, 8, 3)), _KEY)
+_wide_float32 = Launcher(_attend, configurations((16, 4, 2)), _KEY)  # unrolled: larger blocks compile for minutes
 
 
 def _supports(
@@ -235,11 +237,13 @@ def attend_to_pages(
     _, page_size, num_kv_heads, value_dim = value_cache.shape
     out = query.new_empty(1, num_tokens, num_heads, value_dim)
 
-    most_rows = _MOST_ROWS if max(head_dim, value_dim) <= 128 else 64
+    width = max(head_dim, value_dim)
+    is_wide_float32 = width > 64 and query.dtype == torch.float32
+    most_rows = 32 if is_wide_float32 else _MOST_ROWS if width <= 128 else 64
     block_m, block_t = tokens_per_tile(num_tokens, num_sequences, num_heads // num_kv_heads, most_rows)
     tiles = most_tiles(num_tokens, num_sequences, block_t)
     splits = Splits(out, num_splits(tiles * num_kv_heads, page_table_width * page_size, query.device))
-    attend = _decode if block_m < 64 else _prefill
+    attend = _wide_float32 if is_wide_float32 else _decode if block_m < 64 else _prefill
     attend(
         (tiles, num_kv_heads, splits.count),
         *(
