@@ -4,10 +4,9 @@ Decoding runs the same few hundred calls every step, with the same sizes at the 
 inputs. So a step runs under observation when a shape is new and every sequence decodes, else when its shape is seen for
 the second time: every native kernel and every torch operator that computes something is put on a tape
 (`kernels/cpu/tape.py`), with its buffers; native kernels run when an operator reads what they compute, else at the end,
-as one call. From then on the batch inputs are copied to where the tape reads them and the
-tape runs: no Python between kernels, one team of threads for all of them. It is what a CUDA graph is on a GPU, and has
-the same condition: nothing may depend on a tensor's value in Python. Steps of a shape that read one are never repeated,
-and the report says so.
+as one call. From then on the batch inputs are copied to where the tape reads them and the tape runs: no Python between
+kernels, one team of threads for all of them. It is what a CUDA graph is on a GPU, and has the same condition: nothing
+may depend on a tensor's value in Python. Steps of a shape that read one are never repeated, and the report says so.
 """
 
 import functools
