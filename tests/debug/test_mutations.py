@@ -85,8 +85,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = (
     | {"match_mla": _latent}
 )
 """transform -> a model that it has work to do in"""
-WITHOUT_WORK_HERE = {"assign_streams", "fuse_rope_attention", "place_on_device"}
-"""what a graph on the CPU leaves nothing to do for"""
+WITHOUT_WORK_HERE = {"assign_streams", "fuse_gated_norm_casts", "fuse_rope_attention", "place_on_device"}
+"""what a graph on the CPU, or in float32, leaves nothing to do for"""
 WITHOUT_A_RUN_BEFORE = {"roll_loops"}
 """what makes a graph run at all: it is compared with the model's own code, and no node can be blamed"""
 
