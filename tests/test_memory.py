@@ -1,8 +1,5 @@
 """Available memory: positive, plausible, and within a container's limit."""
 
-import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -33,32 +30,6 @@ def test_the_limit_of_a_container_counts(tmp_path: Path, layout: str) -> None:
     assert container_bytes(tmp_path) == [50]
     (folder / limit).write_text("max\n")
     assert container_bytes(tmp_path) == []
-
-
-REUSE = """
-import ctypes, resource
-from autodeploy.memory import reuse_freed_memory
-
-assert reuse_freed_memory()
-library = ctypes.CDLL(None)
-library.malloc.restype = ctypes.c_void_p
-for round in range(6):
-    if round == 2:
-        begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    blocks = [library.malloc(ctypes.c_size_t(20 << 20)) for _ in range(2)]
-    for block in blocks:
-        ctypes.memset(block, 1, 20 << 20)
-    for block in blocks:
-        library.free(ctypes.c_void_p(block))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other thresholds")
-def test_freed_memory_is_reused() -> None:
-    """Two blocks of 20 MiB are 10,240 pages, which glibc by itself gives back each time."""
-    done = subprocess.run([sys.executable, "-c", REUSE], capture_output=True, text=True, timeout=600, check=True)
-    assert int(done.stdout) < 1000
 
 
 def test_huge_pages_are_memory_like_any_other() -> None:

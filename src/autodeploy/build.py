@@ -35,7 +35,6 @@ from autodeploy.graph.verify import verify
 from autodeploy.graph_cache import GraphCache
 from autodeploy.kernels.beside import kernels_beside, why_not_taken
 from autodeploy.kernels.provider import mixer_priority, prepare
-from autodeploy.memory import reuse_freed_memory
 from autodeploy.models.limits import longest_context
 from autodeploy.models.locate import LocatedModel, locate_model
 from autodeploy.ops.fp8_linear import fp8_linear
@@ -360,8 +359,6 @@ def _finish(
         total_bytes = _load(graphs, subject.read, device, weights)
     if weights is not None and weights.is_used:
         clock.report.facts["weights"] = "quantised by an earlier start"
-    if device.type == "cpu":  # what loading freed went back to the system; from here on steps take and free memory
-        reuse_freed_memory()
     backend = "torch-simple" if options.batch_invariant else resolve_backend(options.compile_backend, device)
     (logits,) = graph.graph.output_node().args
     (flops, head_flops), unread_bytes = _count_flops(graph), _unread_bytes(graph)

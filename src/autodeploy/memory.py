@@ -13,9 +13,6 @@ _MADV_HUGEPAGE = 14
 _MADV_NOHUGEPAGE = 15
 _PAGE_BYTES = 4096
 _HUGE_PAGE_BYTES = 2**21
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_REUSED_BLOCK_BYTES, _KEPT_BYTES = 2**25, 2**26
-"""glibc's thresholds, which follow what a process frees, end at these."""
 
 
 def available_bytes(device: torch.device) -> int:
@@ -71,22 +68,6 @@ def zeros_when_touched(num_bytes: int) -> Tensor:
     _advise(border, end, _MADV_HUGEPAGE)
     _advise(begin, border, _MADV_NOHUGEPAGE)  # NumPy asks for huge pages throughout
     return block
-
-
-def reuse_freed_memory() -> bool:
-    """Have the C library keep what is freed for the next who asks: blocks of up to 32 MiB, 64 MiB at the end of a heap.
-
-    Layer after layer of a step frees and takes blocks of the same megabytes. Given back to the system in between, they
-    come again as pages that it must zero one by one. For the process, and as long as it lives.
-
-    Returns:
-        False where the C library has no such thresholds.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    thresholds = {_M_MMAP_THRESHOLD: _REUSED_BLOCK_BYTES, _M_TRIM_THRESHOLD: _KEPT_BYTES}
-    return all([mallopt(name, value) == 1 for name, value in thresholds.items()])
 
 
 def forget_pages(address: int, path: Path) -> None:
