@@ -339,8 +339,7 @@ class Memory:
             made = torch.empty(shape, dtype=dtype)
             self._keep(made.untyped_storage())
             return made
-        strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-        return torch.empty(0, dtype=dtype).set_(buffer, 0, shape, strides)
+        return torch.empty(0, dtype=dtype).set_(buffer, 0, shape, ())  # without strides: contiguous
 
     def _free(self, size: int) -> torch.UntypedStorage | None:
         """The smallest buffer of at least this size in bytes that nobody holds."""
